@@ -1,0 +1,63 @@
+"""A model and its tokenizer, ready to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pertoken.data.tokenizer import end_of_turn_id, load_tokenizer, render
+from pertoken.errors import ModelError, RecipeError
+from pertoken.generate import generate, stream_text
+from pertoken.model.transformer import CausalLM
+from pertoken.training.checkpoint import load_model, resolve_model_folder
+from pertoken.training.precision import resolve_device
+
+__all__ = ["Talker"]
+
+
+@dataclass(frozen=True)
+class Talker:
+    """Turns text or messages into token ids, and token ids into an answer, piece by piece."""
+
+    model: CausalLM
+    tokenizer: Any
+    stop_ids: frozenset[int]
+
+    @classmethod
+    def load(cls, path: str, device: str = "auto") -> Talker:
+        """From a run, a checkpoint or a Hugging Face folder. Raises ModelError or RecipeError."""
+        folder = resolve_model_folder(path)
+        if not folder.is_dir():
+            raise ModelError(f"{path}: has no tokenizer; `pertoken export` it as a Hugging Face folder with one first")
+        tokenizer = load_tokenizer(folder)
+        stops = {tokenizer.eos_token_id} - {None}
+        if tokenizer.chat_template is not None:
+            stops.add(end_of_turn_id(tokenizer, {}))
+        return cls(load_model(folder).to(resolve_device(device)), tokenizer, frozenset(stops))
+
+    def encode(self, text: str) -> list[int]:
+        """Text to go on from, encoded as the tokenizer does by itself (with a BOS where it adds one)."""
+        ids: list[int] = self.tokenizer(text).input_ids
+        if not ids:
+            raise RecipeError("--prompt: gives no token; write something to go on from")
+        return ids
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """A conversation up to where the assistant is to speak."""
+        if self.tokenizer.chat_template is None:
+            raise ModelError("the tokenizer has no chat template; this is a base model, use generate without --chat")
+        try:
+            text, _ = render(self.tokenizer, messages, template_kwargs={}, add_generation_prompt=True)
+        except ValueError as error:
+            raise ModelError(f"the chat template cannot render this conversation: {error}") from None
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def reply(self, input_ids: list[int], **sampling: Any) -> Iterator[str]:
+        """Text as it is made, up to the end of the turn. `sampling` is `generate`'s."""
+        if sampling.get("seed") is None:
+            sampling["seed"] = torch.seed() % 2**63
+        return stream_text(self.tokenizer, generate(self.model, input_ids, stop_ids=self.stop_ids, **sampling))

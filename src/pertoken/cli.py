@@ -1,0 +1,350 @@
+"""The commands. Everything heavy is imported inside of the command that needs it, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pertoken.errors import PertokenError, RecipeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pertoken.data.store import Store
+    from pertoken.model.transformer import CausalLM
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="pertoken",
+    help="Pretrain and fine-tune language models: every supervised token counts exactly once, however the work is split.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+tokenizer_app = typer.Typer(help="Make tokenizers.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(tokenizer_app, name="tokenizer")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to override: train.learning_rate=3e-4")
+]
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A run, a checkpoint, a Hugging Face folder, a .pth")]
+DataPath = Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder or a glob of data")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there as JSON too")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+
+
+def main() -> None:
+    """Run the command line; a user's error becomes one message on stderr and its exit code."""
+    try:
+        app()
+    except PertokenError as error:
+        from pertoken.text import plain
+
+        print(plain(f"error: {error}"), file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(soft_wrap=not sys.stdout.isatty())
+
+
+@app.command()
+def new(stage: Annotated[str, typer.Argument(metavar="sft|pretrain")]) -> None:
+    """Print a commented starter recipe."""
+    from pertoken.starter import STARTERS
+
+    if stage not in STARTERS:
+        raise RecipeError(f"{stage}: no such recipe; there are {', '.join(STARTERS)}")
+    print(STARTERS[stage], end="")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file; `pertoken new sft` prints one")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in out_dir")] = False,
+) -> None:
+    """Train a model as a recipe says."""
+    from pertoken.config import Recipe
+
+    parsed = Recipe.load(recipe, overrides or ())
+
+    from pertoken.console import ConsoleListener
+    from pertoken.training.run import train as run_training
+
+    console = _console()
+    listener = ConsoleListener(console, log_interval=parsed.log.log_interval)
+    try:
+        result = run_training(parsed, resume=resume, overwrite=overwrite, listener=listener)
+    finally:
+        listener.close()
+    console.print(f"done: {result.checkpoint}", highlight=False, markup=False)
+
+
+@app.command()
+def prepare(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE")],
+    overrides: Overrides = None,
+) -> None:
+    """Tokenise a recipe's data into its store, or say that it is there."""
+    from pertoken.config import Recipe
+
+    parsed = Recipe.load(recipe, overrides or ())
+
+    from pertoken.console import ConsoleListener
+    from pertoken.training.run import prepare as run_preparing
+
+    console = _console()
+    listener = ConsoleListener(console, log_interval=1)
+    for name, store in zip(("training", "evaluation"), run_preparing(parsed, listener), strict=True):
+        if store is not None:
+            _say_what_is_in(console, name, store)
+
+
+def _say_what_is_in(console: Console, name: str, store: Store) -> None:
+    supervised, tokens = int(store.num_tokens.sum()), int(store.lengths.sum())
+    console.print(
+        f"{name}: {len(store):,} samples, {supervised:,} of {tokens:,} tokens supervised", highlight=False, markup=False
+    )
+    for note in store.report.notes():
+        console.print(f"  {note}", highlight=False, markup=False)
+
+
+@app.command(name="eval")
+def evaluate_command(
+    model: ModelPath,
+    data: DataPath,
+    overrides: Overrides = None,
+    json_file: JsonFile = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64")] = "float32",
+    device: Device = "auto",
+) -> None:
+    """Token-weighted loss, perplexity and bits per byte of a model on data."""
+    from pertoken.training.evaluate import evaluate
+    from pertoken.training.precision import Precision, resolve_device
+
+    if dtype not in ("float32", "bfloat16", "float16", "float64"):
+        raise RecipeError(f"--dtype {dtype}: must be float32, bfloat16, float16 or float64")
+    console = _console()
+    precision = Precision(dtype, resolve_device(device))
+    loaded, store, _ = _model_and_data(model, data, overrides or [], precision.parameter_dtype)
+    _say_what_is_in(console, data, store)
+    result = evaluate(loaded.to(precision.device), store, precision, token_budget=8192)
+    figures = {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "loss_sum": result.loss_sum,
+        "num_tokens": result.num_tokens,
+        "num_bytes": result.num_bytes,
+        "samples": len(store),
+    }
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        console.print(f"{name:<14} {figures[name]:.4f}", highlight=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _model_and_data(
+    model: str, data: str, overrides: list[str], parameter_dtype: Any = None
+) -> tuple[CausalLM, Store, Any]:
+    """A model, the samples of `data` made as its own training would make them, and its tokenizer."""
+    import torch
+
+    from pertoken.data.store import build_store
+    from pertoken.data.tokenizer import load_tokenizer
+    from pertoken.training.checkpoint import load_model, resolve_model_folder
+    from pertoken.training.run import data_recipe
+
+    loaded = load_model(model, dtype=parameter_dtype or torch.float32)
+    recipe = data_recipe(resolve_model_folder(model), data, overrides, longest=loaded.config.max_position_embeddings)
+    settings = recipe.data
+    assert settings.tokenizer is not None
+    tokenizer = load_tokenizer(
+        settings.tokenizer, add_tokens=settings.add_tokens, chat_template=settings.chat_template
+    )
+    store = build_store(settings.path, stage=recipe.stage, tokenizer=tokenizer, data=settings)
+    store.check_vocab(loaded.config.vocab_size)
+    return loaded, store, tokenizer
+
+
+@app.command()
+def inspect(
+    model: ModelPath,
+    data: DataPath,
+    overrides: Overrides = None,
+    row: Annotated[int | None, typer.Option(help="Line of the file, from 1; left out: the first that trains")] = None,
+) -> None:
+    """Show a row token by token: label, supervised or not, and the model's loss."""
+    import numpy as np
+
+    from pertoken.console import show_token_losses
+    from pertoken.errors import DataError
+    from pertoken.inspection import token_losses
+
+    loaded, store, tokenizer = _model_and_data(model, data, overrides or [])
+    if row is None:
+        chosen = [0]
+    else:
+        chosen = np.flatnonzero(store.lines == row).tolist()
+        if not chosen:
+            raise DataError(f"{data}: row {row} made no sample; rows that did: {store.lines.min()} to {store.lines.max()}")
+    for i in chosen:
+        show_token_losses(_console(), token_losses(loaded, store[i], tokenizer), store.where(i))
+
+
+Sampling = {
+    "max_new_tokens": typer.Option(help="At most this many tokens"),
+    "temperature": typer.Option(help="0: always the likeliest token"),
+    "top_k": typer.Option(help="Only the k likeliest tokens; 0: all"),
+    "top_p": typer.Option(help="Only the likeliest tokens that make up this probability"),
+    "repetition_penalty": typer.Option(help="Above 1: tokens already there become less likely"),
+    "seed": typer.Option(help="Left out: another one each time"),
+}
+
+
+@app.command()
+def generate(
+    model: ModelPath,
+    prompt: Annotated[str, typer.Option(help="Text to go on from")],
+    chat: Annotated[bool, typer.Option("--chat", help="Give the prompt as a user's message, by the template")] = False,
+    max_new_tokens: Annotated[int, Sampling["max_new_tokens"]] = 256,
+    temperature: Annotated[float, Sampling["temperature"]] = 0.0,
+    top_k: Annotated[int, Sampling["top_k"]] = 0,
+    top_p: Annotated[float, Sampling["top_p"]] = 1.0,
+    repetition_penalty: Annotated[float, Sampling["repetition_penalty"]] = 1.0,
+    seed: Annotated[int | None, Sampling["seed"]] = None,
+    device: Device = "auto",
+) -> None:
+    """Complete a prompt; stops at the end of the turn or document."""
+    from pertoken.chatting import Talker
+
+    talker = Talker.load(model, device)
+    ids = talker.encode_chat([{"role": "user", "content": prompt}]) if chat else talker.encode(prompt)
+    _stream(
+        talker.reply(
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+    )
+
+
+@app.command()
+def chat(
+    model: ModelPath,
+    system: Annotated[str | None, typer.Option(help="A system message to begin with")] = None,
+    max_new_tokens: Annotated[int, Sampling["max_new_tokens"]] = 512,
+    temperature: Annotated[float, Sampling["temperature"]] = 0.7,
+    top_k: Annotated[int, Sampling["top_k"]] = 0,
+    top_p: Annotated[float, Sampling["top_p"]] = 0.9,
+    repetition_penalty: Annotated[float, Sampling["repetition_penalty"]] = 1.0,
+    seed: Annotated[int | None, Sampling["seed"]] = None,
+    device: Device = "auto",
+) -> None:
+    """Talk to a model. /new starts over, /exit or end of input leaves."""
+    from pertoken.chatting import Talker
+
+    talker = Talker.load(model, device)
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    interactive = sys.stdin.isatty()
+    while True:
+        try:
+            said = input("you> " if interactive else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if said == "/exit":
+            break
+        if said == "/new":
+            messages = list(opening)
+            continue
+        if not said:
+            continue
+        messages.append({"role": "user", "content": said})
+        ids = talker.encode_chat(messages)
+        try:
+            answer = _stream(
+                talker.reply(
+                    ids,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    repetition_penalty=repetition_penalty,
+                    seed=seed,
+                )
+            )
+        except KeyboardInterrupt:  # stops the answer, not the chat
+            print()
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _stream(pieces: Any) -> str:
+    from pertoken.text import plain
+
+    text = ""
+    for piece in pieces:
+        text += piece
+        print(plain(piece), end="", flush=True)
+    print()
+    return text
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, a checkpoint or any model folder")],
+    out: Annotated[Path, typer.Option(help="The folder to write (hf), or the folder or .pth file (minimind)")],
+    format_: Annotated[str, typer.Option("--format", metavar="hf|minimind")] = "hf",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; left out: as trained (hf), float16 (minimind)")
+    ] = None,
+) -> None:
+    """Write a model for others: a Hugging Face folder, or MiniMind's .pth."""
+    from pertoken.training.export import export_model
+
+    for path in export_model(run, out, format_=format_, dtype=dtype):
+        print(path)
+
+
+@tokenizer_app.command(name="train")
+def tokenizer_train(
+    files: Annotated[list[str], typer.Argument(metavar="FILES...", help=".txt, .jsonl or .parquet; text or chats")],
+    out: Annotated[Path, typer.Option(help="The folder to write")],
+    vocab_size: Annotated[int | None, typer.Option(help="Tokens in all; needed for bpe")] = None,
+    kind: Annotated[str, typer.Option(metavar="bpe|char", help="Byte-level BPE, or one token per character")] = "bpe",
+    text_key: Annotated[str, typer.Option(help="The key of a row's text")] = "text",
+) -> None:
+    """Train a tokenizer with a chat template on text or conversations."""
+    from pertoken.data.tokenizer import train_tokenizer
+
+    if kind not in ("bpe", "char"):
+        raise RecipeError(f"--kind {kind}: must be bpe or char")
+    tokenizer = train_tokenizer(files, vocab_size=vocab_size, kind=kind, out_dir=out, text_key=text_key)
+    print(f"{out}: {len(tokenizer):,} tokens")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="A new folder for all that is made")] = Path("demo"),
+    minutes: Annotated[float, typer.Option(help="About how long it may take on two cores")] = 4.0,
+) -> None:
+    """Tokenizer, pretraining, fine-tuning on real chats, evaluation and a chat, on a laptop CPU."""
+    from pertoken.demo import run_demo
+
+    run_demo(_console(), out, minutes)

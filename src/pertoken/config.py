@@ -1,0 +1,382 @@
+"""The recipe: one TOML file plus `key=value` overrides, frozen and validated.
+
+Every message is one line that names the key, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pertoken.errors import RecipeError
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "LogConfig",
+    "ModelConfig",
+    "Recipe",
+    "ResolvedModelConfig",
+    "TrainConfig",
+    "apply_override",
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """The architecture, in Hugging Face's names. Keys left out are derived by `resolve`."""
+
+    family: Literal["qwen3", "llama"] = "qwen3"
+    hidden_size: int = Field(default=512, ge=1)
+    num_hidden_layers: int = Field(default=8, ge=1)
+    num_attention_heads: int = Field(default=8, ge=1)
+    num_key_value_heads: int | None = Field(default=None, ge=1)
+    head_dim: int | None = Field(default=None, ge=2)
+    intermediate_size: int | None = Field(default=None, ge=1)
+    vocab_size: int | None = Field(default=None, ge=2)
+    max_position_embeddings: int = Field(default=32768, ge=2)
+    rope_theta: float | None = Field(default=None, gt=0)
+    rms_norm_eps: float = Field(default=1e-6, gt=0)
+    tie_word_embeddings: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        heads, kv = self.num_attention_heads, self.num_key_value_heads
+        if self.head_dim is None and self.hidden_size % heads:
+            raise ValueError(
+                f"model.num_attention_heads={heads}: does not divide model.hidden_size={self.hidden_size}; "
+                "choose a divisor, or set model.head_dim"
+            )
+        if kv is not None and heads % kv:
+            raise ValueError(
+                f"model.num_key_value_heads={kv}: does not divide model.num_attention_heads={heads}; choose a divisor"
+            )
+        head_dim = self.head_dim or self.hidden_size // heads
+        if head_dim % 2:
+            raise ValueError(f"model.head_dim={head_dim}: must be even, rotary embeddings turn pairs")
+        return self
+
+    def resolve(self, vocab_size: int) -> ResolvedModelConfig:
+        """All keys filled in. `vocab_size` counts where `model.vocab_size` is not given.
+
+        The feed-forward width defaults to MiniMind's `ceil(hidden_size * pi / 64) * 64`, the rotary base to the
+        family's own.
+        """
+        return ResolvedModelConfig(
+            family=self.family,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads or self.num_attention_heads,
+            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
+            intermediate_size=self.intermediate_size or math.ceil(self.hidden_size * math.pi / 64) * 64,
+            vocab_size=self.vocab_size or vocab_size,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_theta=self.rope_theta or {"qwen3": 1e6, "llama": 1e4}[self.family],
+            rms_norm_eps=self.rms_norm_eps,
+            tie_word_embeddings=self.tie_word_embeddings,
+        )
+
+
+class ResolvedModelConfig(ModelConfig):
+    """A `ModelConfig` with nothing left to derive: what a model is built from."""
+
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rope_theta: float
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+class DataConfig(_Section):
+    """Where the samples come from and how they are made."""
+
+    path: tuple[str, ...] = Field(min_length=1)
+    eval_path: tuple[str, ...] = ()
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    eval_split: Literal["rows", "tail"] = "rows"
+    format: Literal["auto", "messages", "conversations", "prompt_completion", "text"] = "auto"
+    text_key: str = Field(default="text", min_length=1)
+    prompt_key: str = Field(default="prompt", min_length=1)
+    completion_key: str = Field(default="completion", min_length=1)
+    tokenizer: str | None = None
+    add_tokens: tuple[str, ...] = ()
+    chat_template: str | None = None
+    template_kwargs: dict[str, Any] = {}
+    max_seq_len: int = Field(default=1024, ge=2)
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    on_bad_row: Literal["error", "skip"] = "error"
+    store: str | None = None
+
+    @field_validator("path", "eval_path", "add_tokens", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return _as_tuple(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.eval_path and self.eval_fraction:
+            raise ValueError(
+                f"data.eval_fraction={self.eval_fraction}: data.eval_path is given too; keep one of the two"
+            )
+        return self
+
+
+class TrainConfig(_Section):
+    """The objective's optimisation, and the plan it is computed by."""
+
+    epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    decay_ratio: float = Field(default=0.2, gt=0, le=1)
+    optimizer: Literal["adamw"] = "adamw"
+    weight_decay: float = Field(default=0.01, ge=0)
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    grad_clip: float = Field(default=1.0, ge=0)
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16"
+    device: str = "auto"
+    seed: int = Field(default=42, ge=0)
+    micro_batch_tokens: int = Field(default=8192, ge=1)
+    compile: Literal["on", "off"] = "off"
+    activation_checkpointing: bool = False
+    eval_interval: int | None = Field(default=None, ge=1)
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("each must be at least 0 and below 1")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        kind, _, index = value.partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
+            raise ValueError('must be "auto", "cpu", "cuda" or "cuda:N"')
+        return value
+
+
+class CheckpointConfig(_Section):
+    """What is kept of a run, and how often."""
+
+    save_interval: int | None = Field(default=None, ge=1)
+    keep_last: int = Field(default=2, ge=1)
+    keep_best: bool = True
+
+
+class LogConfig(_Section):
+    """What is shown and tracked."""
+
+    log_interval: int = Field(default=10, ge=1)
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    project: str = Field(default="pertoken", min_length=1)
+    grad_stats: bool = False
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return _as_tuple(value)
+
+
+class Recipe(_Section):
+    """What is learned (data, model, objective, schedule) and how it is computed. See README.md for every key."""
+
+    stage: Literal["pretrain", "sft"]
+    out_dir: str = Field(min_length=1)
+    init_from: str | None = None
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stage_defaults(cls, values: Any) -> Any:
+        """The learning rate left out becomes the stage's usual one, and is recorded as such."""
+        if isinstance(values, dict) and isinstance(values.get("train", {}), dict):
+            train = dict(values.get("train", {}))
+            if train.get("learning_rate") is None and "stage" in values:
+                train["learning_rate"] = {"pretrain": 5e-4, "sft": 2e-5}.get(values["stage"], 1e-4)
+                values = {**values, "train": train}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.data.tokenizer is None and (self.init_from is None or self.init_from.endswith(".pth")):
+            raise ValueError(
+                "data.tokenizer: missing; name a tokenizer folder (or set init_from to a model folder that has one)"
+            )
+        if self.data.max_seq_len > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.max_seq_len={self.data.max_seq_len}: longer than "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}; lower one or raise the other"
+            )
+        if self.stage == "pretrain" and self.data.format not in ("auto", "text"):
+            raise ValueError(
+                f'data.format="{self.data.format}": stage = "pretrain" reads raw text; use "text" or stage = "sft"'
+            )
+        if self.stage == "sft" and self.data.format == "text":
+            raise ValueError('data.format="text": stage = "sft" reads conversations; use stage = "pretrain" for text')
+        if self.data.eval_split == "tail" and self.stage != "pretrain":
+            raise ValueError('data.eval_split="tail": only raw text has a tail; use "rows" for conversations')
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """Read a TOML recipe and apply dotted `key=value` overrides. Raises RecipeError."""
+        path = Path(path)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read ({error.strerror}); name a recipe, `pertoken new sft` prints one")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save the recipe as UTF-8")
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{path}: not valid TOML: {error}")
+        for override in overrides:
+            apply_override(values, override)
+        return cls.parse(values)
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> Recipe:
+        """Validate a nested dict. Raises RecipeError with one line per problem."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError("\n".join(_explain(error))) from None
+
+    def to_toml(self) -> str:
+        """The resolved recipe: every key that has a value."""
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted key -> value, for comparing two recipes."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return value
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, dict) and prefix + key != "data.template_kwargs":
+            yield from _flatten(item, f"{prefix}{key}.")
+        else:
+            yield prefix + key, item
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one dotted `key=value` in place. The value is TOML; what is not TOML, or meant for a text key, is text."""
+    key, separator, text = override.partition("=")
+    key = key.strip()
+    if not separator or not key:
+        raise RecipeError(f"{override}: not an override; write key=value, for example train.learning_rate=3e-4")
+    value: Any = text
+    if not _takes_only_text(key):
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+    *sections, leaf = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"{override}: {section} is not a section of the recipe")
+    values[leaf] = value
+
+
+def _field_at(key: str) -> Any:
+    """The annotation of a dotted key, or None."""
+    annotation: Any = Recipe
+    for part in key.split("."):
+        fields = getattr(annotation, "model_fields", {})
+        if part not in fields:
+            return None
+        annotation = fields[part].annotation
+    return annotation
+
+
+def _takes_only_text(key: str) -> bool:
+    annotation = _field_at(key)
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return all(o in (str, type(None)) or typing.get_origin(o) is Literal for o in options)
+
+
+def _all_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    """One line per problem: key, value, remedy."""
+    keys = _all_keys()
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        kind, context, value = problem["type"], problem.get("ctx", {}), problem.get("input")
+        shown = f"{key}={value!r}" if isinstance(value, str) else f"{key}={value}"
+        match kind:
+            case "extra_forbidden":
+                leaf = {k.rpartition(".")[2]: k for k in keys}
+                near = difflib.get_close_matches(key, keys, 1, 0.75) or [
+                    leaf[k] for k in difflib.get_close_matches(key.rpartition(".")[2], leaf, 1, 0.6)
+                ]
+                hint = f"did you mean {near[0]}?" if near else "see the README for the keys there are"
+                yield f"{key}: unknown key; {hint}"
+            case "missing":
+                yield f"{key}: missing; add it to the recipe or pass {key}=..."
+            case "value_error":
+                text = str(context["error"])
+                yield text if key in ("", *Recipe.model_fields) else f"{shown}: {text}"
+            case "literal_error":
+                yield f"{shown}: must be one of {context['expected']}"
+            case "greater_than_equal":
+                yield f"{shown}: must be at least {context['ge']}"
+            case "greater_than":
+                yield f"{shown}: must be more than {context['gt']}"
+            case "less_than_equal":
+                yield f"{shown}: must be at most {context['le']}"
+            case "less_than":
+                yield f"{shown}: must be less than {context['lt']}"
+            case "int_type" | "int_from_float":
+                yield f"{shown}: must be a whole number, written without quotes or a point"
+            case "float_type" | "finite_number":
+                yield f"{shown}: must be a finite number, written without quotes"
+            case "bool_type":
+                yield f"{shown}: must be true or false, written without quotes"
+            case "string_type":
+                yield f"{shown}: must be text, written in quotes"
+            case "too_short" | "string_too_short":
+                yield f"{shown}: must not be empty"
+            case "model_type" | "model_attributes_type":
+                yield f"{shown}: must be a section, [{key}]"
+            case _:
+                yield f"{shown}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

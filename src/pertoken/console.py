@@ -1,0 +1,165 @@
+"""What the command line shows: the summary, progress, tables. Everything from users or data is shown as plain text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from pertoken.inspection import TokenLoss
+from pertoken.text import plain
+from pertoken.training.metrics import GradStats, Listener, Row, Summary
+
+__all__ = ["ConsoleListener", "duration", "show_token_losses"]
+
+_EXAMPLE_CHARACTERS = 1200
+
+
+def duration(seconds: float) -> str:
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+class ConsoleListener(Listener):
+    """Prints: a progress bar in a terminal, a line per `log_interval` everywhere."""
+
+    def __init__(self, console: Console, *, log_interval: int) -> None:
+        self._console = console
+        self._log_interval = log_interval
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._preparing_since: float | None = None
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def preparing(self, done_bytes: int, total_bytes: int) -> None:
+        self._preparing_since = self._preparing_since or time.perf_counter()
+        if self._console.is_terminal:
+            end = "\n" if done_bytes == total_bytes else "\r"
+            self._console.print(f"tokenising {done_bytes / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB", end=end)
+        elif done_bytes == total_bytes:
+            took = time.perf_counter() - self._preparing_since
+            self._console.print(f"tokenised {total_bytes / 1e6:,.1f} MB in {duration(took)}")
+        if done_bytes == total_bytes:
+            self._preparing_since = None
+
+    def started(self, summary: Summary) -> None:
+        self._console.print(_summary_table(summary))
+        self._console.print(_example(summary))
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task(
+            "", total=summary.total_steps, completed=summary.start_step, status=""
+        )
+        self._progress.start()
+
+    def stepped(self, row: Row, summary: Summary) -> None:
+        text = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tok/s"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=row["step"], status=text)
+        steps_per_epoch = -(-summary.num_samples // summary.batch_size)
+        last = row["step"] in (summary.total_steps, row["epoch"] * steps_per_epoch)
+        if "eval_loss" in row:
+            text += (
+                f"  eval loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.2f}"
+                f"  bits/byte {row['eval_bits_per_byte']:.4f}"
+            )
+        if last or "eval_loss" in row or row["step"] % self._log_interval == 0 or row["step"] == 1:
+            self._console.print(f"step {row['step']:>{len(str(summary.total_steps))}}  {text}", highlight=False)
+
+    def evaluating(self, step: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, status="evaluating")
+
+    def gradients(self, stats: Sequence[GradStats]) -> None:
+        table = Table("parameter", "mean", "std", "norm", title="gradients of this step, before clipping")
+        for s in stats:
+            if s.norm is None:
+                table.add_row(plain(s.name), "no gradient", "", "", style="red")
+            else:
+                table.add_row(plain(s.name), f"{s.mean:.3e}", f"{s.std:.3e}", f"{s.norm:.3e}")
+        self._console.print(table)
+
+    def message(self, text: str) -> None:
+        self._console.print(plain(text), style="yellow", markup=False, highlight=False)
+
+
+def _summary_table(s: Summary) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    share = s.num_tokens / s.total_tokens
+    per_step = min(1.0, s.batch_size / s.num_samples)
+    steps = f"{s.total_steps:,} over {s.epochs} epoch{'s' if s.epochs > 1 else ''}"
+    if s.start_step:
+        steps += f", going on after step {s.start_step:,}"
+    rows = [
+        ("run", f"{s.stage} into {s.out_dir}"),
+        ("model", f"{s.family}, {s.num_parameters / 1e6:,.1f} M parameters, {s.dtype} on {s.device}"),
+        ("samples", f"{s.num_samples:,} to train on, {s.num_eval_samples:,} to evaluate on"),
+        ("supervised", f"{s.num_tokens:,} of {s.total_tokens:,} tokens ({share:.1%})"),
+        *(("", note) for note in s.data_notes),
+        (
+            "step",
+            f"{min(s.batch_size, s.num_samples)} samples, about {s.num_tokens * per_step:,.0f} supervised tokens; "
+            f"{s.world_size} rank{'s' if s.world_size > 1 else ''} x {s.micro_batches} "
+            f"micro-batch{'es' if s.micro_batches > 1 else ''}",
+        ),
+        ("steps", steps),
+        ("expected", f"about {duration(s.expected_s)}"),
+    ]
+    for name, value in rows:
+        table.add_row(Text(name, style="dim"), Text(plain(value)))
+    return table
+
+
+def _example(s: Summary) -> Text:
+    text = Text("\na sample, ").append(plain(s.example_source)).append("; what is between ⟦ and ⟧ is supervised:\n")
+    left = _EXAMPLE_CHARACTERS
+    for piece, supervised in s.example:
+        shown = plain(piece[:left])
+        text.append(f"⟦{shown}⟧" if supervised else shown, style="green" if supervised else "dim")
+        left -= len(shown)
+        if left <= 0:
+            text.append(" ...")
+            break
+    return text.append("\n")
+
+
+def show_token_losses(console: Console, losses: Sequence[TokenLoss], source: str) -> None:
+    """A table of a sample's tokens; supervised rows are green and marked."""
+    table = Table("position", "token", "label", "label id", "supervised", "loss (nats)", title=plain(source))
+    for row in losses:
+        table.add_row(
+            str(row.position),
+            Text(repr(row.token)[1:-1]),
+            Text(repr(row.label)[1:-1]),
+            str(row.label_id),
+            "yes" if row.supervised else "-",
+            f"{row.loss:.4f}",
+            style="green" if row.supervised else "dim",
+        )
+    console.print(table)
+    counted = [row.loss for row in losses if row.supervised]
+    mean = f"{sum(counted) / len(counted):.4f} nats" if counted else "none"
+    console.print(f"{len(counted)} of {len(losses)} tokens supervised; mean loss of these: {mean}", highlight=False)

@@ -1,0 +1,1 @@
+"""From files to micro-batches. Knows nothing of models."""

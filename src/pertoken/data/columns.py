@@ -1,0 +1,116 @@
+"""Samples as an Arrow IPC file: written as a stream, read in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pertoken.data.batch import Sample
+from pertoken.data.samples import Row
+
+__all__ = ["Columns", "write"]
+
+# Per record batch: bounds memory while writing, and keeps the batches few.
+_BATCH_TOKENS = 4_000_000
+_BATCH_ROWS = 65_536
+
+_SCHEMA = pa.schema(
+    {
+        "tokens": pa.list_(pa.int32()),  # T + 1
+        "loss_mask": pa.list_(pa.uint8()),  # T, 0 or 1: a byte each, unlike bool, so that it is read without a copy
+        "length": pa.int32(),  # T
+        "num_tokens": pa.int64(),  # supervised
+        "num_bytes": pa.int64(),  # UTF-8, of the supervised text
+        "max_token_id": pa.int32(),
+        "file": pa.int32(),  # index into the files of store.json
+        "line": pa.int64(),
+        "row_digest": pa.uint64(),
+        "is_tail": pa.bool_(),
+    }
+)
+
+
+class Columns:
+    """The memory-mapped record batches as one table with random access."""
+
+    def __init__(self, path: Path) -> None:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self._lists = [
+            tuple(_list_views(batch.column(name)) for name in ("tokens", "loss_mask")) for batch in self._batches
+        ]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def column(self, name: str) -> np.ndarray:
+        parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self._batches]
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+    def value(self, name: str, i: int) -> int:
+        batch, row = self._find(i)
+        return int(self._batches[batch].column(name)[row].as_py())
+
+    def sample(self, i: int) -> Sample:
+        """Views of the file, nothing is copied."""
+        batch, row = self._find(i)
+        tokens, loss_mask = (values[offsets[row] : offsets[row + 1]] for offsets, values in self._lists[batch])
+        return Sample(tokens, loss_mask.view(np.bool_))
+
+    def _find(self, i: int) -> tuple[int, int]:
+        batch = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return batch, i - int(self._starts[batch])
+
+
+def _list_views(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    return column.offsets.to_numpy(zero_copy_only=True), column.values.to_numpy(zero_copy_only=True)
+
+
+def write(path: Path, rows: Iterable[Row]) -> dict[str, int]:
+    """Stream the samples into record batches. Returns the totals of a report."""
+    totals = {"samples": 0, "tokens": 0, "num_tokens": 0}
+    pending: list[Row] = []
+    pending_tokens = 0
+    with path.open("wb") as file:
+        with pa.ipc.new_file(file, _SCHEMA) as writer:
+            for row in rows:
+                pending.append(row)
+                pending_tokens += len(row.tokens)
+                totals["samples"] += 1
+                totals["tokens"] += len(row.loss_mask)
+                totals["num_tokens"] += int(row.loss_mask.sum())
+                if pending_tokens >= _BATCH_TOKENS or len(pending) == _BATCH_ROWS:
+                    writer.write_batch(_batch(pending))
+                    pending, pending_tokens = [], 0
+            if pending:
+                writer.write_batch(_batch(pending))
+        file.flush()
+        os.fsync(file.fileno())  # a rename that outlives a power cut must not name an empty file
+    return totals
+
+
+def _batch(rows: list[Row]) -> Any:
+    columns = {
+        "tokens": _lists([row.tokens for row in rows], pa.int32()),
+        "loss_mask": _lists([row.loss_mask.view(np.uint8) for row in rows], pa.uint8()),
+        "length": [len(row.loss_mask) for row in rows],
+        "num_tokens": [int(row.loss_mask.sum()) for row in rows],
+        "num_bytes": [row.num_bytes for row in rows],
+        "max_token_id": [int(row.tokens.max()) for row in rows],
+        "file": [row.file for row in rows],
+        "line": [row.line for row in rows],
+        "row_digest": np.array([row.digest for row in rows], dtype=np.uint64),
+        "is_tail": [row.is_tail for row in rows],
+    }
+    return pa.record_batch([pa.array(columns[field.name], type=field.type) for field in _SCHEMA], schema=_SCHEMA)
+
+
+def _lists(parts: list[np.ndarray], type: Any) -> Any:
+    offsets = np.cumsum([0, *map(len, parts)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(parts), type=type))

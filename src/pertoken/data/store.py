@@ -1,0 +1,286 @@
+"""Tokenised samples on disk: made once, memory-mapped ever after.
+
+A store is a folder of the cache, named by a hash over everything that decides its contents, with
+
+    samples.arrow   an Arrow IPC file, one row per sample (see columns.py)
+    store.json      files, settings, counts
+    skipped.txt     the bad rows that were skipped, one line each
+
+It is built aside and renamed into place, so a folder of that name is always whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+
+import numpy as np
+
+from pertoken.config import DataConfig
+from pertoken.data.batch import Sample
+from pertoken.data.chat import Encoder
+from pertoken.data.columns import Columns, write
+from pertoken.data.records import BadRow, Problems, find_files
+from pertoken.data.samples import Counts, make_samples
+from pertoken.data.tokenizer import special_ids
+from pertoken.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Store", "StoreReport", "build_store"]
+
+_VERSION = 1  # of the format and of how samples are made: raise it when either changes
+_SAMPLES, _META, _SKIPPED = "samples.arrow", "store.json", "skipped.txt"
+
+
+@dataclass(frozen=True)
+class StoreReport:
+    """What became of the rows of a store's files."""
+
+    rows: int  # rows read, bad ones included
+    samples: int
+    tokens: int  # inputs, over all samples
+    num_tokens: int  # supervised tokens
+    skipped: int  # bad rows passed over, listed in skipped_file
+    overlong: int  # conversations dropped for being longer than data.max_seq_len
+    truncated: int  # conversations cut to data.max_seq_len
+    unsupervised: int  # conversations dropped for having no supervised token (left)
+    too_short: int  # documents of one token, which predict nothing
+    skipped_file: str | None
+    hit: bool  # the store was there already
+
+    def notes(self) -> list[str]:
+        """One line for each way in which rows were lost or cut."""
+        return [
+            note.format(count=count)
+            for count, note in (
+                (self.skipped, f"{{count}} bad rows skipped, listed in {self.skipped_file}"),
+                (self.overlong, "{count} conversations longer than data.max_seq_len dropped"),
+                (self.truncated, "{count} conversations cut to data.max_seq_len"),
+                (self.unsupervised, "{count} conversations without a supervised token dropped"),
+                (self.too_short, "{count} documents of a single token dropped"),
+            )
+            if count
+        ]
+
+
+class Store:
+    """A sequence of samples. `store[i]` costs the same for every i and copies nothing."""
+
+    def __init__(
+        self,
+        columns: Columns,
+        *,
+        fingerprint: str,
+        files: tuple[str, ...],
+        report: StoreReport,
+        ids: np.ndarray | None = None,
+    ) -> None:
+        self.fingerprint = fingerprint  # hash over files, tokenizer and settings
+        self.files = files
+        self.report = report  # of the whole build, in both halves of a split
+        self._columns = columns
+        self._ids = ids  # [len] int64, rows of `columns`; None: all of them
+
+    def __len__(self) -> int:
+        return len(self._columns) if self._ids is None else len(self._ids)
+
+    def __getitem__(self, i: SupportsIndex) -> Sample:
+        return self._columns.sample(self._row(i))
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[len] int32, T of each sample."""
+        return self._column("length")
+
+    @cached_property
+    def num_tokens(self) -> np.ndarray:
+        """[len] int64, supervised tokens of each sample."""
+        return self._column("num_tokens")
+
+    @cached_property
+    def num_bytes(self) -> np.ndarray:
+        """[len] int64, UTF-8 bytes of each sample's supervised text; special tokens have none."""
+        return self._column("num_bytes")
+
+    def where(self, i: SupportsIndex) -> str:
+        """`file:line` of sample i."""
+        row = self._row(i)
+        return f"{self.files[self._columns.value('file', row)]}:{self._columns.value('line', row)}"
+
+    def split(self, eval_fraction: float, eval_split: Literal["rows", "tail"]) -> tuple[Store, Store]:
+        """(train, eval), together every sample once; the same in every run.
+
+        "rows" holds out the given share of the distinct rows, at least one, chosen by their content: all samples of a
+        row and of its duplicates are on one side. "tail" holds out what was built as the end of each document.
+        Raises DataError where either side would be empty.
+        """
+        assert 0 < eval_fraction < 1, eval_fraction
+        if eval_split == "tail":
+            held_out, distinct = self._column("is_tail").astype(np.bool_), None
+        else:
+            digests = self._column("row_digest")
+            rows = np.unique(digests)
+            distinct = len(rows)
+            held_out = digests <= rows[min(max(1, round(eval_fraction * distinct)), distinct) - 1]
+        if held_out.all() or not held_out.any():
+            seen = "one side would be empty" if distinct is None else f"cannot split {distinct} distinct row(s)"
+            raise DataError(
+                f"data.eval_fraction={eval_fraction}: {seen}; change it, give data.eval_path instead, "
+                'or set data.eval_split="tail" for raw text'
+            )
+        train, evaluation = self._select(~held_out), self._select(held_out)
+        return train, evaluation
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raise DataError, naming the first 20 samples, where a token id is not below `vocab_size`."""
+        largest = self._column("max_token_id")
+        outside = np.flatnonzero(largest >= vocab_size)
+        problems = Problems()
+        for i in outside.tolist():
+            row = self._row(i)
+            file, line = self.files[self._columns.value("file", row)], self._columns.value("line", row)
+            what = f"token id {largest[i]} is outside the model's vocabulary of {vocab_size}"
+            problems.add(
+                BadRow(file, line, "tokens", f"{what}; use the model's own tokenizer or raise model.vocab_size")
+            )
+        problems.raise_if_any()
+
+    def _row(self, i: SupportsIndex) -> int:
+        i = i.__index__()
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return i if self._ids is None else int(self._ids[i])
+
+    def _column(self, name: str) -> np.ndarray:
+        column = self._columns.column(name)
+        return column if self._ids is None else column[self._ids]
+
+    def _select(self, chosen: np.ndarray) -> Store:
+        ids = np.flatnonzero(chosen) if self._ids is None else self._ids[chosen]
+        return Store(self._columns, fingerprint=self.fingerprint, files=self.files, report=self.report, ids=ids)
+
+
+def build_store(
+    paths: Sequence[str],
+    *,
+    stage: Literal["sft", "pretrain"],
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Store:
+    """The samples of `paths`, opened from the cache where the same files and settings were built before.
+
+    `on_progress` is told (bytes done, bytes in all) during a build. The cache is `data.store`, else
+    $XDG_CACHE_HOME/pertoken, else ~/.cache/pertoken.
+    Raises DataError for bad rows (as `data.on_bad_row` and `data.overlong` say) and where no sample results.
+    """
+    files = find_files(paths)
+    encoder = Encoder(tokenizer)
+    settings = _settings(stage, data)
+    fingerprint = _hash(_VERSION, settings, _contents(files), _tokenizer_identity(tokenizer, encoder))
+    cache = Path(data.store).expanduser() if data.store else _default_cache()
+    folder = cache / fingerprint
+    if (store := _open(folder, hit=True)) is not None:
+        return store
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
+    except OSError as error:
+        raise DataError(f"data.store={cache}: cannot be written ({error.strerror}); choose another folder") from None
+    try:
+        counts = Counts()
+        with (aside / _SKIPPED).open("w", encoding="utf-8") as skipped:
+            rows = make_samples(
+                files,
+                stage=stage,
+                tokenizer=tokenizer,
+                encoder=encoder,
+                data=data,
+                counts=counts,
+                skip=lambda row: skipped.write(f"{row}\n"),
+                on_progress=on_progress,
+            )
+            totals = write(aside / _SAMPLES, rows)
+        _require_samples(totals["samples"], counts, paths)
+        if not counts.skipped:
+            (aside / _SKIPPED).unlink()
+        meta = {"files": [str(file) for file in files], "settings": settings, "report": {**asdict(counts), **totals}}
+        (aside / _META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+        _move(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    store = _open(folder, hit=False)
+    assert store is not None, folder
+    return store
+
+
+def _move(aside: Path, folder: Path) -> None:
+    try:
+        aside.rename(folder)
+    except OSError:
+        # Another process built the same meanwhile; or what is there is broken, since it was not opened above.
+        if _open(folder, hit=True) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+
+
+def _open(folder: Path, *, hit: bool) -> Store | None:
+    """The store in a folder; None where there is none, or a damaged one."""
+    skipped = folder / _SKIPPED
+    try:
+        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        columns = Columns(folder / _SAMPLES)
+        report = StoreReport(**meta["report"], skipped_file=str(skipped) if skipped.exists() else None, hit=hit)
+    except (OSError, ValueError, KeyError, TypeError):  # pyarrow's errors are OSError or ValueError too
+        return None
+    return Store(columns, fingerprint=folder.name, files=tuple(meta["files"]), report=report)
+
+
+def _require_samples(samples: int, counts: Counts, paths: Sequence[str]) -> None:
+    if not samples:
+        found = ", ".join(f"{name} {count}" for name, count in asdict(counts).items() if count)
+        raise DataError(
+            f"{', '.join(paths)}: no sample results ({found}); see data.max_seq_len, data.overlong and data.on_bad_row"
+        )
+
+
+def _settings(stage: str, data: DataConfig) -> dict[str, Any]:
+    """Everything in the recipe that decides the samples."""
+    names = ("format", "text_key", "prompt_key", "completion_key", "template_kwargs", "max_seq_len")
+    values = data.model_dump(mode="json", include={*names, "overlong", "on_bad_row"})
+    return {**values, "stage": stage, "tail": data.eval_fraction if data.eval_split == "tail" else 0.0}
+
+
+def _contents(files: Sequence[Path]) -> list[tuple[str, str]]:
+    """Name and hash of each file. The name counts, for `file:line` must be right."""
+    contents = []
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                contents.append((str(path), hashlib.file_digest(file, "sha256").hexdigest()))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    return contents
+
+
+def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> list[Any]:
+    named = [tokenizer.special_tokens_map, sorted(special_ids(tokenizer))]
+    return [encoder.to_str(), *named, tokenizer.chat_template]
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pertoken"

@@ -1,0 +1,300 @@
+"""Tokenizers: loading any folder that `AutoTokenizer` loads, and training a small one of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pertoken.data.formats import detect_format, to_conversation, to_text
+from pertoken.data.records import BadRow, Problems, Record, read_records
+from pertoken.errors import DataError, ModelError, RecipeError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["CHATML", "SPECIAL_TOKENS", "end_of_turn_id", "load_tokenizer", "render", "special_ids", "train_tokenizer"]
+
+# Ids 0, 1, 2 of a trained tokenizer: padding and unknown, start of a turn (bos), end of a turn (eos).
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+# The assistant's words and the end of its turn are marked as generated; its header and the last newline are not.
+CHATML = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].role == 'system' %}
+        {{- messages[0].content + '\\n\\n' }}
+    {%- endif %}
+    {{- 'Tools, one JSON object a line:' }}
+    {%- for tool in tools %}
+        {{- '\\n' + (tool | tojson) }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- generation %}
+        {%- if message.reasoning_content %}
+            {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\\n<tool_call>' + (call | tojson) + '</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>' }}
+        {%- endgeneration %}
+        {{- '\\n' }}
+    {%- elif not (tools and loop.first and message.role == 'system') %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+# Contractions, words with the sign before them, single digits, runs of other signs, newlines, spaces.
+_WORDS = (
+    r"(?i:'(?:s|t|re|ve|m|ll|d))|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PIECE_CHARS = 1 << 16
+
+
+def load_tokenizer(
+    path: str | Path, *, add_tokens: Sequence[str] = (), chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, from local files only and without running code of the folder's.
+
+    `add_tokens` become special tokens with new ids. `chat_template` replaces the folder's: "chatml" for the one of
+    trained tokenizers, the path of a .jinja file, or the Jinja text itself.
+    Raises ModelError for the folder, RecipeError for the other two.
+    """
+    import transformers
+
+    if not Path(path).is_dir():
+        raise ModelError(f"tokenizer {path}: no such folder; name one that holds a tokenizer.json")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever a broken or foreign folder makes of the loader
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"tokenizer {path}: cannot be loaded ({reason}); it needs a tokenizer.json") from None
+    if not tokenizer.is_fast:
+        raise ModelError(f"tokenizer {path}: has no tokenizer.json, so tokens cannot be traced back to their text")
+    if "" in add_tokens:
+        raise RecipeError("data.add_tokens: an empty token; remove it")
+    if add_tokens:
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": list(dict.fromkeys(add_tokens))}, replace_extra_special_tokens=False
+        )
+    if chat_template is not None:
+        tokenizer.chat_template = _template_text(chat_template)
+    if chat_template == "chatml":
+        known = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        missing = [token for token in SPECIAL_TOKENS[1:] if token not in known]
+        if missing:
+            raise RecipeError(
+                f'data.chat_template="chatml": the tokenizer lacks {missing}; add data.add_tokens={missing}'
+            )
+    return tokenizer
+
+
+def _template_text(chat_template: str) -> str:
+    if chat_template == "chatml":
+        return CHATML
+    if "{" in chat_template:
+        return chat_template
+    file = Path(chat_template).expanduser()
+    if file.suffix != ".jinja" or not file.is_file():
+        raise RecipeError(
+            f'data.chat_template="{chat_template}": neither a .jinja file nor Jinja text; give one, or "chatml"'
+        )
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f'data.chat_template="{chat_template}": cannot be read as UTF-8 ({error})') from None
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    template_kwargs: Mapping[str, Any],
+    add_generation_prompt: bool = False,
+    mark: bool = False,
+) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as text, by the tokenizer's template; with `mark` also the character spans that it marks as
+    generated. Raises ValueError with a one-line reason where the template cannot render it.
+    """
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        texts, spans = render_jinja_template(
+            [messages],
+            tools=tools,
+            chat_template=tokenizer.get_chat_template(tools=tools),
+            return_assistant_tokens_mask=mark,
+            add_generation_prompt=add_generation_prompt,
+            **{**tokenizer.special_tokens_map, **template_kwargs},
+        )
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"the chat template cannot render it ({reason}); correct it or set another data.chat_template"
+        ) from None
+    return texts[0], spans[0] if mark else []
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the tokens that stand for no text."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> int:
+    """The special token that ends an assistant turn: the first one after its words in the template's rendering.
+
+    A tokenizer without a template, or with one that ends turns in plain text, has its `eos_token_id` for it.
+    Raises RecipeError where the template cannot render a question and its answer, or neither token exists.
+    """
+    if tokenizer.chat_template is not None:
+        words = "An answer"
+        probe = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": words}]
+        try:
+            text, _ = render(tokenizer, probe, template_kwargs=template_kwargs)
+        except ValueError as error:
+            raise RecipeError(f"data.chat_template: for a question and an answer, {error}") from None
+        _, _, tail = text.rpartition(words)
+        special = special_ids(tokenizer)
+        for token in tokenizer.backend_tokenizer.encode(tail, add_special_tokens=False).ids:
+            if token in special:
+                return int(token)
+    if tokenizer.eos_token_id is None:
+        raise RecipeError(
+            "data.tokenizer: neither an end-of-turn token in its chat template nor an eos token, so generation would "
+            'never stop; set data.chat_template="chatml" and data.add_tokens=["<|im_start|>", "<|im_end|>"]'
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def train_tokenizer(
+    files: Sequence[str | Path],
+    *,
+    vocab_size: int | None,
+    out_dir: str | Path,
+    kind: Literal["bpe", "char"] = "bpe",
+    text_key: str = "text",
+    prompt_key: str = "prompt",
+    completion_key: str = "completion",
+) -> PreTrainedTokenizerBase:
+    """Train a tokenizer on the text and the conversations in `files`, save it as a folder, and load that.
+
+    "bpe": byte-level byte-pair encoding of at most `vocab_size` tokens; any text round-trips exactly.
+    "char": a token per character seen; `vocab_size`, which may be None, is an upper bound. Others become <|endoftext|>.
+    Both have SPECIAL_TOKENS as ids 0, 1, 2 and CHATML as chat template.
+    Raises RecipeError for a `vocab_size` that is too small, DataError for files that give no text or bad rows.
+    """
+    texts = _texts(files, text_key, prompt_key, completion_key)
+    backend = _train_bpe(texts, vocab_size) if kind == "bpe" else _train_char(texts, vocab_size)
+    import transformers
+
+    pad, bos, eos = SPECIAL_TOKENS
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=pad,
+        unk_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHATML,
+    )
+    try:
+        tokenizer.save_pretrained(str(out_dir))
+    except OSError as error:
+        raise RecipeError(f"{out_dir}: cannot be written ({error.strerror}); choose another folder") from None
+    return load_tokenizer(out_dir)
+
+
+def _train_bpe(texts: Iterator[str], vocab_size: int | None) -> Tokenizer:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    least = len(alphabet) + len(SPECIAL_TOKENS)
+    if vocab_size is None or vocab_size < least:
+        raise RecipeError(f"vocab_size={vocab_size}: a byte-level tokenizer needs at least {least}")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    backend.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+    return backend
+
+
+def _train_char(texts: Iterator[str], vocab_size: int | None) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models
+
+    characters = sorted(set().union(*texts))
+    vocab = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *characters))}
+    if vocab_size is not None and vocab_size < len(vocab):
+        raise RecipeError(
+            f"vocab_size={vocab_size}: the text has {len(characters)} characters, so at least {len(vocab)} are needed"
+        )
+    # Byte-pair encoding without a single merge: every character stays as it is.
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=SPECIAL_TOKENS[0]))
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    backend.decoder = decoders.Fuse()
+    return backend
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A long text in pieces that end with a line, so that the trainer's threads share the work."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + _PIECE_CHARS) + 1 or len(text)
+        yield text[start:end]
+        start = end
+
+
+def _texts(files: Sequence[str | Path], text_key: str, prompt_key: str, completion_key: str) -> Iterator[str]:
+    problems = Problems()
+    found = False
+    for file in files:
+        for row in read_records(file):
+            texts = row if isinstance(row, BadRow) else _row_texts(row, text_key, prompt_key, completion_key)
+            if isinstance(texts, BadRow):
+                problems.add(texts)
+                continue
+            for text in filter(None, texts):
+                found = True
+                yield text
+    problems.raise_if_any()
+    if not found:
+        raise DataError(f"{', '.join(map(str, files)) or 'no file'}: no text to train a tokenizer on")
+
+
+def _row_texts(record: Record, text_key: str, prompt_key: str, completion_key: str) -> list[str] | BadRow:
+    if isinstance(record.value, str) or text_key in record.value:
+        text = to_text(record, text_key)
+        return text if isinstance(text, BadRow) else [text]
+    keys = {"prompt_key": prompt_key, "completion_key": completion_key}
+    format = detect_format(record, **keys)
+    chat = format if isinstance(format, BadRow) else to_conversation(record, format, **keys)
+    if isinstance(chat, BadRow):
+        return chat
+    return [message.get(key, "") for message in chat.messages for key in ("reasoning_content", "content")]

@@ -1,0 +1,344 @@
+"""`pertoken demo`: from real chats to a model to talk to, and the figures that show what each stage was good for."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pertoken.chatting import Talker
+from pertoken.config import Recipe
+from pertoken.console import ConsoleListener, duration
+from pertoken.data.batch import collate
+from pertoken.data.store import Store, build_store
+from pertoken.data.tokenizer import load_tokenizer, train_tokenizer
+from pertoken.errors import DataError, RecipeError
+from pertoken.model.transformer import CausalLM
+from pertoken.text import plain
+from pertoken.training.checkpoint import load_model
+from pertoken.training.evaluate import Evaluation, evaluate
+from pertoken.training.precision import Precision
+from pertoken.training.run import train
+
+__all__ = ["run_demo", "trigram_nats"]
+
+_HELD_OUT = 0.04  # of the conversations: in neither tokenizer, pretraining nor fine-tuning
+_VOCAB_SIZE = 4096
+_MODEL: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 768,
+    "max_position_embeddings": 1024,
+}
+_PRETRAIN_SHARE, _SFT_SHARE = 0.5, 0.13  # of the minutes; fine-tuning is done twice, the rest is everything else
+_PROMPTS = ("Hi! How are you today?", "What do you like to do for fun?", "Do you have any pets?")
+
+
+def run_demo(console: Console, out: Path, minutes: float) -> None:
+    """Make everything under `out`, printing as it goes. Raises RecipeError, DataError."""
+    if minutes <= 0:
+        raise RecipeError(f"--minutes {minutes:g}: must be more than 0")
+    if out.exists() and any(out.iterdir()):
+        raise RecipeError(f"--out {out}: is not empty; name a new folder")
+    started = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+
+    _heading(console, "1. Real chats, and a tokenizer made from them")
+    files = _write_data(out)
+    train_tokenizer([str(files.text)], vocab_size=_VOCAB_SIZE, kind="bpe", out_dir=out / "tokenizer")
+    console.print(
+        f"{files.train_conversations:,} conversations to learn from, {files.held_out_conversations:,} held out; "
+        f"{_VOCAB_SIZE:,} tokens",
+        highlight=False,
+    )
+    dtype = _faster_dtype()
+    pretrain, sft, scratch = (_recipe(out, stage, dtype) for stage in ("pretrain", "sft", "sft-from-scratch"))
+    pretrain_store, sft_store = _store(pretrain), _store(sft)
+    speed = _tokens_per_s(pretrain, pretrain_store, dtype)
+    seconds = 60 * minutes
+    pretrain = _with_steps(pretrain, pretrain_store, speed * seconds * _PRETRAIN_SHARE)
+    sft = _with_steps(sft, sft_store, speed * seconds * _SFT_SHARE)
+    scratch = _with_steps(scratch, sft_store, speed * seconds * _SFT_SHARE)
+
+    _heading(console, "2. Pretraining on their text")
+    _train(console, out, "pretrain", pretrain)
+    _heading(console, "3. Fine-tuning on the conversations: the second speaker is the assistant")
+    _train(console, out, "sft", sft)
+    _heading(console, "4. The same fine-tuning from random weights, to see what pretraining was good for")
+    _train(console, out, "sft-from-scratch", scratch)
+
+    _heading(console, f"5. Evaluation on the {files.held_out_conversations:,} held-out conversations")
+    _evaluate(console, out, files, pretrain, sft, pretrain_store)
+
+    _heading(console, "6. A chat")
+    _chat(console, out)
+    console.print(f"\nMade in {duration(time.perf_counter() - started)}:", highlight=False)
+    for what, path in {
+        "conversations": files.conversations,
+        "tokenizer": out / "tokenizer",
+        "recipes": out / "recipes",
+        "the pretrained model": out / "pretrain",
+        "the chat model": out / "sft",
+        "figures": out / "results.json",
+    }.items():
+        console.print(f"  {what:<22}{path}", highlight=False, markup=False)
+    console.print("\nNext, try:", highlight=False)
+    for command in (
+        f"pertoken chat {out / 'sft'}",
+        f"pertoken inspect {out / 'sft'} {files.held_out}",
+        f"pertoken train {out / 'recipes' / 'sft.toml'} out_dir={out / 'sft-2'} train.epochs=2",
+        "pertoken new sft        # a recipe for conversations of your own",
+    ):
+        console.print(f"  {command}", highlight=False, markup=False)
+
+
+def _heading(console: Console, text: str) -> None:
+    console.print(f"\n[bold]{text}[/bold]", highlight=False)
+
+
+# --- data
+
+
+@dataclass(frozen=True)
+class _Files:
+    text: Path  # the training conversations as plain text, one a row
+    conversations: Path  # the same, as messages
+    held_out_text: Path
+    held_out: Path
+    train_conversations: int
+    held_out_conversations: int
+
+
+def _chitchat() -> Path:
+    found = importlib.util.find_spec("chitchat_dataset")
+    if found is None or found.origin is None:
+        raise DataError('the demo needs the chitchat-dataset package; pip install "pertoken[demo]"')
+    return Path(found.origin).parent / "dataset.json"
+
+
+def _conversations() -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """(id, messages): who speaks first is the user, the other the assistant; a turn's utterances are its lines."""
+    for name, chat in json.loads(_chitchat().read_text(encoding="utf-8")).items():
+        messages: list[dict[str, str]] = []
+        first: str | None = None
+        for turn in chat["messages"]:
+            for utterance in turn:
+                first = first or utterance["sender"]
+                role = "user" if utterance["sender"] == first else "assistant"
+                text = utterance["text"].strip()
+                if not text:
+                    continue
+                if messages and messages[-1]["role"] == role:
+                    messages[-1]["content"] += "\n" + text
+                else:
+                    messages.append({"role": role, "content": text})
+        if any(m["role"] == "assistant" for m in messages):
+            yield name, messages
+
+
+def _write_data(out: Path) -> _Files:
+    folder = out / "data"
+    folder.mkdir()
+    rows: dict[bool, list[list[dict[str, str]]]] = {False: [], True: []}
+    for name, messages in _conversations():
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+        rows[int.from_bytes(digest, "big") < _HELD_OUT * 2**64].append(messages)
+
+    def write(name: str, held_out: bool, row: Callable[[list[dict[str, str]]], dict[str, Any]]) -> Path:
+        path = folder / name
+        path.write_text("".join(json.dumps(row(m), ensure_ascii=False) + "\n" for m in rows[held_out]), encoding="utf-8")
+        return path
+
+    def as_text(messages: list[dict[str, str]]) -> dict[str, Any]:
+        return {"text": "\n".join(m["content"] for m in messages)}
+
+    def as_messages(messages: list[dict[str, str]]) -> dict[str, Any]:
+        return {"messages": messages}
+
+    return _Files(
+        text=write("text.jsonl", False, as_text),
+        conversations=write("conversations.jsonl", False, as_messages),
+        held_out_text=write("held-out-text.jsonl", True, as_text),
+        held_out=write("held-out.jsonl", True, as_messages),
+        train_conversations=len(rows[False]),
+        held_out_conversations=len(rows[True]),
+    )
+
+
+# --- training
+
+
+def _recipe(out: Path, name: str, dtype: str) -> Recipe:
+    sft = name.startswith("sft")
+    values: dict[str, Any] = {
+        "stage": "sft" if sft else "pretrain",
+        "out_dir": str(out / name),
+        "data": {
+            "path": str(out / "data" / ("conversations.jsonl" if sft else "text.jsonl")),
+            "tokenizer": str(out / "tokenizer"),
+            "max_seq_len": 512 if sft else 256,
+            "overlong": "truncate",
+            "store": str(out / "store"),
+        },
+        "train": {
+            "batch_size": 24 if sft else 32,
+            "learning_rate": 1e-3 if sft else 3e-3,
+            "warmup_steps": 10,
+            "weight_decay": 0.1,
+            "dtype": dtype,
+            "device": "cpu",
+        },
+        "log": {"log_interval": 50},
+    }
+    if name == "sft":
+        values["init_from"] = str(out / "pretrain")
+    else:
+        values["model"] = _MODEL
+    return Recipe.parse(values)
+
+
+def _with_steps(recipe: Recipe, store: Store, tokens: float) -> Recipe:
+    """As many steps as `tokens` allow, at least enough to warm up."""
+    tokens_per_step = float(store.lengths.mean()) * recipe.train.batch_size
+    steps = max(recipe.train.warmup_steps + 10, int(tokens / tokens_per_step))
+    values = recipe.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    values["train"]["max_steps"] = steps
+    return Recipe.parse(values)
+
+
+def _train(console: Console, out: Path, name: str, recipe: Recipe) -> None:
+    path = out / "recipes" / f"{name}.toml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(recipe.to_toml(), encoding="utf-8")
+    listener = ConsoleListener(console, log_interval=recipe.log.log_interval)
+    try:
+        train(recipe, listener=listener)
+    finally:
+        listener.close()
+
+
+def _store(recipe: Recipe) -> Store:
+    assert recipe.data.tokenizer is not None
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    return build_store(recipe.data.path, stage=recipe.stage, tokenizer=tokenizer, data=recipe.data)
+
+
+def _fastest_of_three(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _faster_dtype() -> str:
+    """Processors without bfloat16 instructions emulate it, many times slower than float32."""
+    x, w = torch.randn(2048, 256), torch.randn(768, 256)
+    low_x, low_w = x.bfloat16(), w.bfloat16()
+    faster = _fastest_of_three(lambda: low_x @ low_w.T) < _fastest_of_three(lambda: x @ w.T)
+    return "bfloat16" if faster else "float32"
+
+
+def _tokens_per_s(recipe: Recipe, store: Store, dtype: str) -> float:
+    """Measured on this machine with the model to be trained, so that `--minutes` means the same everywhere."""
+    model = CausalLM(recipe.model.resolve(_VOCAB_SIZE))
+    micro_batch = collate([store[i] for i in range(min(len(store), recipe.train.batch_size))])
+    precision = Precision(dtype, torch.device("cpu"))
+
+    def step() -> None:
+        with precision.autocast():
+            model(micro_batch).loss_sum.backward()
+        model.zero_grad(set_to_none=True)
+
+    return int(micro_batch.input_ids.shape[0]) / _fastest_of_three(step)
+
+
+# --- evaluation
+
+
+def trigram_nats(train: Store, test: Store, vocab_size: int, add: float) -> float:
+    """Sum of -log p over all labels of `test` under an add-k trigram model counted on `train`, in nats.
+
+    p(w | u, v) = (c(u, v, w) + k) / (c(u, v) + k V) (Lidstone); before a sample's start there is one more symbol, V.
+    """
+    base = np.int64(vocab_size + 1)
+
+    def keys(store: Store) -> np.ndarray:
+        parts = []
+        for i in range(len(store)):
+            tokens = store[i].tokens.astype(np.int64)
+            before = np.concatenate([[vocab_size], tokens[:-2]])
+            parts.append((before * base + tokens[:-1]) * base + tokens[1:])
+        return np.concatenate(parts)
+
+    def count(table: tuple[np.ndarray, np.ndarray], asked: np.ndarray) -> np.ndarray:
+        values, counts = table
+        place = np.minimum(np.searchsorted(values, asked), len(values) - 1)
+        return np.where(values[place] == asked, counts[place], 0)
+
+    seen, asked = keys(train), keys(test)
+    trigrams = np.unique(seen, return_counts=True)
+    contexts = np.unique(seen // base, return_counts=True)
+    p = (count(trigrams, asked) + add) / (count(contexts, asked // base) + add * vocab_size)
+    return float(-np.log(p).sum())
+
+
+def _evaluate(
+    console: Console, out: Path, files: _Files, pretrain: Recipe, sft: Recipe, pretrain_store: Store
+) -> None:
+    """The figures, printed and written to results.json."""
+    precision = Precision("float32", torch.device("cpu"))
+
+    def held_out(recipe: Recipe, path: Path) -> Store:
+        data = recipe.data.model_copy(update={"path": (str(path),)})
+        return _store(recipe.model_copy(update={"data": data}))
+
+    text, chats = held_out(pretrain, files.held_out_text), held_out(sft, files.held_out)
+
+    def run(name: str, store: Store) -> Evaluation:
+        return evaluate(load_model(out / name), store, precision, token_budget=8192)
+
+    nats = {k: trigram_nats(pretrain_store, text, _VOCAB_SIZE, k) for k in (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)}
+    add = min(nats, key=nats.__getitem__)  # the best on the held-out text itself: in the trigram's favour
+    trigram = Evaluation(nats[add], float(text.num_tokens.sum()), int(text.num_bytes.sum()))
+    rows = {
+        f"add-{add:g} trigram, text": trigram,
+        "pretrained, text": run("pretrain", text),
+        "fine-tuned from scratch, answers": run("sft-from-scratch", chats),
+        "fine-tuned after pretraining, answers": run("sft", chats),
+    }
+    table = Table("held-out", "nats/token", "perplexity", "bits/byte")
+    for name, result in rows.items():
+        table.add_row(name, f"{result.loss:.3f}", f"{result.perplexity:.1f}", f"{result.bits_per_byte:.3f}")
+    console.print(table)
+    figures = {
+        name: {"loss": r.loss, "perplexity": r.perplexity, "bits_per_byte": r.bits_per_byte} for name, r in rows.items()
+    }
+    (out / "results.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _chat(console: Console, out: Path) -> None:
+    talker = Talker.load(str(out / "sft"), "cpu")
+    messages: list[dict[str, Any]] = []
+    for prompt in _PROMPTS:
+        messages.append({"role": "user", "content": prompt})
+        pieces = talker.reply(
+            talker.encode_chat(messages), max_new_tokens=60, temperature=0.7, top_k=0, top_p=0.9, seed=1
+        )
+        answer = "".join(pieces)
+        messages.append({"role": "assistant", "content": answer})
+        console.print(f"  you>   {prompt}", highlight=False, markup=False)
+        console.print(f"  model> {plain(answer)}", highlight=False, markup=False)

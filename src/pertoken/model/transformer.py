@@ -1,0 +1,245 @@
+"""A dense decoder on flat tokens: Qwen3, Llama or MiniMind, by configuration.
+
+Parameters carry Hugging Face's names, so that state dicts map one to one. Shape suffixes: N flat tokens, D hidden
+size or head dimension, H query heads, K key-value heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pertoken.config import ResolvedModelConfig
+from pertoken.data.batch import MicroBatch
+from pertoken.loss import LossOutput, linear_cross_entropy
+from pertoken.model.attention import AttentionLayout, KVCache, attention, cached_attention
+
+__all__ = ["CausalLM"]
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H, D]
+Rope = tuple[Tensor, Tensor]  # cos and sin, [N, 1, D / 2] each
+
+
+class CausalLM(nn.Module):
+    """The language model, loss included, so that what wraps it (DDP, FSDP) sees the head's use as well.
+
+    Parameters are float32 (or float64, for checks) and initialised from `seed` alone: neither the global random state
+    nor the device matters. Under `torch.autocast` the linear layers and attention run in the low precision, while the
+    residual stream and the statistics of the norms stay as wide as the parameters. On the meta device nothing is
+    initialised.
+    """
+
+    def __init__(
+        self,
+        config: ResolvedModelConfig,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        with torch.device("meta"):  # the layers' own initialisation would draw from the global random state
+            self.model = _Decoder(config)
+            self.lm_head = (
+                None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            )
+        self.to(dtype)
+        if torch.device(device).type != "meta":
+            self.to_empty(device=device)
+            self.reset_parameters(seed)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int) -> None:
+        """Norms 1; matrices normal with standard deviation 0.02, those that write to the residual stream divided by
+        sqrt(2 * layers) (GPT-2, section 2.3). The same for every device and dtype, up to rounding."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+                continue
+            std = 0.02
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= (2 * self.config.num_hidden_layers) ** 0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D], the embedding where tied."""
+        weight: Tensor = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return weight
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(self, micro_batch: MicroBatch, *, impl: Literal["auto", "chunked", "reference"] = "auto") -> LossOutput:
+        """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number.
+
+        An empty micro-batch gives zeros, and every parameter a zero gradient. `impl` is `linear_cross_entropy`'s.
+        """
+        hidden = self.hidden_states(micro_batch)
+        return linear_cross_entropy(hidden, self.head_weight, micro_batch.labels, micro_batch.loss_mask, impl=impl)
+
+    def hidden_states(self, micro_batch: MicroBatch) -> Tensor:
+        """[N, D], after the final norm. Each sample sees itself alone."""
+        layout = AttentionLayout.of(micro_batch.lengths, micro_batch.input_ids.device)
+        attend = partial(attention, layout=layout)
+        return self._run(micro_batch.input_ids, micro_batch.position_ids, [attend] * self.config.num_hidden_layers)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V]"""
+        return F.linear(hidden, self.head_weight)
+
+    def new_cache(self, max_length: int) -> KVCache:
+        """An empty cache for `decode`, for one sequence of at most `max_length` tokens."""
+        weight = self.model.embed_tokens.weight
+        return KVCache(
+            layers=self.config.num_hidden_layers,
+            kv_heads=self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
+            max_length=max_length,
+            like=weight.new_empty((), dtype=_compute_dtype(weight)),
+        )
+
+    def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
+        """Logits [V] after the last of `input_ids` [T], which continue what the cache holds and are added to it."""
+        start, end = cache.length, cache.length + input_ids.shape[0]
+        position_ids = torch.arange(start, end, device=input_ids.device)
+        attends = [partial(cached_attention, cache=cache, layer=i) for i in range(self.config.num_hidden_layers)]
+        hidden = self._run(input_ids, position_ids, attends)
+        cache.length = end
+        return self.logits(hidden[-1])
+
+    def _run(self, input_ids: Tensor, position_ids: Tensor, attends: list[partial[Tensor]]) -> Tensor:
+        hidden: Tensor = self.model.embed_tokens(input_ids)
+        rope = _rope(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for layer, attend in zip(self.model.layers, attends, strict=True):
+            if recompute:
+                hidden = checkpoint(layer, hidden, rope, attend, use_reentrant=False)
+            else:
+                hidden = layer(hidden, rope, attend)
+        normed: Tensor = self.model.norm(hidden)
+        return normed
+
+
+class _Decoder(nn.Module):
+    """Only holds what Hugging Face's names begin with `model.` for; `CausalLM` runs it."""
+
+    def __init__(self, config: ResolvedModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: ResolvedModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = _Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = _MLP(config)
+
+    def forward(self, hidden: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        # Cast once here, not once in every linear layer that reads it.
+        dtype = _compute_dtype(hidden)
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden).to(dtype), rope, attend)
+        update: Tensor = self.mlp(self.post_attention_layernorm(hidden).to(dtype))
+        return hidden + update
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: ResolvedModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        has_norm = config.family == "qwen3"
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if has_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if has_norm else None
+
+    def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        q_NHD, k_NKD, v_NKD = (
+            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out_NHD = attend(self._turn(q_NHD, self.q_norm, rope), self._turn(k_NKD, self.k_norm, rope), v_NKD)
+        out: Tensor = self.o_proj(out_NHD.flatten(1))
+        return out
+
+    def _turn(self, x_NHD: Tensor, norm: nn.RMSNorm | None, rope: Rope) -> Tensor:
+        """Normalised and rotated in the width of `rope`, returned in the dtype it came in."""
+        wide = x_NHD.to(rope[0].dtype)
+        if norm is not None:
+            wide = norm(wide)
+        turned: Tensor = _Rotate.apply(wide, *rope)  # type: ignore[no-untyped-call]
+        return turned.to(x_NHD.dtype)
+
+
+class _MLP(nn.Module):
+    """SwiGLU (Shazeer, "GLU Variants Improve Transformer")."""
+
+    def __init__(self, config: ResolvedModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer turns `x` into: the autocast dtype where one is active."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # autocast leaves float64 alone
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _rope(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
+    """Cosine and sine of the rotary angles (Su et al., "RoFormer", 3.2): [N, 1, head_dim / 2], at least float32."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, head_dim, 2, dtype=dtype, device=position_ids.device) / head_dim
+    angles = (position_ids.to(dtype)[:, None] * (1.0 / theta**exponents))[:, None, :]
+    return angles.cos(), angles.sin()
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotary embedding in Hugging Face's convention: dimension i turns with dimension i + D/2.
+
+    Plain code would be `torch.cat((a * cos - b * sin, b * cos + a * sin), -1)` for halves a and b. Turning back by the
+    same angle is its gradient, so both directions are four passes over half the data and keep nothing but the angles:
+    about half the time of the plain code on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    (a, b), (out_a, out_b) = x.chunk(2, -1), out.chunk(2, -1)
+    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
+    return out

@@ -1,0 +1,62 @@
+"""A trained model in the forms that others open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pertoken.data.tokenizer import load_tokenizer
+from pertoken.errors import ModelError, RecipeError
+from pertoken.model.hf import save_folder, save_minimind
+from pertoken.training.checkpoint import load_model, resolve_model_folder
+
+__all__ = ["export_model"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export_model(path: str, out: Path, *, format_: str, dtype: str | None) -> list[Path]:
+    """Write the model at `path` to `out` as "hf" or "minimind"; the files and folders written.
+
+    A Hugging Face folder keeps the precision it was trained in (float32) unless `dtype` says otherwise; MiniMind's
+    `.pth` is float16, its own habit, unless it does. An `out` that exists already is refused.
+    """
+    if format_ not in ("hf", "minimind"):
+        raise RecipeError(f"--format {format_}: must be hf or minimind")
+    if dtype is not None and dtype not in _DTYPES:
+        raise RecipeError(f"--dtype {dtype}: must be one of {', '.join(_DTYPES)}")
+    source = resolve_model_folder(path)
+    model = load_model(source)
+    if format_ == "minimind":
+        file = out if out.suffix == ".pth" else out / f"pertoken_{model.config.hidden_size}.pth"
+        _must_be_new(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_minimind(model, file, dtype=_DTYPES[dtype or "float16"])
+        return [file]
+    if not source.is_dir():
+        raise ModelError(f"{path}: a .pth has no tokenizer; fine-tune from it with data.tokenizer set, then export the run")
+    _must_be_new(out)
+    tokenizer = load_tokenizer(source)
+    out.mkdir(parents=True)
+    save_folder(
+        model,
+        out,
+        tokenizer=tokenizer,
+        eos_token_id=_eos_token_id(source, tokenizer.eos_token_id),
+        dtype=_DTYPES[dtype] if dtype else None,
+    )
+    return [out]
+
+
+def _must_be_new(path: Path) -> None:
+    if path.exists():
+        raise RecipeError(f"--out {path}: exists already; name a new one, nothing is overwritten")
+
+
+def _eos_token_id(folder: Path, otherwise: int | None) -> int | None:
+    """What generation stops at, as the folder itself has it."""
+    import json
+
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id", otherwise)
+    return found if isinstance(found, int) else otherwise

@@ -1,0 +1,212 @@
+"""What a run records and tells: the metrics file, trackers, gradient statistics, and the listener a caller can pass."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from pertoken.config import LogConfig
+from pertoken.errors import CheckpointError, RecipeError
+
+__all__ = ["GradStats", "Listener", "MetricsFile", "Row", "Summary", "Tracker", "gradient_stats", "open_trackers"]
+
+Row = dict[str, Any]
+"""One step: step epoch loss loss_sum num_tokens aux_loss grad_norm lr samples tokens micro_batches step_s tokens_per_s
+positions, and where they apply eval_loss eval_perplexity eval_bits_per_byte skipped loss_scale."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is about to be trained."""
+
+    stage: str
+    out_dir: Path
+    device: str
+    dtype: str
+    num_parameters: int
+    family: str
+    num_samples: int
+    num_eval_samples: int
+    num_tokens: int  # supervised, in an epoch
+    total_tokens: int  # all inputs, in an epoch
+    data_notes: tuple[str, ...]  # what was skipped, dropped or cut while preparing
+    batch_size: int
+    micro_batches: int  # of the first step
+    world_size: int
+    epochs: int
+    start_step: int  # the last step already done
+    total_steps: int
+    expected_s: float
+    example_source: str  # file:line
+    example: tuple[tuple[str, bool], ...]  # pieces of the first sample's text: (text, supervised)
+
+
+@dataclass(frozen=True)
+class GradStats:
+    """Of one parameter's gradient; all None where the backward pass did not reach it."""
+
+    name: str
+    mean: float | None
+    std: float | None
+    norm: float | None
+
+
+class Listener:
+    """Told what happens; does nothing. Subclass what you want to hear (the command line prints)."""
+
+    def preparing(self, done_bytes: int, total_bytes: int) -> None: ...
+
+    def started(self, summary: Summary) -> None: ...
+
+    def stepped(self, row: Row, summary: Summary) -> None: ...
+
+    def evaluating(self, step: int) -> None: ...
+
+    def saved(self, folder: Path) -> None: ...
+
+    def gradients(self, stats: Sequence[GradStats]) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+
+def gradient_stats(model: nn.Module) -> list[GradStats]:
+    """Mean, standard deviation and L2 norm of every trainable parameter's gradient, as it stands now."""
+    stats = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            stats.append(GradStats(name, None, None, None))
+        else:
+            grad = parameter.grad.double()
+            stats.append(
+                GradStats(name, float(grad.mean()), float(grad.std(correction=0)), float(torch.linalg.vector_norm(grad)))
+            )
+    return stats
+
+
+class MetricsFile:
+    """`metrics.jsonl`: a row per step, in order, none torn and none twice."""
+
+    def __init__(self, path: Path, *, last_step: int) -> None:
+        """Open for appending after `last_step`: rows of later steps, and a torn last line, are dropped first."""
+        keep = []
+        for row, line in _whole_rows(path):
+            if row["step"] > last_step:
+                break
+            keep.append(line)
+        if last_step != len(keep):
+            raise CheckpointError(
+                f"{path}: has {len(keep)} rows up to step {last_step}; the file does not belong to this checkpoint. "
+                "Restore it, or start again with --overwrite"
+            )
+        aside = path.with_suffix(".jsonl.tmp")
+        aside.write_bytes(b"".join(keep))
+        os.replace(aside, path)
+        self._file = path.open("ab")
+
+    def write(self, row: Row) -> None:
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write((json.dumps(clean, allow_nan=False) + "\n").encode())
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make every row so far survive a power cut."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _whole_rows(path: Path) -> list[tuple[Row, bytes]]:
+    rows = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append((row, line))
+    return rows
+
+
+class Tracker(Protocol):
+    """Somewhere else the rows go."""
+
+    run_id: str | None
+
+    def log(self, row: Row) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_trackers(
+    log: LogConfig, out_dir: Path, *, recipe: dict[str, Any], run_ids: dict[str, str], last_step: int
+) -> dict[str, Tracker]:
+    """The trackers of `log.trackers` by name. `run_ids` continues earlier runs. Raises RecipeError where one is missing."""
+    kinds = {"tensorboard": _TensorBoard, "wandb": _WandB}
+    trackers: dict[str, Tracker] = {}
+    for name in log.trackers:
+        try:
+            trackers[name] = kinds[name](log, out_dir, recipe, run_ids.get(name), last_step)
+        except ImportError:
+            raise RecipeError(
+                f'log.trackers: "{name}" is not installed; pip install "pertoken[{name}]", or take it out of the list'
+            ) from None
+    return trackers
+
+
+def _numbers(row: Row) -> dict[str, float]:
+    skip = ("step", "positions", "skipped")
+    return {k: v for k, v in row.items() if k not in skip and isinstance(v, int | float) and math.isfinite(v)}
+
+
+class _TensorBoard:
+    run_id: str | None = None
+
+    def __init__(
+        self, log: LogConfig, out_dir: Path, recipe: dict[str, Any], run_id: str | None, last_step: int
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = last_step + 1 if last_step else None  # what an interrupted run logged after its last checkpoint
+        self._writer = SummaryWriter(str(out_dir / "tensorboard"), purge_step=purge)
+
+    def log(self, row: Row) -> None:
+        for name, value in _numbers(row).items():
+            self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(
+        self, log: LogConfig, out_dir: Path, recipe: dict[str, Any], run_id: str | None, last_step: int
+    ) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=log.project,
+            name=out_dir.name,
+            dir=str(out_dir),
+            config=recipe,
+            id=run_id,
+            resume="allow" if run_id else None,
+        )
+        self.run_id: str | None = self._run.id
+
+    def log(self, row: Row) -> None:
+        self._run.log(_numbers(row), step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,44 @@
+"""In what precision a step is computed: parameters, autocast, loss scale."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from pertoken.errors import RecipeError
+
+__all__ = ["Precision", "resolve_device"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`float32` and `float64` compute in that type. `bfloat16` and `float16` are automatic mixed precision: parameters,
+    gradients and optimiser state stay float32, and float16 scales the loss with a `GradScaler`."""
+
+    dtype: str  # float64 | float32 | bfloat16 | float16
+    device: torch.device
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    def autocast(self) -> AbstractContextManager[object]:
+        if self.dtype in ("float32", "float64"):
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.dtype))
+
+    def new_scaler(self) -> torch.amp.GradScaler:
+        """Does nothing unless `dtype` is float16."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises RecipeError for CUDA that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(f'train.device="{name}": this machine has no such CUDA device; use "auto" or "cpu"')
+    return device

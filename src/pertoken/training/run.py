@@ -1,0 +1,361 @@
+"""From a recipe to a run: everything that happens before the first step."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pertoken.config import Recipe, apply_override
+from pertoken.data.batch import collate, plan
+from pertoken.data.order import step_at, steps_per_epoch
+from pertoken.data.records import Record, find_files, read_records
+from pertoken.data.store import Store, build_store
+from pertoken.data.tokenizer import end_of_turn_id, load_tokenizer
+from pertoken.data.view import supervised_pieces
+from pertoken.errors import CheckpointError, RecipeError
+from pertoken.model.hf import resize_embeddings
+from pertoken.model.transformer import CausalLM
+from pertoken.training.checkpoint import Checkpoint, load_model, load_optimizer, newest_checkpoint, resolve_model_folder
+from pertoken.training.loop import Run, fit, stop_on_signals
+from pertoken.training.metrics import Listener, MetricsFile, Summary, open_trackers
+from pertoken.training.optim import build_adamw
+from pertoken.training.precision import Precision, resolve_device
+from pertoken.training.step import TrainState
+
+__all__ = ["TrainResult", "data_recipe", "prepare", "train"]
+
+# What may differ from the checkpoint on --resume. Paths of data and tokenizer may, since their contents are compared.
+_MAY_CHANGE = {
+    *("out_dir", "data.path", "data.eval_path", "data.tokenizer", "data.store"),
+    *("train.epochs", "train.max_steps", "train.eval_interval"),
+    *("train.micro_batch_tokens", "train.device", "train.compile", "train.activation_checkpointing"),
+}
+_SECTIONS_MAY_CHANGE = ("log.", "checkpoint.")
+_OUR_FILES = ("recipe.toml", "metrics.jsonl", "checkpoints", "tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a finished run is."""
+
+    out_dir: Path
+    checkpoint: Path  # the last one
+    step: int
+    best_eval_loss: float | None
+
+
+@dataclass(frozen=True)
+class _Data:
+    tokenizer: Any
+    eos_token_id: int
+    train: Store
+    eval: Store | None
+
+    @property
+    def fingerprints(self) -> dict[str, str | None]:
+        return {"train": self.train.fingerprint, "eval": self.eval.fingerprint if self.eval else None}
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, listener: Listener | None = None
+) -> TrainResult:
+    """Train as `recipe` says, into `recipe.out_dir`.
+
+    `resume` continues from the newest valid checkpoint (with nothing saved it starts fresh); `overwrite` deletes an
+    earlier run there; an `out_dir` in use without either raises CheckpointError. Raises the errors of `pertoken.errors`.
+    """
+    listener = listener or Listener()
+    out_dir = Path(recipe.out_dir)
+    device = resolve_device(recipe.train.device)
+    checkpoint = _claim(out_dir, resume=resume, overwrite=overwrite, listener=listener)
+    if checkpoint is not None:
+        _refuse_changes(recipe, checkpoint)
+    data = _load_data(recipe, listener)
+    if checkpoint is not None:
+        _refuse_other_data(data, checkpoint)
+    total_steps = _total_steps(recipe, len(data.train))
+
+    out_dir.mkdir(parents=True, exist_ok=True)
+    run = _assemble(recipe, data, checkpoint, total_steps, Precision(recipe.train.dtype, device), listener)
+    (out_dir / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+    try:
+        listener.started(run.summary)
+        with stop_on_signals() as stop:
+            fit(run, stop)
+    finally:
+        run.metrics.close()
+        for tracker in run.trackers.values():
+            tracker.close()
+    newest, _ = newest_checkpoint(out_dir)
+    assert newest is not None, "a finished run has a checkpoint"
+    return TrainResult(out_dir, newest.folder, newest.step, run.best_eval_loss)
+
+
+def prepare(recipe: Recipe, listener: Listener | None = None) -> tuple[Store, Store | None]:
+    """Make the token store(s) of a recipe, or open them: (train, eval)."""
+    data = _load_data(recipe, listener or Listener())
+    return data.train, data.eval
+
+
+def data_recipe(folder: Path, path: str, overrides: Sequence[str], *, longest: int) -> Recipe:
+    """A recipe that makes samples of the data at `path` as the model in `folder` was trained on them.
+
+    A pertoken checkpoint brings its own settings; any other folder gets the defaults, at most 2,048 tokens a sample and
+    the stage that the first row suggests. `overrides` come last. Evaluation has no split and never drops what is long.
+    """
+    values: dict[str, Any] = {"out_dir": "unused", "init_from": None}
+    data: dict[str, Any] = {"max_seq_len": min(longest, 2048), "overlong": "truncate"}
+    if (folder / "trainer_state.json").is_file():
+        saved = Checkpoint(folder).state["recipe"]
+        data = {k: v for k, v in saved["data"].items() if k not in ("eval_path", "eval_fraction", "eval_split")}
+    values["data"] = data | {"path": path, "tokenizer": data.get("tokenizer")}
+    if folder.is_dir():  # the tokenizer as it was saved with the model, added tokens and template included
+        values["data"] |= {"tokenizer": str(folder), "add_tokens": [], "chat_template": None}
+    for override in overrides:
+        apply_override(values, override)
+    values.setdefault("stage", _stage_of(values["data"]))
+    if values["stage"] == "pretrain" and values["data"].get("format", "auto") != "text":
+        values["data"]["format"] = "text"
+    return Recipe.parse(values)
+
+
+def _stage_of(data: dict[str, Any]) -> str:
+    """`pretrain` for raw text, `sft` for conversations, by the first row."""
+    path, text_key = data["path"], data.get("text_key", "text")
+    for file in find_files((path,)):
+        for record in read_records(file):
+            if isinstance(record, Record):
+                text = isinstance(record.value, str) or isinstance(record.value.get(text_key), str)
+                return "pretrain" if text else "sft"
+    return "sft"
+
+
+def _claim(out_dir: Path, *, resume: bool, overwrite: bool, listener: Listener) -> Checkpoint | None:
+    """Decide what becomes of an earlier run in `out_dir`; the checkpoint to continue from, if any."""
+    if resume and overwrite:
+        raise RecipeError("--resume and --overwrite: give one of the two")
+    used = [out_dir / name for name in _OUR_FILES if (out_dir / name).exists()]
+    if overwrite:
+        for path in used:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return None
+    if resume:
+        checkpoint, damaged = newest_checkpoint(out_dir)
+        for line in damaged:
+            listener.message(line)
+        if checkpoint is None and damaged:
+            raise CheckpointError(f"{out_dir}: no checkpoint is valid, so there is nothing to resume; see above")
+        return checkpoint
+    if used:
+        raise CheckpointError(f"{out_dir}: holds a run already; --resume continues it, --overwrite replaces it")
+    return None
+
+
+def _refuse_changes(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    before, now = Recipe.parse(checkpoint.state["recipe"]).flat(), recipe.flat()
+    changed = [
+        f"{key}={now.get(key)!r}: was {before.get(key)!r} when {checkpoint.folder.name} was saved, and cannot change "
+        "on --resume; put it back, or start a new run from it with init_from"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in _MAY_CHANGE and not key.startswith(_SECTIONS_MAY_CHANGE)
+    ]
+    if changed:
+        raise RecipeError("\n".join(changed))
+
+
+def _refuse_other_data(data: _Data, checkpoint: Checkpoint) -> None:
+    for part, fingerprint in data.fingerprints.items():
+        if checkpoint.state["data"][part] != fingerprint:
+            raise CheckpointError(
+                f"the {'training' if part == 'train' else 'evaluation'} data, its tokenizer or its template changed "
+                f"since {checkpoint.folder.name} was saved; restore it, or start a new run from it with init_from"
+            )
+
+
+def _load_data(recipe: Recipe, listener: Listener) -> _Data:
+    data = recipe.data
+    source = data.tokenizer or recipe.init_from
+    assert source is not None, "the recipe requires one"
+    folder = Path(source)
+    if data.tokenizer is None or (folder / "checkpoints").is_dir():
+        folder = resolve_model_folder(folder)
+    tokenizer = load_tokenizer(folder, add_tokens=data.add_tokens, chat_template=data.chat_template)
+    if recipe.stage == "sft":
+        eos_token_id = end_of_turn_id(tokenizer, data.template_kwargs)
+    elif tokenizer.eos_token_id is None:
+        raise RecipeError(f"{folder}: the tokenizer has no eos_token, which ends every document; give it one")
+    else:
+        eos_token_id = tokenizer.eos_token_id
+
+    def build(paths: tuple[str, ...]) -> Store:
+        return build_store(paths, stage=recipe.stage, tokenizer=tokenizer, data=data, on_progress=listener.preparing)
+
+    train_store, eval_store = build(data.path), None
+    if data.eval_path:
+        eval_store = build(data.eval_path)
+    elif data.eval_fraction:
+        train_store, eval_store = train_store.split(data.eval_fraction, data.eval_split)
+    return _Data(tokenizer, eos_token_id, train_store, eval_store)
+
+
+def _total_steps(recipe: Recipe, num_samples: int) -> int:
+    train = recipe.train
+    total = train.max_steps or train.epochs * steps_per_epoch(num_samples, train.batch_size)
+    if train.warmup_steps >= total and train.warmup_steps > 0:
+        raise RecipeError(f"train.warmup_steps={train.warmup_steps}: the run has only {total} steps; warm up for fewer")
+    return total
+
+
+def _build_model(recipe: Recipe, data: _Data, checkpoint: Checkpoint | None, dtype: torch.dtype) -> CausalLM:
+    if checkpoint is not None:
+        return load_model(checkpoint.folder, dtype=dtype)
+    if recipe.init_from is None:
+        return CausalLM(recipe.model.resolve(len(data.tokenizer)), seed=recipe.train.seed, dtype=dtype)
+    model = load_model(recipe.init_from, dtype=dtype)
+    for key in sorted(recipe.model.model_fields_set - {"vocab_size"}):
+        asked, has = getattr(recipe.model, key), getattr(model.config, key)
+        if asked is not None and asked != has:
+            raise RecipeError(f"model.{key}={asked}: the model at {recipe.init_from} has {has}; leave the key out")
+    if len(data.tokenizer) > model.config.vocab_size:
+        resize_embeddings(model, len(data.tokenizer))
+    return model
+
+
+def _assemble(
+    recipe: Recipe,
+    data: _Data,
+    checkpoint: Checkpoint | None,
+    total_steps: int,
+    precision: Precision,
+    listener: Listener,
+) -> Run:
+    """Model, optimiser, scaler and files, as they stood at the checkpoint or at the start."""
+    train, out_dir = recipe.train, Path(recipe.out_dir)
+    model = _build_model(recipe, data, checkpoint, precision.parameter_dtype).to(precision.device)
+    if recipe.data.max_seq_len > model.config.max_position_embeddings:
+        raise RecipeError(
+            f"data.max_seq_len={recipe.data.max_seq_len}: the model has "
+            f"max_position_embeddings={model.config.max_position_embeddings}; lower data.max_seq_len"
+        )
+    for store in (data.train, data.eval):
+        if store is not None:
+            store.check_vocab(model.config.vocab_size)
+    model.activation_checkpointing = train.activation_checkpointing
+    if train.compile == "on":
+        model.compile_blocks()
+    optimizer = build_adamw(model, weight_decay=train.weight_decay, betas=train.betas)
+    scaler = precision.new_scaler()
+    token_budget = train.micro_batch_tokens
+    saved: dict[str, Any] = {}
+    if checkpoint is not None:
+        saved = checkpoint.state
+        load_optimizer(checkpoint, model, optimizer)
+        scaler.load_state_dict(saved["scaler"])
+        if Recipe.parse(saved["recipe"]).train.micro_batch_tokens == train.micro_batch_tokens:
+            token_budget = saved["micro_batch_tokens"]  # smaller, where memory ran out before
+    start_step = checkpoint.step if checkpoint is not None else 0
+    summary = _summarise(recipe, data, model, precision, token_budget, start_step, total_steps)
+    return Run(
+        recipe=recipe,
+        out_dir=out_dir,
+        model=model,
+        state=TrainState(model, optimizer, scaler, precision),
+        tokenizer=data.tokenizer,
+        eos_token_id=data.eos_token_id,
+        train_store=data.train,
+        eval_store=data.eval,
+        start_step=start_step,
+        total_steps=total_steps,
+        token_budget=token_budget,
+        best_eval_loss=saved.get("best_eval_loss"),
+        last_saved=start_step if checkpoint is not None else None,
+        carried={
+            "recipe": recipe.model_dump(mode="json", exclude_none=True),
+            "data": data.fingerprints,
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        },
+        metrics=MetricsFile(out_dir / "metrics.jsonl", last_step=start_step),
+        trackers=open_trackers(
+            recipe.log,
+            out_dir,
+            recipe=recipe.flat(),
+            run_ids=saved.get("tracker_run_ids", {}),
+            last_step=start_step,
+        ),
+        summary=summary,
+        listener=listener,
+    )
+
+
+def _summarise(
+    recipe: Recipe,
+    data: _Data,
+    model: CausalLM,
+    precision: Precision,
+    token_budget: int,
+    start_step: int,
+    total_steps: int,
+) -> Summary:
+    store, train = data.train, recipe.train
+    first = step_at(start_step + 1, num_samples=len(store), batch_size=train.batch_size, seed=train.seed)
+    lengths = store.lengths[first.sample_ids].tolist()
+    epochs = total_steps / steps_per_epoch(len(store), train.batch_size)
+    tokens_left = float(store.lengths.sum()) * epochs * (1 - start_step / total_steps)
+    example = int(first.sample_ids[0])
+    return Summary(
+        stage=recipe.stage,
+        out_dir=Path(recipe.out_dir),
+        device=str(precision.device),
+        dtype=precision.dtype,
+        num_parameters=model.num_parameters,
+        family=model.config.family,
+        num_samples=len(store),
+        num_eval_samples=len(data.eval) if data.eval is not None else 0,
+        num_tokens=int(store.num_tokens.sum()),
+        total_tokens=int(store.lengths.sum()),
+        data_notes=tuple(store.report.notes()),
+        batch_size=train.batch_size,
+        micro_batches=len(plan(lengths, world_size=1, token_budget=token_budget)[0]),
+        world_size=1,
+        epochs=-(-total_steps // steps_per_epoch(len(store), train.batch_size)),
+        start_step=start_step,
+        total_steps=total_steps,
+        expected_s=tokens_left * _seconds_per_token(model, store, first.sample_ids, precision),
+        example_source=store.where(example),
+        example=tuple(supervised_pieces(store[example], data.tokenizer)),
+    )
+
+
+def _seconds_per_token(model: CausalLM, store: Store, sample_ids: np.ndarray, precision: Precision) -> float:
+    """Of a forward and backward pass over a few real samples, timed the second time; the gradients are thrown away."""
+    chosen, tokens = [], 0
+    for i in sample_ids:
+        if chosen and tokens + int(store.lengths[i]) > 1024:
+            break
+        chosen.append(store[int(i)])
+        tokens += int(store.lengths[i])
+    micro_batch = collate(chosen).to(precision.device)
+
+    def pass_once() -> None:
+        with precision.autocast():
+            model(micro_batch).loss_sum.backward()
+        model.zero_grad(set_to_none=True)
+        if precision.device.type == "cuda":
+            torch.cuda.synchronize(precision.device)
+
+    return _second_time(pass_once) / tokens
+
+
+def _second_time(work: Callable[[], None]) -> float:
+    work()
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

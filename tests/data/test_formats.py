@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from pertoken.data.formats import Conversation, detect_format, to_conversation, to_text
+from pertoken.data.records import BadRow, Record
+
+USER = {"role": "user", "content": "2+2?"}
+REPLY = {"role": "assistant", "content": "4"}
+TOOL = {"type": "function", "function": {"name": "add"}}
+CALL = {"name": "add", "arguments": {"a": 2}}
+
+
+def _record(value: Any) -> Record:
+    return Record("chat.jsonl", 812, value, digest=0, end=0)
+
+
+def _convert(value: Any, format: str = "auto", **keys: str) -> Any:
+    return to_conversation(_record(value), format, **keys)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"messages": [USER, REPLY]}, Conversation([USER, REPLY])),
+        ({"conversations": [USER, REPLY]}, Conversation([USER, REPLY])),
+        ({"messages": [USER, REPLY | {"tool_calls": None}], "tools": None}, Conversation([USER, REPLY])),
+        ({"messages": [USER, REPLY | {"content": ""}]}, Conversation([USER, REPLY | {"content": ""}])),
+        ({"messages": [USER, REPLY], "tools": [TOOL]}, Conversation([USER, REPLY], [TOOL])),
+        ({"messages": [USER, REPLY], "tools": json.dumps([TOOL])}, Conversation([USER, REPLY], [TOOL])),
+        ({"messages": [USER, REPLY], "tools": "", "prompt": "?"}, Conversation([USER, REPLY])),
+        (
+            {
+                "conversations": [
+                    {"role": "system", "content": "s", "tools": json.dumps([TOOL])},
+                    USER,
+                    {"role": "assistant", "tool_calls": json.dumps([CALL]), "reasoning_content": "hm"},
+                    {"role": "tool", "content": "4"},
+                    REPLY | {"tool_calls": ""},
+                ]
+            },
+            Conversation(
+                [
+                    {"role": "system", "content": "s"},
+                    USER,
+                    {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "hm", "content": ""},
+                    {"role": "tool", "content": "4"},
+                    REPLY,
+                ],
+                [TOOL],
+            ),
+        ),
+        ({"prompt": "2+2?", "completion": "4"}, Conversation([USER, REPLY], num_context=1)),
+        ({"prompt": "2+2?", "completion": ""}, Conversation([USER, REPLY | {"content": ""}], num_context=1)),
+        ({"prompt": [USER, REPLY, USER], "completion": [REPLY]}, Conversation([USER, REPLY, USER, REPLY], None, 3)),
+    ],
+)
+def test_a_row_becomes_its_conversation(value: Any, expected: Conversation) -> None:
+    assert _convert(value) == expected
+
+
+def test_prompt_and_completion_keys_are_configurable() -> None:
+    value = {"question": "2+2?", "answer": "4"}
+    expected = Conversation([USER, REPLY], num_context=1)
+    keys = {"prompt_key": "question", "completion_key": "answer"}
+    assert _convert(value, **keys) == _convert(value, "prompt_completion", **keys) == expected
+    assert detect_format(_record(value), **keys) == "prompt_completion"
+
+
+@pytest.mark.parametrize(
+    ("value", "format", "message"),
+    [
+        ({"text": "x", "id": 1}, "auto", "row: unknown format, keys found: id, text; known: messages (messages), "),
+        ({"messages": None}, "auto", "row: unknown format, keys found: messages;"),
+        ({"messages": [], "conversations": []}, "auto", "row: fits the formats messages and conversations; choose"),
+        ("plain text", "auto", "row: raw text has no turns;"),
+        ("plain text", "messages", "row: raw text has no turns;"),
+        ({"text": "x"}, "messages", "messages: missing, keys found: text; add it, or"),
+        ({"messages": None}, "messages", "messages: null; add it, or"),
+        ({"messages": "hello"}, "auto", "messages: text found; give a list of messages"),
+        ({"messages": {"role": "user"}}, "auto", "messages: an object found; give a list of messages"),
+        ({"messages": []}, "auto", "messages: an empty conversation, so nothing would be trained; remove"),
+        ({"messages": [USER]}, "auto", "messages: no assistant turn, so nothing would be trained; add"),
+        ({"messages": [USER, 3]}, "auto", "messages[1]: a number found; give an object with role and content"),
+        ({"messages": [{"from": "human", "value": "x"}]}, "auto", "messages[0].role: missing, keys found: from, value"),
+        ({"messages": [USER, {"role": "bot", "content": "x"}]}, "auto", "messages[1].role: unknown role 'bot'; give "),
+        ({"messages": [USER, {"role": ["a"], "content": "x"}]}, "auto", "messages[1].role: unknown role ['a']; give "),
+        ({"messages": [{"role": "user"}, REPLY]}, "auto", "messages[0].content: missing; give text"),
+        ({"messages": [USER, {"role": "assistant"}]}, "auto", "messages[1].content: missing; give text"),
+        ({"messages": [USER, REPLY | {"content": 4}]}, "auto", "messages[1].content: a number found; give text"),
+        ({"messages": [USER, REPLY | {"content": [{}]}]}, "auto", "messages[1].content: a list found; give text"),
+        ({"messages": [USER, REPLY | {"reasoning_content": []}]}, "auto", "messages[1].reasoning_content: a list"),
+        ({"messages": [USER, REPLY | {"tool_calls": "[{"}]}, "auto", "messages[1].tool_calls: not valid JSON ("),
+        ({"messages": [USER, REPLY | {"tool_calls": ["x"]}]}, "auto", "messages[1].tool_calls: a list with text found"),
+        ({"messages": [USER, REPLY], "tools": {"name": 1}}, "auto", "tools: an object found; give a list of objects"),
+        ({"messages": [USER, REPLY], "tools": "NaN"}, "auto", "tools: NaN is not JSON; give a list or its JSON text"),
+        (
+            {"messages": [USER | {"tools": [TOOL]}, REPLY], "tools": [TOOL]},
+            "auto",
+            "messages[0].tools: tools are given",
+        ),
+        ({"prompt": "x"}, "prompt_completion", "completion: missing, keys found: prompt; add it"),
+        ({"prompt": "x", "completion": None}, "prompt_completion", "completion: null; add it"),
+        ({"prompt": 1, "completion": "x"}, "auto", "prompt: a number found; give a list of messages"),
+        ({"prompt": [], "completion": "x"}, "auto", "prompt: an empty conversation"),
+        ({"prompt": [USER], "completion": [USER]}, "auto", "completion: no assistant turn"),
+    ],
+)
+def test_every_problem_of_a_row_says_field_fault_and_remedy(value: Any, format: str, message: str) -> None:
+    row = _convert(value, format)
+    assert isinstance(row, BadRow), row
+    assert str(row).startswith("chat.jsonl:812: " + message), str(row)
+
+
+def test_the_text_of_a_row() -> None:
+    assert to_text(_record("whole file\n")) == "whole file\n"
+    assert to_text(_record({"body": "x"}), "body") == "x"
+    for value, message in [
+        ({"text": ""}, "text: empty text, so nothing would be trained; remove the row"),
+        ({"text": 3}, "text: a number found; give text"),
+        ({"body": "x"}, "text: missing, keys found: body; add it, or name the right key in the recipe's [data]"),
+        ({}, "text: missing, keys found: none; add it, or name the right key in the recipe's [data]"),
+    ]:
+        assert str(to_text(_record(value))) == "chat.jsonl:812: " + message

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pertoken.data.records import BadRow, Problems, Record, find_files, parse_json, read_records
+from pertoken.errors import DataError
+
+
+def _jsonl(folder: Path, content: bytes) -> Path:
+    path = folder / "chat.jsonl"
+    path.write_bytes(content)
+    return path
+
+
+def test_jsonl_rows_keep_their_line_numbers_over_blank_lines_and_any_line_end(tmp_path: Path) -> None:
+    path = _jsonl(tmp_path, b'\xef\xbb\xbf{"a": 1}\r\n\n   \n{"a": "\xe2\x80\xa8"}\n{"a": 3}')
+    rows = list(read_records(path))
+    assert [(row.line, row.value) for row in rows if isinstance(row, Record)] == [
+        (1, {"a": 1}),
+        (4, {"a": "\u2028"}),
+        (5, {"a": 3}),
+    ]
+    assert rows[-1].end == path.stat().st_size
+
+
+def test_duplicate_rows_share_a_digest_and_others_do_not(tmp_path: Path) -> None:
+    rows = list(read_records(_jsonl(tmp_path, b'{"a": 1}\n{"a": 2}\r\n{"a": 1}\r\n')))
+    assert rows[0].digest == rows[2].digest != rows[1].digest
+    assert 0 <= rows[0].digest < 2**64
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"a": "x\xffy"}', r"row: not UTF-8 \(byte 0xff at offset 8 of the line\); save the file as UTF-8"),
+        (b'{"a": "x}', r"row: not valid JSON \(Unterminated string .* at column 7\); write one JSON object a line"),
+        (b'{"a": 1} {}', r"row: not valid JSON \(Extra data at column 10\)"),
+        (b'{"a": NaN}', r"row: NaN is not JSON"),
+        (b'{"a": -Infinity}', r"row: -Infinity is not JSON"),
+        (b"[1, 2]", r"row: a JSON list, not an object"),
+        (b'"text"', r"row: a JSON str, not an object"),
+        (b'{"a": "\\ud83d"}', r"row: an unpaired surrogate escape"),
+        (b'{"a": %s}' % (b"[" * 100_000), r"row: JSON nested too deeply"),
+        (b'{"a": %s}' % (b"9" * 5000), r"row: .*limit"),
+    ],
+)
+def test_a_line_that_is_no_json_object_says_where_and_what(tmp_path: Path, line: bytes, problem: str) -> None:
+    path = _jsonl(tmp_path, b'{"a": 1}\n' + line + b'\n{"a": 2}\n')
+    first, bad, last = read_records(path)
+    assert isinstance(first, Record)
+    assert isinstance(last, Record)
+    assert isinstance(bad, BadRow)
+    assert re.match(re.escape(f"{path}:2: ") + problem, str(bad)), str(bad)
+
+
+def test_paired_surrogate_escapes_are_one_character() -> None:
+    assert parse_json('"\\ud83d\\ude42"') == "🙂"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_an_error(tmp_path: Path, name: str, content: bytes) -> None:
+    if (name == "a.txt" and content.isspace()) or (name == "a.parquet" and content):
+        pytest.skip("not empty for this kind of file")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: empty"):
+        list(read_records(tmp_path / name))
+
+
+def test_a_text_file_is_one_record_with_its_line_ends_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    (row,) = read_records(path)
+    assert isinstance(row, Record)
+    assert (row.line, row.value) == (1, "one\r\ntwo\n")
+    path.write_bytes(b"abc\xe4\n")
+    assert [str(row) for row in read_records(path)] == [
+        f"{path}:1: text: not UTF-8 (byte 0xe4 at offset 3 of the file); save the file as UTF-8"
+    ]
+
+
+def test_parquet_rows_equal_the_same_rows_as_jsonl(tmp_path: Path) -> None:
+    rows = [{"text": f"row {i} é", "messages": [{"role": "user", "content": "x"}]} for i in range(3000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=700)
+    read = list(read_records(tmp_path / "a.parquet"))
+    assert [row.value for row in read if isinstance(row, Record)] == rows
+    assert [row.line for row in read] == list(range(1, 3001))
+
+
+def test_a_broken_parquet_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(DataError, match=r"a\.parquet: not a readable Parquet file"):
+        list(read_records(tmp_path / "a.parquet"))
+
+
+def test_files_folders_and_globs_are_found_once_and_in_order(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.txt", "sub/c.parquet", "notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+
+    def names(*paths: str) -> list[str]:
+        return [file.relative_to(tmp_path).as_posix() for file in find_files([str(tmp_path / p) for p in paths])]
+
+    assert names("") == ["a.txt", "b.jsonl", "sub/c.parquet"]
+    assert names("*") == ["a.txt", "b.jsonl"]
+    assert names("**/*.parquet", "b.jsonl") == ["sub/c.parquet", "b.jsonl"]
+    assert names("b.jsonl", ".") == ["b.jsonl", "a.txt", "sub/c.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("missing.jsonl", r"missing\.jsonl: no such file or folder; correct data\.path"),
+        ("notes.md", r"notes\.md: cannot read \.md; give one of \.jsonl, \.parquet, \.txt"),
+        ("*.csv", r"\*\.csv: no \.jsonl, \.parquet, \.txt file found there"),
+        ("empty", r"empty: no \.jsonl, \.parquet, \.txt file found there"),
+    ],
+)
+def test_a_path_that_names_no_data_is_an_error(tmp_path: Path, path: str, message: str) -> None:
+    (tmp_path / "notes.md").write_text("x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=message):
+        find_files([str(tmp_path / path)])
+
+
+@pytest.mark.parametrize("count", [0, 1, 20, 21, 1000])
+def test_the_first_twenty_problems_are_listed_and_the_others_counted(count: int) -> None:
+    problems = Problems()
+    for line in range(1, count + 1):
+        problems.add(BadRow("f.jsonl", line, "row", "bad; fix it"))
+    if not count:
+        problems.raise_if_any("hint")
+        return
+    with pytest.raises(DataError) as error:
+        problems.raise_if_any("hint")
+    lines = str(error.value).splitlines()
+    assert lines[: min(count, 20)] == [f"f.jsonl:{i}: row: bad; fix it" for i in range(1, min(count, 20) + 1)]
+    assert lines[20 if count > 20 else count :] == ([f"and {count - 20} more"] if count > 20 else []) + ["hint"]
+
+
+def test_rows_are_streamed(tmp_path: Path) -> None:
+    path = _jsonl(tmp_path, json.dumps({"a": 1}).encode() + b"\n" + b"\xff\n" * 10)
+    rows = read_records(path)
+    assert isinstance(next(rows), Record)
+    path.unlink()  # already open; a reader that had not begun to stream could not go on
+    assert len(list(rows)) == 10

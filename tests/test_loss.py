@@ -1,0 +1,158 @@
+"""linear_cross_entropy against plain PyTorch in float64, at awkward sizes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pertoken.loss
+from pertoken import linear_cross_entropy
+
+SIZES = [(1, 1, 2), (1, 8, 129), (7, 16, 5), (128, 32, 257), (129, 3, 1000)]  # N, D, V
+SHARES = [0.0, 0.4, 1.0]
+
+
+def problem(n: int, d: int, v: int, share: float, dtype: torch.dtype, *, weights: bool = False):
+    generator = torch.Generator().manual_seed(n * 1000 + v)
+    hidden = torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(v, d, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(0, v, (n,), generator=generator)
+    mask = torch.rand(n, generator=generator) < share
+    if weights:
+        return hidden, weight, labels, mask * torch.rand(n, generator=generator, dtype=torch.float64)
+    return hidden, weight, labels, mask
+
+
+def plain(hidden, weight, labels, mask):
+    """The definition, with nothing of ours in it."""
+    nll = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    return (nll * mask).sum()
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["bool", "float"])
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(("n", "d", "v"), SIZES)
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_sum_and_gradients_equal_the_definition_in_float64(impl, n, d, v, share, weights, monkeypatch):
+    monkeypatch.setattr(pertoken.loss, "_MIN_CHUNK_ROWS", 3)  # several chunks, the last one short
+    monkeypatch.setattr(pertoken.loss, "_CHUNK_BYTES", 1)
+    hidden, weight, labels, mask = problem(n, d, v, share, torch.float64, weights=weights)
+    out = linear_cross_entropy(hidden, weight, labels, mask, impl=impl)
+    assert out.loss_sum.dtype == torch.float64
+    expected = plain(hidden, weight, labels, mask)
+    torch.testing.assert_close(out.loss_sum, expected, rtol=1e-12, atol=1e-12)
+    assert float(out.num_tokens) == pytest.approx(float(mask.sum()), rel=1e-12)
+    ours = torch.autograd.grad(out.loss_sum * 0.37, (hidden, weight))
+    theirs = torch.autograd.grad(expected * 0.37, (hidden, weight))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_nothing_supervised_gives_zero_sum_zero_count_zero_gradients(dtype):
+    hidden, weight, labels, mask = problem(9, 4, 11, 0.0, dtype)
+    out = linear_cross_entropy(hidden, weight, labels, mask)
+    out.loss_sum.backward()
+    assert float(out.loss_sum.detach()) == 0.0
+    assert int(out.num_tokens) == 0
+    assert out.num_tokens.dtype == torch.int64
+    for grad in (hidden.grad, weight.grad):
+        assert torch.count_nonzero(grad) == 0
+        assert grad.isfinite().all()
+
+
+def test_no_rows_at_all_still_reach_both_inputs():
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    weight = torch.ones(5, 4, requires_grad=True)
+    out = linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+    out.loss_sum.backward()
+    assert hidden.grad.shape == (0, 4)
+    assert torch.equal(weight.grad, torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_label_under_a_false_mask_is_never_looked_at(impl):
+    hidden, weight, labels, mask = problem(128, 8, 33, 0.4, torch.float64)
+    expected = plain(hidden, weight, labels, mask)
+    labels = torch.where(mask, labels, -100)
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, mask, impl=impl).loss_sum, expected)
+
+
+@pytest.mark.parametrize("label", [-1, -100, 33])
+def test_a_supervised_label_outside_of_the_vocabulary_is_an_error(label):
+    hidden, weight, labels, mask = problem(4, 8, 33, 1.0, torch.float32)
+    labels[2] = label
+    with pytest.raises((IndexError, RuntimeError)):
+        linear_cross_entropy(hidden, weight, labels, mask)
+
+
+def autocast_errors(dtype: torch.dtype, impl: str, share: float = 0.4) -> list[float]:
+    """Relative error of the sum and of both gradients under autocast, against float64."""
+    hidden, weight, labels, mask = problem(513, 64, 777, share, torch.float32)
+    with torch.no_grad():
+        weight.mul_(0.1)
+    exact_hidden, exact_weight = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact = plain(exact_hidden, exact_weight, labels, mask)
+    exact_grads = torch.autograd.grad(exact, (exact_hidden, exact_weight))
+    with torch.autocast("cpu", dtype):
+        out = linear_cross_entropy(hidden, weight, labels, mask, impl=impl)
+    assert out.loss_sum.dtype == torch.float32
+    grads = torch.autograd.grad(out.loss_sum, (hidden, weight))
+    errors = [abs(float(out.loss_sum.detach()) - float(exact.detach())) / float(exact.detach())]
+    return errors + [float((g - e).norm() / e.norm()) for g, e in zip(grads, exact_grads, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_errs_no_more_than_the_reference_does(dtype):
+    for ours, theirs in zip(autocast_errors(dtype, "auto"), autocast_errors(dtype, "reference"), strict=True):
+        assert ours <= 1.5 * theirs + 1e-6
+
+
+def test_bfloat16_accumulates_the_sum_and_the_weights_gradient_in_float32(monkeypatch):
+    """Many chunks whose shares would be lost if they were added up in bfloat16."""
+    whole = autocast_errors(torch.bfloat16, "auto", 1.0)
+    monkeypatch.setattr(pertoken.loss, "_MIN_CHUNK_ROWS", 2)
+    monkeypatch.setattr(pertoken.loss, "_CHUNK_BYTES", 1)
+    for chunked, at_once in zip(autocast_errors(torch.bfloat16, "auto", 1.0), whole, strict=True):
+        assert chunked <= 1.5 * at_once + 1e-6
+
+
+def test_float16_keeps_the_gradient_of_improbable_tokens():
+    """Probabilities near 1e-7 vanish in float16 unless the gradient is boosted before the cast."""
+    v = 6000
+    hidden = torch.full((1, 1), 1.0, requires_grad=True)
+    weight = torch.full((v, 1), -8.0)
+    weight[0] = 8.0
+    weight.requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        out = linear_cross_entropy(hidden, weight, torch.tensor([0]), torch.tensor([True]))
+    (grad,) = torch.autograd.grad(out.loss_sum, (weight,))
+    p = math.exp(-16) / (1 + (v - 1) * math.exp(-16))
+    assert float(grad[1]) == pytest.approx(p, rel=0.05)
+
+
+def test_logits_never_exist_whole(monkeypatch):
+    """The largest product has a chunk of rows, not all of them."""
+    monkeypatch.setattr(pertoken.loss, "_MIN_CHUNK_ROWS", 16)
+    monkeypatch.setattr(pertoken.loss, "_CHUNK_BYTES", 1)
+    sizes, real = [], torch.mm
+
+    def mm(a, b, **kwargs):
+        out = real(a, b, **kwargs)
+        sizes.append(out.shape)
+        return out
+
+    monkeypatch.setattr(torch, "mm", mm)
+    hidden, weight, labels, mask = problem(129, 8, 1000, 1.0, torch.float32)
+    linear_cross_entropy(hidden, weight, labels, mask).loss_sum.backward()
+    assert max(rows for rows, columns in sizes if columns == 1000) == 16
+
+
+def test_the_objective_divides_by_the_steps_count_not_its_own():
+    hidden, weight, labels, mask = problem(7, 16, 5, 0.4, torch.float64)
+    out = linear_cross_entropy(hidden, weight, labels, mask)
+    torch.testing.assert_close(out.objective(1000), out.loss_sum / 1000)
+    assert out.metrics["loss"][0].requires_grad is False
