@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import World
 
 WriteJsonl = Callable[[str, Iterable[Any]], Path]
 
@@ -97,3 +98,9 @@ def minimind_tokenizer(shared_data: Path) -> Any:
     from pertoken.data.tokenizer import load_tokenizer
 
     return load_tokenizer(shared_data / "tokenizer" / "minimind")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Chats with skewed shares of supervised tokens, and their tokenizer."""
+    return World.make(tmp_path_factory.mktemp("world"))

@@ -88,7 +88,7 @@ def test_rectangles_hold_similar_neighbours(lengths, rectangles):
 
 def test_rectangles_are_the_cheapest_of_all_cuts():
     def cost(rectangles):
-        return sum(s * t**2 + 128**2 for s, t in rectangles)
+        return sum(s * t * (t + 32) + 256**2 for s, t in rectangles)
 
     def all_cuts(lengths):
         for marks in range(2 ** (len(lengths) - 1)):

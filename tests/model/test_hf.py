@@ -138,12 +138,11 @@ def test_a_model_can_be_saved_over_the_folder_it_came_from(tmp_path):
     model = random_model()
     save_folder(model, tmp_path, eos_token_id=1)
     loaded = load_folder(tmp_path)
-    with torch.no_grad():
-        for parameter in loaded.parameters():
-            parameter.mul_(2)
+    loaded.model.norm.weight.data.mul_(2)  # and leave the rest as it was read
     save_folder(loaded, tmp_path, eos_token_id=1)
+    model.model.norm.weight.data.mul_(2)
     for name, weight in load_folder(tmp_path).state_dict().items():
-        assert torch.equal(weight, 2 * model.state_dict()[name]), name
+        assert torch.equal(weight, model.state_dict()[name]), name
 
 
 def random_model(**keys):
@@ -281,7 +280,10 @@ def corrupt(folder, case):
 
 @pytest.mark.parametrize(
     "case",
-    "no config,bad json,json list,no weights,pickled,cut short,missing,extra,shape,dtype,other head".split(","),
+    [
+        *("no config", "bad json", "json list", "no weights", "pickled", "cut short"),
+        *("missing", "extra", "shape", "dtype", "other head"),
+    ],
 )
 def test_a_broken_folder_is_refused_by_name(case, tmp_path):
     save_folder(random_model(), tmp_path, eos_token_id=1)
@@ -473,6 +475,8 @@ def test_smollm2_equals_transformers_in_logits_and_64_greedy_tokens(tmp_path):
     folder = Path(spec.origin).parent
     hf_model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    hf_model.hf_quantizer = None  # or it is not saved: transformers takes it for quantised still
+    del hf_model.config.quantization_config
     hf_model.save_pretrained(tmp_path)
     model = load_folder(tmp_path)
     chat = [{"role": "user", "content": "Why is the sky blue? Answer in a few sentences."}]

@@ -76,10 +76,11 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     A folder means every .jsonl, .parquet and .txt file below it, sorted; so does a glob.
     Raises DataError where a path names nothing that can be read.
     """
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     for path in paths:
-        found.extend(_matches(path))
-    return list({file.resolve(): file for file in reversed(found)}.values())[::-1]
+        for file in _matches(path):
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
 
 
 def _matches(path: str) -> list[Path]:

@@ -77,13 +77,16 @@ def make_samples(
     (bytes done, bytes in all).
     """
     problems = Problems()
+    hint = ""
 
     def on_bad_row(row: BadRow) -> None:
+        nonlocal hint
         if data.on_bad_row == "skip":
             counts.skipped += 1
             skip(row)
         else:
             problems.add(row)
+            hint = 'data.on_bad_row="skip" trains on the other rows'
 
     template = ChatTemplate(tokenizer, data.template_kwargs) if stage == "sft" else None
     eos = _eos(tokenizer) if stage == "pretrain" else None
@@ -97,7 +100,7 @@ def make_samples(
                 yield from _chat_samples(document, tokens, data, str(files[document.file]), counts, problems)
         done.report()
     done.report()
-    problems.raise_if_any('data.on_bad_row="skip" trains on the other rows' if data.on_bad_row == "error" else "")
+    problems.raise_if_any(hint)
 
 
 class _Progress:

@@ -196,7 +196,8 @@ def train_tokenizer(
     """Train a tokenizer on the text and the conversations in `files`, save it as a folder, and load that.
 
     "bpe": byte-level byte-pair encoding of at most `vocab_size` tokens; any text round-trips exactly.
-    "char": a token per character seen; `vocab_size`, which may be None, is an upper bound. Others become <|endoftext|>.
+    "char": a token per character seen or written by the template, others become <|endoftext|>; `vocab_size`, which may
+    be None, is an upper bound.
     Both have SPECIAL_TOKENS as ids 0, 1, 2 and CHATML as chat template.
     Raises RecipeError for a `vocab_size` that is too small, DataError for files that give no text or bad rows.
     """
@@ -249,7 +250,7 @@ def _train_bpe(texts: Iterator[str], vocab_size: int | None) -> Tokenizer:
 def _train_char(texts: Iterator[str], vocab_size: int | None) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models
 
-    characters = sorted(set().union(*texts))
+    characters = sorted(set("\nassistantsystemtooluser").union(*texts))  # what the chat template itself writes
     vocab = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *characters))}
     if vocab_size is not None and vocab_size < len(vocab):
         raise RecipeError(

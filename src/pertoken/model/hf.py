@@ -6,7 +6,6 @@ What the decoder cannot compute is refused by name, never approximated.
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -269,8 +268,8 @@ def load_minimind(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Ca
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); name a MiniMind .pth file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ModelError(f"{path}: not a file of tensors ({str(error).splitlines()[0]})") from None
+    except Exception:  # foreign bytes lead the unpickler to errors of any kind
+        raise ModelError(f"{path}: not a file of tensors; name a MiniMind .pth file (out/*.pth)") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ModelError(f"{path}: not a state dict; name the weights (out/*.pth), not a resume file")
     return _build(_minimind_config(tensors, path), tensors, dtype, path)
