@@ -1,4 +1,4 @@
-"""A tiny world for training tests: chats with skewed shares of supervised tokens, a tokenizer, recipes, the commands."""
+"""A tiny world for tests: chats with skewed shares of supervised tokens, a tokenizer, recipes, the commands."""
 
 from __future__ import annotations
 

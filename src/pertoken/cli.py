@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -21,7 +21,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="pertoken",
-    help="Pretrain and fine-tune language models: every supervised token counts exactly once, however the work is split.",
+    help="Pretrain and fine-tune language models: every supervised token counts once, however the work is split.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -169,9 +169,7 @@ def _model_and_data(
     recipe = data_recipe(resolve_model_folder(model), data, overrides, longest=loaded.config.max_position_embeddings)
     settings = recipe.data
     assert settings.tokenizer is not None
-    tokenizer = load_tokenizer(
-        settings.tokenizer, add_tokens=settings.add_tokens, chat_template=settings.chat_template
-    )
+    tokenizer = load_tokenizer(settings.tokenizer, add_tokens=settings.add_tokens, chat_template=settings.chat_template)
     store = build_store(settings.path, stage=recipe.stage, tokenizer=tokenizer, data=settings)
     store.check_vocab(loaded.config.vocab_size)
     return loaded, store, tokenizer
@@ -197,7 +195,9 @@ def inspect(
     else:
         chosen = np.flatnonzero(store.lines == row).tolist()
         if not chosen:
-            raise DataError(f"{data}: row {row} made no sample; rows that did: {store.lines.min()} to {store.lines.max()}")
+            raise DataError(
+                f"{data}: row {row} made no sample; rows that did: {store.lines.min()} to {store.lines.max()}"
+            )
     for i in chosen:
         show_token_losses(_console(), token_losses(loaded, store[i], tokenizer), store.where(i))
 
@@ -327,14 +327,12 @@ def tokenizer_train(
     files: Annotated[list[str], typer.Argument(metavar="FILES...", help=".txt, .jsonl or .parquet; text or chats")],
     out: Annotated[Path, typer.Option(help="The folder to write")],
     vocab_size: Annotated[int | None, typer.Option(help="Tokens in all; needed for bpe")] = None,
-    kind: Annotated[str, typer.Option(metavar="bpe|char", help="Byte-level BPE, or one token per character")] = "bpe",
+    kind: Annotated[Literal["bpe", "char"], typer.Option(help="Byte-level BPE, or one token per character")] = "bpe",
     text_key: Annotated[str, typer.Option(help="The key of a row's text")] = "text",
 ) -> None:
     """Train a tokenizer with a chat template on text or conversations."""
     from pertoken.data.tokenizer import train_tokenizer
 
-    if kind not in ("bpe", "char"):
-        raise RecipeError(f"--kind {kind}: must be bpe or char")
     tokenizer = train_tokenizer(files, vocab_size=vocab_size, kind=kind, out_dir=out, text_key=text_key)
     print(f"{out}: {len(tokenizer):,} tokens")
 

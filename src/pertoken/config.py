@@ -250,11 +250,13 @@ class Recipe(_Section):
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise RecipeError(f"{path}: cannot be read ({error.strerror}); name a recipe, `pertoken new sft` prints one")
+            problem = f"cannot be read ({error.strerror}); name a recipe, `pertoken new sft` prints one"
+            raise RecipeError(f"{path}: {problem}") from None
         except UnicodeDecodeError as error:
-            raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save the recipe as UTF-8")
+            problem = f"not UTF-8 ({error.reason} at byte {error.start}); save the recipe as UTF-8"
+            raise RecipeError(f"{path}: {problem}") from None
         except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"{path}: not valid TOML: {error}")
+            raise RecipeError(f"{path}: not valid TOML: {error}") from None
         for override in overrides:
             apply_override(values, override)
         return cls.parse(values)

@@ -70,13 +70,13 @@ class ConsoleListener(Listener):
             disable=not self._console.is_terminal,
             transient=True,
         )
-        self._task = self._progress.add_task(
-            "", total=summary.total_steps, completed=summary.start_step, status=""
-        )
+        self._task = self._progress.add_task("", total=summary.total_steps, completed=summary.start_step, status="")
         self._progress.start()
 
     def stepped(self, row: Row, summary: Summary) -> None:
-        text = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tok/s"
+        text = (
+            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tok/s"
+        )
         if self._progress is not None:
             self._progress.update(self._task, completed=row["step"], status=text)
         steps_per_epoch = -(-summary.num_samples // summary.batch_size)

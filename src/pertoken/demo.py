@@ -158,7 +158,9 @@ def _write_data(out: Path) -> _Files:
 
     def write(name: str, held_out: bool, row: Callable[[list[dict[str, str]]], dict[str, Any]]) -> Path:
         path = folder / name
-        path.write_text("".join(json.dumps(row(m), ensure_ascii=False) + "\n" for m in rows[held_out]), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(row(m), ensure_ascii=False) + "\n" for m in rows[held_out]), encoding="utf-8"
+        )
         return path
 
     def as_text(messages: list[dict[str, str]]) -> dict[str, Any]:
@@ -296,9 +298,7 @@ def trigram_nats(train: Store, test: Store, vocab_size: int, add: float) -> floa
     return float(-np.log(p).sum())
 
 
-def _evaluate(
-    console: Console, out: Path, files: _Files, pretrain: Recipe, sft: Recipe, pretrain_store: Store
-) -> None:
+def _evaluate(console: Console, out: Path, files: _Files, pretrain: Recipe, sft: Recipe, pretrain_store: Store) -> None:
     """The figures, printed and written to results.json."""
     precision = Precision("float32", torch.device("cpu"))
 

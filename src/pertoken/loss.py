@@ -17,7 +17,9 @@ __all__ = ["LossOutput", "linear_cross_entropy"]
 
 _CHUNK_BYTES = 32 * 2**20  # of logits in float32
 _MIN_CHUNK_ROWS = 512  # fewer add up the weight's gradient, [V, D], too often
-_FP16_BOOST = 2.0**8  # float16 flushes probabilities below 6e-8; boosted by this the gradient keeps them, far from 65504
+_FP16_BOOST = (
+    2.0**8
+)  # float16 flushes probabilities below 6e-8; boosted by this the gradient keeps them, far from 65504
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def linear_cross_entropy(
         nll = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none")
         LossOutput((nll * loss_mask).sum(), loss_mask.sum())
 
-    with `hidden` [N, D], `weight` [V, D], `labels` [N] int64 with real token ids everywhere (an id under a false mask is
+    with `hidden` [N, D], `weight` [V, D], `labels` [N] int64 with real token ids everywhere (one under a false mask is
     never looked at), `loss_mask` [N] bool or float weights. The matrix products run in the autocast dtype where one is
     active, in `hidden`'s otherwise; soft-max, sums and the accumulation of the weight's gradient in at least float32
     (float64 for float64). No supervised token: sum 0, count 0, zero gradients.
@@ -69,7 +71,7 @@ def linear_cross_entropy(
         weights = None if loss_mask.dtype == torch.bool else loss_mask
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        loss_sum = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype)
+        loss_sum = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype)  # type: ignore[no-untyped-call]
     return LossOutput(loss_sum, num_tokens, {"loss": (loss_sum.detach(), num_tokens)})
 
 
@@ -86,7 +88,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Every row counts here. Gradients are formed in `forward`, times the incoming scalar (the loss scale too) in `backward`."""
+    """Every row counts here. `forward` forms the gradients, `backward` scales them by what comes in (the loss scale)."""
 
     @staticmethod
     def forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_an_epochs_steps_take_every_sample_once_and_the_last_is_smaller(n, batch
         assert {s.epoch for s in steps} == {epoch}
         assert steps[0].position_start == (epoch - 1) * n
         assert steps[-1].position_end == epoch * n
-        assert all(a.position_end == b.position_start for a, b in zip(steps, steps[1:], strict=False))
+        assert all(a.position_end == b.position_start for a, b in itertools.pairwise(steps))
 
 
 def test_a_far_step_is_found_as_fast_as_the_first():

@@ -21,9 +21,7 @@ def padded(samples):
     """(input_ids, attention_mask, labels, mask), [B, T] each, right-padded with zeros."""
     longest = max(len(s) for s in samples)
     rows = []
-    for parts in zip(
-        *((s.input_ids, [1] * len(s), s.labels, s.loss_mask) for s in samples), strict=True
-    ):
+    for parts in zip(*((s.input_ids, [1] * len(s), s.labels, s.loss_mask) for s in samples), strict=True):
         out = torch.zeros(len(samples), longest, dtype=torch.int64)
         for i, part in enumerate(parts):
             out[i, : len(part)] = torch.tensor([int(x) for x in part])

@@ -6,7 +6,7 @@ Nothing here knows a padding token: a micro-batch is one row of real tokens with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -74,13 +74,19 @@ class MicroBatch:
         """On `device`. A copy to CUDA goes through pinned memory and does not block the host."""
         if device.type == self.input_ids.device.type:
             return self
-        names = ("input_ids", "labels", "loss_mask", "position_ids", "cu_seqlens")
         pin = device.type == "cuda"
 
         def move(t: Tensor) -> Tensor:
             return (t.pin_memory() if pin else t).to(device, non_blocking=pin)
 
-        return replace(self, **{name: move(getattr(self, name)) for name in names})
+        return MicroBatch(
+            move(self.input_ids),
+            move(self.labels),
+            move(self.loss_mask),
+            move(self.position_ids),
+            move(self.cu_seqlens),
+            self.lengths,
+        )
 
 
 def collate(samples: Sequence[Sample]) -> MicroBatch:
@@ -105,7 +111,7 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
 
 
 def plan(lengths: Sequence[int], *, world_size: int, token_budget: int) -> list[list[list[int]]]:
-    """Who computes which samples in which micro-batch: `plan(...)[rank][micro_batch]` is a list of indices into `lengths`.
+    """Who computes which samples in which micro-batch: `plan(...)[rank][micro_batch]` lists indices into `lengths`.
 
     Every index appears exactly once. Within a micro-batch the samples have similar lengths (longest first), and a
     micro-batch holds at most `token_budget` tokens unless a single sample is longer. Every rank gets the same number

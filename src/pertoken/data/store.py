@@ -85,7 +85,7 @@ class Store:
         report: StoreReport,
         ids: np.ndarray | None = None,
     ) -> None:
-        self.fingerprint = fingerprint  # hash over files, tokenizer and settings
+        self.fingerprint = fingerprint  # hash over contents of files, tokenizer and settings
         self.files = files
         self.report = report  # of the whole build, in both halves of a split
         self._columns = columns
@@ -111,6 +111,11 @@ class Store:
     def num_bytes(self) -> np.ndarray:
         """[len] int64, UTF-8 bytes of each sample's supervised text; special tokens have none."""
         return self._column("num_bytes")
+
+    @cached_property
+    def lines(self) -> np.ndarray:
+        """[len] int64, the line of its file that each sample comes from, from 1."""
+        return self._column("line")
 
     def where(self, i: SupportsIndex) -> str:
         """`file:line` of sample i."""
@@ -189,7 +194,7 @@ def build_store(
     settings = _settings(stage, data)
     fingerprint = _hash(_VERSION, settings, _contents(files), _tokenizer_identity(tokenizer, encoder))
     cache = Path(data.store).expanduser() if data.store else _default_cache()
-    folder = cache / fingerprint
+    folder = cache / _hash(fingerprint, [str(file) for file in files])  # the names too, for `file:line` must be right
     if (store := _open(folder, hit=True)) is not None:
         return store
     try:
@@ -214,7 +219,12 @@ def build_store(
         _require_samples(totals["samples"], counts, paths)
         if not counts.skipped:
             (aside / _SKIPPED).unlink()
-        meta = {"files": [str(file) for file in files], "settings": settings, "report": {**asdict(counts), **totals}}
+        meta = {
+            "fingerprint": fingerprint,
+            "files": [str(file) for file in files],
+            "settings": settings,
+            "report": {**asdict(counts), **totals},
+        }
         (aside / _META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
         _move(aside, folder)
     finally:
@@ -243,7 +253,7 @@ def _open(folder: Path, *, hit: bool) -> Store | None:
         report = StoreReport(**meta["report"], skipped_file=str(skipped) if skipped.exists() else None, hit=hit)
     except (OSError, ValueError, KeyError, TypeError):  # pyarrow's errors are OSError or ValueError too
         return None
-    return Store(columns, fingerprint=folder.name, files=tuple(meta["files"]), report=report)
+    return Store(columns, fingerprint=meta["fingerprint"], files=tuple(meta["files"]), report=report)
 
 
 def _require_samples(samples: int, counts: Counts, paths: Sequence[str]) -> None:
@@ -261,13 +271,13 @@ def _settings(stage: str, data: DataConfig) -> dict[str, Any]:
     return {**values, "stage": stage, "tail": data.eval_fraction if data.eval_split == "tail" else 0.0}
 
 
-def _contents(files: Sequence[Path]) -> list[tuple[str, str]]:
-    """Name and hash of each file. The name counts, for `file:line` must be right."""
+def _contents(files: Sequence[Path]) -> list[str]:
+    """The hash of each file."""
     contents = []
     for path in files:
         try:
             with path.open("rb") as file:
-                contents.append((str(path), hashlib.file_digest(file, "sha256").hexdigest()))
+                contents.append(hashlib.file_digest(file, "sha256").hexdigest())
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     return contents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,5 +18,5 @@ def supervised_pieces(sample: Sample, tokenizer: Any) -> list[tuple[str, bool]]:
     edges = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(supervised)]
     return [
         (tokenizer.decode(sample.tokens[a:b].tolist(), skip_special_tokens=False), bool(supervised[a]))
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in pairwise(edges)
     ]

@@ -26,8 +26,8 @@ _RECTANGLE_COST = 256**2  # to launch a dozen kernels, forward and backward
 class AttentionLayout:
     """How the documents of one micro-batch sit side by side in rectangles: computed once, used by every layer.
 
-    `rectangles` holds (S, T) for S consecutive documents right-padded to T. `positions` [N] int64 says at which row of the
-    rectangles, laid end to end, a flat row sits; None where nothing is padded.
+    `rectangles` holds (S, T) for S consecutive documents right-padded to T. `positions` [N] int64 says at which row of
+    the rectangles, laid end to end, a flat row sits; None where nothing is padded.
     """
 
     rectangles: tuple[tuple[int, int], ...]

@@ -85,13 +85,15 @@ def save_checkpoint(
         _sync(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"{folder}: could not be saved ({error}); free space or choose another out_dir") from error
+        raise CheckpointError(
+            f"{folder}: could not be saved ({error}); free space or choose another out_dir"
+        ) from error
     return folder
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """`NAME/KEY` -> tensor, for each parameter's state."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": value.detach().cpu().contiguous()
         for parameter, entries in optimizer.state.items()
@@ -157,8 +159,8 @@ def _steps(run_dir: Path) -> Iterator[tuple[int, Path]]:
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint of a run, and a line for each newer one that is damaged (those are left for inspection)."""
-    damaged = []
+    """The newest valid checkpoint of a run, and a line for each newer one that is damaged and left for inspection."""
+    damaged: list[str] = []
     for _, folder in _steps(run_dir):
         problem = problem_with(folder)
         if problem is None:

@@ -35,7 +35,9 @@ def export_model(path: str, out: Path, *, format_: str, dtype: str | None) -> li
         save_minimind(model, file, dtype=_DTYPES[dtype or "float16"])
         return [file]
     if not source.is_dir():
-        raise ModelError(f"{path}: a .pth has no tokenizer; fine-tune from it with data.tokenizer set, then export the run")
+        raise ModelError(
+            f"{path}: a .pth has no tokenizer; fine-tune from it with data.tokenizer set, then export the run"
+        )
     _must_be_new(out)
     tokenizer = load_tokenizer(source)
     out.mkdir(parents=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,7 +88,9 @@ def gradient_stats(model: nn.Module) -> list[GradStats]:
         else:
             grad = parameter.grad.double()
             stats.append(
-                GradStats(name, float(grad.mean()), float(grad.std(correction=0)), float(torch.linalg.vector_norm(grad)))
+                GradStats(
+                    name, float(grad.mean()), float(grad.std(correction=0)), float(torch.linalg.vector_norm(grad))
+                )
             )
     return stats
 
@@ -152,8 +154,8 @@ class Tracker(Protocol):
 def open_trackers(
     log: LogConfig, out_dir: Path, *, recipe: dict[str, Any], run_ids: dict[str, str], last_step: int
 ) -> dict[str, Tracker]:
-    """The trackers of `log.trackers` by name. `run_ids` continues earlier runs. Raises RecipeError where one is missing."""
-    kinds = {"tensorboard": _TensorBoard, "wandb": _WandB}
+    """The trackers of `log.trackers` by name; `run_ids` continues earlier runs. RecipeError where one is missing."""
+    kinds: dict[str, Callable[..., Tracker]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
     trackers: dict[str, Tracker] = {}
     for name in log.trackers:
         try:

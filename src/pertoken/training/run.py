@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pertoken.config import Recipe, apply_override
-from pertoken.data.batch import collate, plan
+from pertoken.data.batch import Sample, collate, plan
 from pertoken.data.order import step_at, steps_per_epoch
 from pertoken.data.records import Record, find_files, read_records
 from pertoken.data.store import Store, build_store
@@ -70,7 +70,7 @@ def train(
     """Train as `recipe` says, into `recipe.out_dir`.
 
     `resume` continues from the newest valid checkpoint (with nothing saved it starts fresh); `overwrite` deletes an
-    earlier run there; an `out_dir` in use without either raises CheckpointError. Raises the errors of `pertoken.errors`.
+    earlier run there; an `out_dir` in use without either raises CheckpointError.
     """
     listener = listener or Listener()
     out_dir = Path(recipe.out_dir)
@@ -336,7 +336,8 @@ def _summarise(
 
 def _seconds_per_token(model: CausalLM, store: Store, sample_ids: np.ndarray, precision: Precision) -> float:
     """Of a forward and backward pass over a few real samples, timed the second time; the gradients are thrown away."""
-    chosen, tokens = [], 0
+    chosen: list[Sample] = []
+    tokens = 0
     for i in sample_ids:
         if chosen and tokens + int(store.lengths[i]) > 1024:
             break

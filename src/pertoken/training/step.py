@@ -51,7 +51,7 @@ class TrainState:
 
     def backward(self, objective: torch.Tensor) -> None:
         """Add the gradient of one micro-batch's share, times the loss scale, in float32 (float64) to `.grad`."""
-        self.scaler.scale(objective).backward()
+        torch.autograd.backward(self.scaler.scale(objective))
 
     def clip_and_step(
         self, lr: float, max_norm: float, on_gradients: Callable[[], None] | None = None
