@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,8 @@ _EXAMPLE_CHARACTERS = 1200
 
 
 def duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "an unknown time"
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"

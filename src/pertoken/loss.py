@@ -88,7 +88,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Every row counts here. `forward` forms the gradients, `backward` scales them by what comes in (the loss scale)."""
+    """All rows count. `forward` forms the gradients, `backward` multiplies by what comes in (the loss scale too)."""
 
     @staticmethod
     def forward(

@@ -298,7 +298,7 @@ def test_a_store_that_another_process_finished_first_is_taken(write_jsonl: Write
 
     store = _build(path, bpe_tokenizer, progress=other_process)
     assert _labels(store, bpe_tokenizer) == ["b<|im_end|>"]
-    assert [folder.name for folder in (path.parent / "cache").iterdir()] == [store.fingerprint]
+    assert len(list((path.parent / "cache").iterdir())) == 1
 
 
 def test_an_interrupted_build_leaves_nothing(write_jsonl: WriteJsonl, bpe_tokenizer: Any) -> None:

@@ -124,10 +124,12 @@ def config_to_hf(
     *,
     eos_token_id: int | None = None,
     bos_token_id: int | None = None,
-    pad_token_id: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """A `config.json` for `AutoModelForCausalLM.from_pretrained`, readable by transformers 5 and 4."""
+    """A `config.json` for `AutoModelForCausalLM.from_pretrained`, readable by transformers 5 and 4.
+
+    It names no padding token: transformers would freeze that token's embedding, which may well be in use.
+    """
     dtype_name = str(dtype).removeprefix("torch.")
     values = config.model_dump(exclude={"family"})
     values |= {
@@ -142,7 +144,6 @@ def config_to_hf(
         "use_cache": True,
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
     }
@@ -241,13 +242,10 @@ def save_folder(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    special = {
-        "eos_token_id": eos_token_id,
-        "bos_token_id": getattr(tokenizer, "bos_token_id", None),
-        "pad_token_id": getattr(tokenizer, "pad_token_id", None),
-    }
+    special = {"eos_token_id": eos_token_id, "bos_token_id": getattr(tokenizer, "bos_token_id", None)}
     config = config_to_hf(model.config, dtype=dtype or model.head_weight.dtype, **special)
     _write_json(folder / "config.json", config)
+    special["pad_token_id"] = getattr(tokenizer, "pad_token_id", None)
     _write_json(folder / "generation_config.json", {k: v for k, v in special.items() if v is not None})
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if tokenizer is not None:
@@ -304,8 +302,8 @@ def _minimind_config(tensors: dict[str, Tensor], path: Path) -> ResolvedModelCon
     )
 
 
-def save_minimind(model: CausalLM, path: str | Path, *, half: bool = True) -> None:
-    """A `.pth` that MiniMind loads (`strict=True` too), in float16 as MiniMind saves it, or as trained.
+def save_minimind(model: CausalLM, path: str | Path, *, dtype: torch.dtype = torch.float16) -> None:
+    """A `.pth` that MiniMind loads (`strict=True` too), in float16 as MiniMind saves it unless `dtype` says otherwise.
 
     The file carries no configuration, so a model that MiniMind would compute differently is refused (ModelError).
     """
@@ -317,9 +315,7 @@ def save_minimind(model: CausalLM, path: str | Path, *, half: bool = True) -> No
             f"model.rope_theta={config.rope_theta}, model.rms_norm_eps={config.rms_norm_eps}: a .pth has neither and "
             f"MiniMind assumes {_MINIMIND_ROPE_THETA} and {_MINIMIND_RMS_NORM_EPS}; export as hf"
         )
-    tensors = {
-        name: tensor.detach().to("cpu", torch.half if half else None) for name, tensor in model.state_dict().items()
-    }
+    tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
     tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     torch.save(tensors, path)
 
@@ -335,6 +331,8 @@ def resize_embeddings(model: CausalLM, vocab_size: int) -> None:
         raise ModelError(
             f"vocab_size={vocab_size}: the model has {old} tokens and none are removed; give at least {old}"
         )
+    if vocab_size == old:
+        return
     new_rows = vocab_size - old
 
     def grown(weight: Tensor) -> nn.Parameter:

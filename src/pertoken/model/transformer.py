@@ -80,6 +80,14 @@ class CausalLM(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def compile_layers(self) -> None:
+        """Let `torch.compile` fuse the token-wise part of every layer, once for any number of tokens.
+
+        Attention stays as it is: its rectangles differ from one micro-batch to the next.
+        """
+        for layer in self.model.layers:
+            layer.compile(dynamic=True)
+
     def forward(self, micro_batch: MicroBatch, *, impl: Literal["auto", "chunked", "reference"] = "auto") -> LossOutput:
         """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number.
 
@@ -184,6 +192,9 @@ class _Attention(nn.Module):
         wide = x_NHD.to(rope[0].dtype)
         if norm is not None:
             wide = norm(wide)
+        if torch.compiler.is_compiling():  # the compiler fuses the plain code, and trips over writes into views
+            (a, b), (cos, sin) = wide.chunk(2, -1), rope
+            return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_NHD.dtype)
         turned: Tensor = _Rotate.apply(wide, *rope)  # type: ignore[no-untyped-call]
         return turned.to(x_NHD.dtype)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -250,7 +252,8 @@ def _assemble(
             store.check_vocab(model.config.vocab_size)
     model.activation_checkpointing = train.activation_checkpointing
     if train.compile == "on":
-        model.compile_blocks()
+        _require_compiler(precision.device)
+        model.compile_layers()
     optimizer = build_adamw(model, weight_decay=train.weight_decay, betas=train.betas)
     scaler = precision.new_scaler()
     token_budget = train.micro_batch_tokens
@@ -295,6 +298,11 @@ def _assemble(
     )
 
 
+def _require_compiler(device: torch.device) -> None:
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise RecipeError('train.compile="on": needs a C++ compiler, and none is on the PATH; install one, or "off"')
+
+
 def _summarise(
     recipe: Recipe,
     data: _Data,
@@ -308,7 +316,7 @@ def _summarise(
     first = step_at(start_step + 1, num_samples=len(store), batch_size=train.batch_size, seed=train.seed)
     lengths = store.lengths[first.sample_ids].tolist()
     epochs = total_steps / steps_per_epoch(len(store), train.batch_size)
-    tokens_left = float(store.lengths.sum()) * epochs * (1 - start_step / total_steps)
+    tokens_left = float(store.lengths.sum()) * epochs * max(0.0, 1 - start_step / total_steps)
     example = int(first.sample_ids[0])
     return Summary(
         stage=recipe.stage,
@@ -352,11 +360,10 @@ def _seconds_per_token(model: CausalLM, store: Store, sample_ids: np.ndarray, pr
         if precision.device.type == "cuda":
             torch.cuda.synchronize(precision.device)
 
-    return _second_time(pass_once) / tokens
-
-
-def _second_time(work: Callable[[], None]) -> float:
-    work()
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    try:
+        pass_once()
+        start = time.perf_counter()
+        pass_once()
+    except torch.OutOfMemoryError:  # the step itself knows what to do about it
+        return math.nan
+    return (time.perf_counter() - start) / tokens
