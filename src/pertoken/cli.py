@@ -42,7 +42,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 def main() -> None:
     """Run the command line; a user's error becomes one message on stderr and its exit code."""
     try:
-        app()
+        app(prog_name="pertoken")
     except PertokenError as error:
         from pertoken.text import plain
 
@@ -53,7 +53,9 @@ def main() -> None:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(soft_wrap=not sys.stdout.isatty())
+    if sys.stdout.isatty():
+        return Console()
+    return Console(soft_wrap=True, width=160)  # lines of a file are as long as they are
 
 
 @app.command()

@@ -59,7 +59,7 @@ class ConsoleListener(Listener):
             self._preparing_since = None
 
     def started(self, summary: Summary) -> None:
-        self._console.print(_summary_table(summary))
+        self._console.print(_summary_text(summary), end="")
         self._console.print(_example(summary))
         self._progress = Progress(
             TextColumn("step"),
@@ -109,8 +109,7 @@ class ConsoleListener(Listener):
         self._console.print(plain(text), style="yellow", markup=False, highlight=False)
 
 
-def _summary_table(s: Summary) -> Table:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+def _summary_text(s: Summary) -> Text:
     share = s.num_tokens / s.total_tokens
     per_step = min(1.0, s.batch_size / s.num_samples)
     steps = f"{s.total_steps:,} over {s.epochs} epoch{'s' if s.epochs > 1 else ''}"
@@ -131,9 +130,10 @@ def _summary_table(s: Summary) -> Table:
         ("steps", steps),
         ("expected", f"about {duration(s.expected_s)}"),
     ]
+    text = Text()
     for name, value in rows:
-        table.add_row(Text(name, style="dim"), Text(plain(value)))
-    return table
+        text.append(f"{name:<12}", style="dim").append(f"{plain(value)}\n")
+    return text
 
 
 def _example(s: Summary) -> Text:

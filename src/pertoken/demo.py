@@ -35,11 +35,10 @@ __all__ = ["run_demo", "trigram_nats"]
 _HELD_OUT = 0.04  # of the conversations: in neither tokenizer, pretraining nor fine-tuning
 _VOCAB_SIZE = 4096
 _MODEL: dict[str, Any] = {
-    "hidden_size": 256,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 768,
+    "hidden_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "intermediate_size": 512,
     "max_position_embeddings": 1024,
 }
 _PRETRAIN_SHARE, _SFT_SHARE = 0.5, 0.13  # of the minutes; fine-tuning is done twice, the rest is everything else
@@ -195,14 +194,14 @@ def _recipe(out: Path, name: str, dtype: str) -> Recipe:
             "store": str(out / "store"),
         },
         "train": {
-            "batch_size": 24 if sft else 32,
-            "learning_rate": 1e-3 if sft else 3e-3,
-            "warmup_steps": 10,
+            "batch_size": 4 if sft else 8,
+            "learning_rate": 2e-3 if sft else 6e-3,
+            "warmup_steps": 20,
             "weight_decay": 0.1,
             "dtype": dtype,
             "device": "cpu",
         },
-        "log": {"log_interval": 50},
+        "log": {"log_interval": 100},
     }
     if name == "sft":
         values["init_from"] = str(out / "pretrain")
