@@ -11,7 +11,9 @@ from pertoken.data.batch import Sample, collate
 from pertoken.model.transformer import CausalLM
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler looks at what it traces
+# Both are of the compiler's own doing: what it imports, and that it looks at `.grad` of what it traces.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_compiled_layers_give_the_same_loss_and_gradients_at_any_number_of_tokens():
     config = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     models = [CausalLM(config.resolve(50), seed=1) for _ in range(2)]

@@ -265,6 +265,13 @@ def _assemble(
         if Recipe.parse(saved["recipe"]).train.micro_batch_tokens == train.micro_batch_tokens:
             token_budget = saved["micro_batch_tokens"]  # smaller, where memory ran out before
     start_step = checkpoint.step if checkpoint is not None else 0
+    trackers = open_trackers(
+        recipe.log,
+        out_dir,
+        recipe=recipe.flat(),
+        run_ids=saved.get("tracker_run_ids", {}),
+        last_step=start_step,
+    )
     summary = _summarise(recipe, data, model, precision, token_budget, start_step, total_steps)
     return Run(
         recipe=recipe,
@@ -286,13 +293,7 @@ def _assemble(
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         },
         metrics=MetricsFile(out_dir / "metrics.jsonl", last_step=start_step),
-        trackers=open_trackers(
-            recipe.log,
-            out_dir,
-            recipe=recipe.flat(),
-            run_ids=saved.get("tracker_run_ids", {}),
-            last_step=start_step,
-        ),
+        trackers=trackers,
         summary=summary,
         listener=listener,
     )

@@ -1,0 +1,116 @@
+"""Rows, and where else they go."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from tiny import pertoken, rows_of
+
+from pertoken.errors import CheckpointError
+from pertoken.training.metrics import MetricsFile
+
+KEYS = "step epoch loss loss_sum num_tokens aux_loss grad_norm lr samples tokens micro_batches step_s tokens_per_s"
+
+
+def test_a_row_per_step_with_every_key(world, tmp_path):
+    recipe = world.write_recipe(tmp_path / "run", train__max_steps=9, train__eval_interval=4)
+    assert pertoken("train", recipe)[0] == 0
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    for row in rows:
+        assert set(KEYS.split()) <= row.keys()
+        assert row["loss"] == pytest.approx(row["loss_sum"] / row["num_tokens"])
+        assert row["positions"][1] - row["positions"][0] == row["samples"]
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["step_s"])
+    assert [row["step"] for row in rows if "eval_loss" in row] == [4, 8, 9]
+
+
+def test_torn_and_later_rows_are_dropped_on_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    file = MetricsFile(path, last_step=2)
+    file.write({"step": 3, "loss": float("inf")})
+    file.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": null}\n'
+    with pytest.raises(CheckpointError, match="has 3 rows up to step 5"):
+        MetricsFile(path, last_step=5)
+
+
+def test_tensorboard_has_what_the_rows_have_also_after_a_resume(world, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    recipe = world.write_recipe(run, log__trackers=["tensorboard"], train__max_steps=3)
+    assert pertoken("train", recipe)[0] == 0
+    code, _, err = pertoken("train", recipe, "--resume", "train.max_steps=5")
+    assert code == 0, err
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    for key in ("loss", "grad_norm", "lr", "tokens_per_s"):
+        logged = events.Scalars(key)
+        assert [e.step for e in logged] == [1, 2, 3, 4, 5]
+        assert [e.value for e in logged] == pytest.approx([row[key] for row in rows_of(run)], rel=1e-6)
+    assert [e.step for e in events.Scalars("eval_loss")] == [3, 5]
+
+
+def wandb_records(path: Path) -> list[bytes]:
+    """The records of an offline file: LevelDB's log format (blocks of 32 KiB; crc, length, type) behind 7 bytes."""
+    content, position, records = path.read_bytes(), 7, [b""]
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, position + 4)
+        records[-1] += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            records.append(b"")
+    return records[:-1]
+
+
+def wandb_history(folder: Path) -> list[tuple[str, dict[str, float]]]:
+    """(run id, row) of every row in the offline files, in order of their names."""
+    from wandb.proto import wandb_internal_pb2
+
+    found = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime_ns):
+        for data in wandb_records(path):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                row = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items}
+                found.append((path.stem.removeprefix("run-"), row))
+    return found
+
+
+def test_wandb_offline_has_what_the_rows_have_and_a_resume_continues_its_run(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
+    run = tmp_path / "run"
+    recipe = world.write_recipe(run, log__trackers=["wandb"], train__max_steps=3)
+    code, _, err = pertoken("train", recipe)
+    assert code == 0, err
+    code, _, err = pertoken("train", recipe, "--resume", "train.max_steps=5")
+    assert code == 0, err
+    history = wandb_history(run)
+    assert len({run_id for run_id, _ in history}) == 1, "the resumed run has the id of the first"
+    assert [row["_step"] for _, row in history] == [1, 2, 3, 4, 5]
+    for key in ("loss", "grad_norm", "lr"):
+        assert [row[key] for _, row in history] == pytest.approx([row[key] for row in rows_of(run)])
+    state = json.loads((run / "checkpoints" / "step-00000005" / "trainer_state.json").read_text())
+    assert state["tracker_run_ids"] == {"wandb": history[0][0]}
+
+
+def test_a_tracker_that_is_not_installed_says_what_to_install(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    recipe = world.write_recipe(tmp_path / "run", log__trackers=["wandb"], train__max_steps=3)
+    code, _, err = pertoken("train", recipe)
+    assert code == 2
+    assert 'pip install "pertoken[wandb]"' in err
