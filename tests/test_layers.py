@@ -14,7 +14,7 @@ import pertoken
 
 SOURCE = Path(pertoken.__file__).parent
 LAYERS = [
-    {"errors", "config", "text", "starter"},
+    {"errors", "config", "explain", "text", "starter"},
     {"data"},
     {"model", "loss"},
     {"training"},

@@ -12,7 +12,7 @@ from pertoken.data.tokenizer import end_of_turn_id, load_tokenizer, render
 from pertoken.errors import ModelError, RecipeError
 from pertoken.generate import generate, stream_text
 from pertoken.model.transformer import CausalLM
-from pertoken.training.checkpoint import load_model, resolve_model_folder
+from pertoken.training.checkpoint import load_model, recipe_of, resolve_model_folder
 from pertoken.training.precision import resolve_device
 
 __all__ = ["Talker"]
@@ -25,6 +25,7 @@ class Talker:
     model: CausalLM
     tokenizer: Any
     stop_ids: frozenset[int]
+    template_kwargs: dict[str, Any]
 
     @classmethod
     def load(cls, path: str, device: str = "auto") -> Talker:
@@ -33,10 +34,13 @@ class Talker:
         if not folder.is_dir():
             raise ModelError(f"{path}: has no tokenizer; `pertoken export` it as a Hugging Face folder with one first")
         tokenizer = load_tokenizer(folder)
+        recipe = recipe_of(folder)
+        template_kwargs = recipe["data"].get("template_kwargs", {}) if recipe else {}
         stops = {tokenizer.eos_token_id} - {None}
         if tokenizer.chat_template is not None:
-            stops.add(end_of_turn_id(tokenizer, {}))
-        return cls(load_model(folder).to(resolve_device(device)), tokenizer, frozenset(stops))
+            stops.add(end_of_turn_id(tokenizer, template_kwargs))
+        model = load_model(folder).to(resolve_device(device))
+        return cls(model, tokenizer, frozenset(stops), template_kwargs)
 
     def encode(self, text: str) -> list[int]:
         """Text to go on from, encoded as the tokenizer does by itself (with a BOS where it adds one)."""
@@ -50,7 +54,7 @@ class Talker:
         if self.tokenizer.chat_template is None:
             raise ModelError("the tokenizer has no chat template; this is a base model, use generate without --chat")
         try:
-            text, _ = render(self.tokenizer, messages, template_kwargs={}, add_generation_prompt=True)
+            text, _ = render(self.tokenizer, messages, template_kwargs=self.template_kwargs, add_generation_prompt=True)
         except ValueError as error:
             raise ModelError(f"the chat template cannot render this conversation: {error}") from None
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids

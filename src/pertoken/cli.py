@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import click
 import typer
 
 from pertoken.errors import PertokenError, RecipeError
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pertoken.data.store import Store
-    from pertoken.model.transformer import CausalLM
 
 __all__ = ["app", "main"]
 
@@ -42,7 +42,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 def main() -> None:
     """Run the command line; a user's error becomes one message on stderr and its exit code."""
     try:
-        app(prog_name="pertoken")
+        sys.exit(app(prog_name="pertoken", standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except PertokenError as error:
         from pertoken.text import plain
 
@@ -131,14 +137,14 @@ def evaluate_command(
     device: Device = "auto",
 ) -> None:
     """Token-weighted loss, perplexity and bits per byte of a model on data."""
-    from pertoken.training.evaluate import evaluate
+    from pertoken.training.evaluate import evaluate, model_and_data
     from pertoken.training.precision import Precision, resolve_device
 
     if dtype not in ("float32", "bfloat16", "float16", "float64"):
         raise RecipeError(f"--dtype {dtype}: must be float32, bfloat16, float16 or float64")
     console = _console()
     precision = Precision(dtype, resolve_device(device))
-    loaded, store, _ = _model_and_data(model, data, overrides or [], precision.parameter_dtype)
+    loaded, store, _ = model_and_data(model, data, overrides or (), dtype=precision.parameter_dtype)
     _say_what_is_in(console, data, store)
     result = evaluate(loaded.to(precision.device), store, precision, token_budget=8192)
     figures = {
@@ -153,28 +159,10 @@ def evaluate_command(
     for name in ("loss", "perplexity", "bits_per_byte"):
         console.print(f"{name:<14} {figures[name]:.4f}", highlight=False)
     if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-
-
-def _model_and_data(
-    model: str, data: str, overrides: list[str], parameter_dtype: Any = None
-) -> tuple[CausalLM, Store, Any]:
-    """A model, the samples of `data` made as its own training would make them, and its tokenizer."""
-    import torch
-
-    from pertoken.data.store import build_store
-    from pertoken.data.tokenizer import load_tokenizer
-    from pertoken.training.checkpoint import load_model, resolve_model_folder
-    from pertoken.training.run import data_recipe
-
-    loaded = load_model(model, dtype=parameter_dtype or torch.float32)
-    recipe = data_recipe(resolve_model_folder(model), data, overrides, longest=loaded.config.max_position_embeddings)
-    settings = recipe.data
-    assert settings.tokenizer is not None
-    tokenizer = load_tokenizer(settings.tokenizer, add_tokens=settings.add_tokens, chat_template=settings.chat_template)
-    store = build_store(settings.path, stage=recipe.stage, tokenizer=tokenizer, data=settings)
-    store.check_vocab(loaded.config.vocab_size)
-    return loaded, store, tokenizer
+        try:
+            json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"--json {json_file}: cannot be written ({error.strerror})") from None
 
 
 @app.command()
@@ -190,18 +178,17 @@ def inspect(
     from pertoken.console import show_token_losses
     from pertoken.errors import DataError
     from pertoken.inspection import token_losses
+    from pertoken.training.evaluate import model_and_data
 
-    loaded, store, tokenizer = _model_and_data(model, data, overrides or [])
-    if row is None:
-        chosen = [0]
-    else:
-        chosen = np.flatnonzero(store.lines == row).tolist()
-        if not chosen:
-            raise DataError(
-                f"{data}: row {row} made no sample; rows that did: {store.lines.min()} to {store.lines.max()}"
-            )
-    for i in chosen:
-        show_token_losses(_console(), token_losses(loaded, store[i], tokenizer), store.where(i))
+    loaded, store, tokenizer = model_and_data(model, data, overrides or ())
+    made = np.flatnonzero(store.lines == (store.lines[0] if row is None else row))
+    if not len(made):
+        lines = f"{store.lines.min()} to {store.lines.max()}"
+        raise DataError(f"{data}: row {row} made no sample; those that did are between {lines}")
+    console = _console()
+    show_token_losses(console, token_losses(loaded, store[made[0]], tokenizer), store.where(made[0]))
+    if len(made) > 1:
+        console.print(f"the first of {len(made):,} samples of this row", highlight=False)
 
 
 Sampling = {

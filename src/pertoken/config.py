@@ -5,7 +5,6 @@ Every message is one line that names the key, the value and the remedy.
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
 import types
@@ -18,6 +17,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pertoken.errors import RecipeError
+from pertoken.explain import explain
 
 __all__ = [
     "CheckpointConfig",
@@ -267,7 +267,7 @@ class Recipe(_Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise RecipeError("\n".join(_explain(error))) from None
+            raise RecipeError("\n".join(explain(error, cls))) from None
 
     def to_toml(self) -> str:
         """The resolved recipe: every key that has a value."""
@@ -327,58 +327,3 @@ def _takes_only_text(key: str) -> bool:
     annotation = _field_at(key)
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     return all(o in (str, type(None)) or typing.get_origin(o) is Literal for o in options)
-
-
-def _all_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _all_keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _explain(error: ValidationError) -> Iterator[str]:
-    """One line per problem: key, value, remedy."""
-    keys = _all_keys()
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        kind, context, value = problem["type"], problem.get("ctx", {}), problem.get("input")
-        shown = f"{key}={value!r}" if isinstance(value, str) else f"{key}={value}"
-        match kind:
-            case "extra_forbidden":
-                leaf = {k.rpartition(".")[2]: k for k in keys}
-                near = difflib.get_close_matches(key, keys, 1, 0.75) or [
-                    leaf[k] for k in difflib.get_close_matches(key.rpartition(".")[2], leaf, 1, 0.6)
-                ]
-                hint = f"did you mean {near[0]}?" if near else "see the README for the keys there are"
-                yield f"{key}: unknown key; {hint}"
-            case "missing":
-                yield f"{key}: missing; add it to the recipe or pass {key}=..."
-            case "value_error":
-                text = str(context["error"])
-                yield text if key in ("", *Recipe.model_fields) else f"{shown}: {text}"
-            case "literal_error":
-                yield f"{shown}: must be one of {context['expected']}"
-            case "greater_than_equal":
-                yield f"{shown}: must be at least {context['ge']}"
-            case "greater_than":
-                yield f"{shown}: must be more than {context['gt']}"
-            case "less_than_equal":
-                yield f"{shown}: must be at most {context['le']}"
-            case "less_than":
-                yield f"{shown}: must be less than {context['lt']}"
-            case "int_type" | "int_from_float":
-                yield f"{shown}: must be a whole number, written without quotes or a point"
-            case "float_type" | "finite_number":
-                yield f"{shown}: must be a finite number, written without quotes"
-            case "bool_type":
-                yield f"{shown}: must be true or false, written without quotes"
-            case "string_type":
-                yield f"{shown}: must be text, written in quotes"
-            case "too_short" | "string_too_short":
-                yield f"{shown}: must not be empty"
-            case "model_type" | "model_attributes_type":
-                yield f"{shown}: must be a section, [{key}]"
-            case _:
-                yield f"{shown}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -14,7 +14,8 @@ from rich.text import Text
 
 from pertoken.inspection import TokenLoss
 from pertoken.text import plain
-from pertoken.training.metrics import GradStats, Listener, Row, Summary
+from pertoken.training.metrics import GradStats, Listener, Row
+from pertoken.training.summary import Summary
 
 __all__ = ["ConsoleListener", "duration", "show_token_losses"]
 

@@ -62,7 +62,7 @@ def run_demo(console: Console, out: Path, minutes: float) -> None:
         f"{_VOCAB_SIZE:,} tokens",
         highlight=False,
     )
-    dtype = _faster_dtype()
+    dtype = "float32" if Precision("bfloat16", torch.device("cpu")).is_emulated() else "bfloat16"
     pretrain, sft, scratch = (_recipe(out, stage, dtype) for stage in ("pretrain", "sft", "sft-from-scratch"))
     pretrain_store, sft_store = _store(pretrain), _store(sft)
     speed = _tokens_per_s(pretrain, pretrain_store, dtype)
@@ -243,14 +243,6 @@ def _fastest_of_three(work: Callable[[], object]) -> float:
         work()
         times.append(time.perf_counter() - start)
     return min(times[1:])
-
-
-def _faster_dtype() -> str:
-    """Processors without bfloat16 instructions emulate it, many times slower than float32."""
-    x, w = torch.randn(2048, 256), torch.randn(768, 256)
-    low_x, low_w = x.bfloat16(), w.bfloat16()
-    faster = _fastest_of_three(lambda: low_x @ low_w.T) < _fastest_of_three(lambda: x @ w.T)
-    return "bfloat16" if faster else "float32"
 
 
 def _tokens_per_s(recipe: Recipe, store: Store, dtype: str) -> float:

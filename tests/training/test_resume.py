@@ -37,7 +37,7 @@ def lose_everything_after(run: Path, step: int) -> None:
         file.write('{"step": 99, "lo')
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_resume_in_mid_epoch_after_an_evaluation_is_bitwise(world, tmp_path, dtype):
     recipe = world.write_recipe(
         tmp_path / "recipe",
@@ -126,6 +126,36 @@ def test_resume_with_nothing_saved_starts_fresh_and_a_used_folder_is_refused(wor
     assert "--resume continues it, --overwrite replaces it" in err
     assert pertoken("train", recipe, out, "--overwrite", "train.seed=1")[0] == 0
     assert pertoken("train", recipe, out, "--overwrite", "--resume")[0] == 2
+
+
+def test_overwriting_deletes_nothing_before_recipe_data_and_model_are_known_to_be_good(world, tmp_path):
+    recipe = world.write_recipe(tmp_path / "recipe", train__max_steps=2)
+    run = tmp_path / "run"
+    assert pertoken("train", recipe, f"out_dir={run}")[0] == 0
+    before = hashes(run, 2)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{")
+    for mistake in (
+        f"data.path={bad}",
+        f"init_from={tmp_path}",
+        "train.warmup_steps=2",
+        "model.vocab_size=5",
+        "train.learning_rate=0",
+    ):
+        assert pertoken("train", recipe, f"out_dir={run}", "--overwrite", mistake)[0] == 2
+        assert hashes(run, 2) == before
+        assert len(rows_of(run)) == 2
+    code, _, err = pertoken("train", recipe, f"out_dir={run}", "--overwrite", f"init_from={run}")
+    assert code == 0, err
+    assert hashes(run, 2) != before
+
+
+def test_a_folder_that_cannot_be_written_says_so(world, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    recipe = world.write_recipe(tmp_path / "recipe", train__max_steps=2)
+    code, _, err = pertoken("train", recipe, f"out_dir={tmp_path / 'file' / 'run'}")
+    assert code == 2
+    assert "cannot be written" in err
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_said(world, tmp_path):

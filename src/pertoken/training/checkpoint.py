@@ -37,6 +37,7 @@ __all__ = [
     "load_optimizer",
     "newest_checkpoint",
     "prune",
+    "recipe_of",
     "resolve_model_folder",
     "save_checkpoint",
     "set_best",
@@ -203,6 +204,14 @@ def resolve_model_folder(path: str | Path) -> Path:
             raise ModelError("\n".join([f"{path}: a run without a valid checkpoint; train it first", *damaged]))
         return checkpoint.folder
     raise ModelError(f"{path}: not a run, not a model folder (no config.json) and not a MiniMind .pth file")
+
+
+def recipe_of(folder: Path) -> dict[str, Any] | None:
+    """The recipe that a checkpoint was trained by, as a nested dict; None for any other model folder."""
+    if not (folder / _STATE).is_file():
+        return None
+    recipe: dict[str, Any] = Checkpoint(folder).state["recipe"]
+    return recipe
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> CausalLM:

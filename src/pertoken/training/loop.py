@@ -22,9 +22,10 @@ from pertoken.errors import Interrupted, NonFiniteError, PertokenError
 from pertoken.model.transformer import CausalLM
 from pertoken.training.checkpoint import prune, save_checkpoint, set_best
 from pertoken.training.evaluate import evaluate
-from pertoken.training.metrics import Listener, MetricsFile, Row, Summary, Tracker, gradient_stats
+from pertoken.training.metrics import Listener, MetricsFile, Row, Tracker, gradient_stats
 from pertoken.training.optim import lr_at
 from pertoken.training.step import NonFiniteStep, StepMetrics, TrainState, train_step
+from pertoken.training.summary import Summary
 
 __all__ = ["Run", "StopRequest", "fit", "stop_on_signals"]
 

@@ -15,38 +15,13 @@ from torch import nn
 
 from pertoken.config import LogConfig
 from pertoken.errors import CheckpointError, RecipeError
+from pertoken.training.summary import Summary
 
-__all__ = ["GradStats", "Listener", "MetricsFile", "Row", "Summary", "Tracker", "gradient_stats", "open_trackers"]
+__all__ = ["GradStats", "Listener", "MetricsFile", "Row", "Tracker", "gradient_stats", "open_trackers"]
 
 Row = dict[str, Any]
 """One step: step epoch loss loss_sum num_tokens aux_loss grad_norm lr samples tokens micro_batches step_s tokens_per_s
 positions, and where they apply eval_loss eval_perplexity eval_bits_per_byte skipped loss_scale."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What is about to be trained."""
-
-    stage: str
-    out_dir: Path
-    device: str
-    dtype: str
-    num_parameters: int
-    family: str
-    num_samples: int
-    num_eval_samples: int
-    num_tokens: int  # supervised, in an epoch
-    total_tokens: int  # all inputs, in an epoch
-    data_notes: tuple[str, ...]  # what was skipped, dropped or cut while preparing
-    batch_size: int
-    micro_batches: int  # of the first step
-    world_size: int
-    epochs: int
-    start_step: int  # the last step already done
-    total_steps: int
-    expected_s: float
-    example_source: str  # file:line
-    example: tuple[tuple[str, bool], ...]  # pieces of the first sample's text: (text, supervised)
 
 
 @dataclass(frozen=True)

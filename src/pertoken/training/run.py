@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import shutil
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from pertoken.config import Recipe, apply_override
-from pertoken.data.batch import Sample, collate, plan
-from pertoken.data.order import step_at, steps_per_epoch
-from pertoken.data.records import Record, find_files, read_records
+from pertoken.config import Recipe
+from pertoken.data.order import steps_per_epoch
 from pertoken.data.store import Store, build_store
 from pertoken.data.tokenizer import end_of_turn_id, load_tokenizer
-from pertoken.data.view import supervised_pieces
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.model.hf import resize_embeddings
 from pertoken.model.transformer import CausalLM
-from pertoken.training.checkpoint import Checkpoint, load_model, load_optimizer, newest_checkpoint, resolve_model_folder
+from pertoken.training.checkpoint import (
+    Checkpoint,
+    load_model,
+    load_optimizer,
+    newest_checkpoint,
+    resolve_model_folder,
+)
 from pertoken.training.loop import Run, fit, stop_on_signals
-from pertoken.training.metrics import Listener, MetricsFile, Summary, open_trackers
+from pertoken.training.metrics import Listener, MetricsFile, open_trackers
 from pertoken.training.optim import build_adamw
 from pertoken.training.precision import Precision, resolve_device
 from pertoken.training.step import TrainState
+from pertoken.training.summary import summarise
 
-__all__ = ["TrainResult", "data_recipe", "prepare", "train"]
+__all__ = ["TrainResult", "prepare", "train"]
 
 # What may differ from the checkpoint on --resume. Paths of data and tokenizer may, since their contents are compared.
 _MAY_CHANGE = {
@@ -77,16 +77,23 @@ def train(
     listener = listener or Listener()
     out_dir = Path(recipe.out_dir)
     device = resolve_device(recipe.train.device)
-    checkpoint = _claim(out_dir, resume=resume, overwrite=overwrite, listener=listener)
+    if resume and overwrite:
+        raise RecipeError("--resume and --overwrite: give one of the two")
+    checkpoint = _earlier_run(out_dir, resume=resume, overwrite=overwrite, listener=listener)
     if checkpoint is not None:
         _refuse_changes(recipe, checkpoint)
     data = _load_data(recipe, listener)
     if checkpoint is not None:
         _refuse_other_data(data, checkpoint)
-    total_steps = _total_steps(recipe, len(data.train))
+    precision = Precision(recipe.train.dtype, device)
+    if precision.is_emulated():
+        listener.message('this processor emulates bfloat16; train.dtype="float32" is faster here')
 
-    out_dir.mkdir(parents=True, exist_ok=True)
-    run = _assemble(recipe, data, checkpoint, total_steps, Precision(recipe.train.dtype, device), listener)
+    total_steps = _total_steps(recipe, len(data.train))
+    model = _build_model(recipe, data, checkpoint, precision)
+    # Only now, with recipe, data and model known to be good, is anything in out_dir touched.
+    _make_room(out_dir, overwrite=overwrite)
+    run = _assemble(recipe, data, model, checkpoint, total_steps, precision, listener)
     (out_dir / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
     try:
         listener.started(run.summary)
@@ -107,48 +114,21 @@ def prepare(recipe: Recipe, listener: Listener | None = None) -> tuple[Store, St
     return data.train, data.eval
 
 
-def data_recipe(folder: Path, path: str, overrides: Sequence[str], *, longest: int) -> Recipe:
-    """A recipe that makes samples of the data at `path` as the model in `folder` was trained on them.
-
-    A pertoken checkpoint brings its own settings; any other folder gets the defaults, at most 2,048 tokens a sample and
-    the stage that the first row suggests. `overrides` come last. Evaluation has no split and never drops what is long.
-    """
-    values: dict[str, Any] = {"out_dir": "unused", "init_from": None}
-    data: dict[str, Any] = {"max_seq_len": min(longest, 2048), "overlong": "truncate"}
-    if (folder / "trainer_state.json").is_file():
-        saved = Checkpoint(folder).state["recipe"]
-        data = {k: v for k, v in saved["data"].items() if k not in ("eval_path", "eval_fraction", "eval_split")}
-    values["data"] = data | {"path": path, "tokenizer": data.get("tokenizer")}
-    if folder.is_dir():  # the tokenizer as it was saved with the model, added tokens and template included
-        values["data"] |= {"tokenizer": str(folder), "add_tokens": [], "chat_template": None}
-    for override in overrides:
-        apply_override(values, override)
-    values.setdefault("stage", _stage_of(values["data"]))
-    if values["stage"] == "pretrain" and values["data"].get("format", "auto") != "text":
-        values["data"]["format"] = "text"
-    return Recipe.parse(values)
+def _files_of_a_run(out_dir: Path) -> list[Path]:
+    return [out_dir / name for name in _OUR_FILES if (out_dir / name).exists()]
 
 
-def _stage_of(data: dict[str, Any]) -> str:
-    """`pretrain` for raw text, `sft` for conversations, by the first row."""
-    path, text_key = data["path"], data.get("text_key", "text")
-    for file in find_files((path,)):
-        for record in read_records(file):
-            if isinstance(record, Record):
-                text = isinstance(record.value, str) or isinstance(record.value.get(text_key), str)
-                return "pretrain" if text else "sft"
-    return "sft"
-
-
-def _claim(out_dir: Path, *, resume: bool, overwrite: bool, listener: Listener) -> Checkpoint | None:
-    """Decide what becomes of an earlier run in `out_dir`; the checkpoint to continue from, if any."""
-    if resume and overwrite:
-        raise RecipeError("--resume and --overwrite: give one of the two")
-    used = [out_dir / name for name in _OUR_FILES if (out_dir / name).exists()]
-    if overwrite:
-        for path in used:
+def _make_room(out_dir: Path, *, overwrite: bool) -> None:
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for path in _files_of_a_run(out_dir) if overwrite else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return None
+    except OSError as error:
+        raise CheckpointError(f"out_dir={out_dir}: cannot be written ({error.strerror}); choose another") from None
+
+
+def _earlier_run(out_dir: Path, *, resume: bool, overwrite: bool, listener: Listener) -> Checkpoint | None:
+    """The checkpoint to continue from, if any. Refuses an `out_dir` in use without a word on what becomes of it."""
     if resume:
         checkpoint, damaged = newest_checkpoint(out_dir)
         for line in damaged:
@@ -156,7 +136,7 @@ def _claim(out_dir: Path, *, resume: bool, overwrite: bool, listener: Listener) 
         if checkpoint is None and damaged:
             raise CheckpointError(f"{out_dir}: no checkpoint is valid, so there is nothing to resume; see above")
         return checkpoint
-    if used:
+    if not overwrite and _files_of_a_run(out_dir):
         raise CheckpointError(f"{out_dir}: holds a run already; --resume continues it, --overwrite replaces it")
     return None
 
@@ -216,32 +196,15 @@ def _total_steps(recipe: Recipe, num_samples: int) -> int:
     return total
 
 
-def _build_model(recipe: Recipe, data: _Data, checkpoint: Checkpoint | None, dtype: torch.dtype) -> CausalLM:
+def _build_model(recipe: Recipe, data: _Data, checkpoint: Checkpoint | None, precision: Precision) -> CausalLM:
+    """From the checkpoint, from `init_from`, or from random weights; checked against data and recipe."""
+    train, dtype = recipe.train, precision.parameter_dtype
     if checkpoint is not None:
-        return load_model(checkpoint.folder, dtype=dtype)
-    if recipe.init_from is None:
-        return CausalLM(recipe.model.resolve(len(data.tokenizer)), seed=recipe.train.seed, dtype=dtype)
-    model = load_model(recipe.init_from, dtype=dtype)
-    for key in sorted(recipe.model.model_fields_set - {"vocab_size"}):
-        asked, has = getattr(recipe.model, key), getattr(model.config, key)
-        if asked is not None and asked != has:
-            raise RecipeError(f"model.{key}={asked}: the model at {recipe.init_from} has {has}; leave the key out")
-    if len(data.tokenizer) > model.config.vocab_size:
-        resize_embeddings(model, len(data.tokenizer))
-    return model
-
-
-def _assemble(
-    recipe: Recipe,
-    data: _Data,
-    checkpoint: Checkpoint | None,
-    total_steps: int,
-    precision: Precision,
-    listener: Listener,
-) -> Run:
-    """Model, optimiser, scaler and files, as they stood at the checkpoint or at the start."""
-    train, out_dir = recipe.train, Path(recipe.out_dir)
-    model = _build_model(recipe, data, checkpoint, precision.parameter_dtype).to(precision.device)
+        model = load_model(checkpoint.folder, dtype=dtype)
+    elif recipe.init_from is None:
+        model = CausalLM(recipe.model.resolve(len(data.tokenizer)), seed=train.seed, dtype=dtype)
+    else:
+        model = _load_initial(recipe, recipe.init_from, len(data.tokenizer), dtype)
     if recipe.data.max_seq_len > model.config.max_position_embeddings:
         raise RecipeError(
             f"data.max_seq_len={recipe.data.max_seq_len}: the model has "
@@ -254,6 +217,32 @@ def _assemble(
     if train.compile == "on":
         _require_compiler(precision.device)
         model.compile_layers()
+    return model.to(precision.device)
+
+
+def _load_initial(recipe: Recipe, init_from: str, num_tokens: int, dtype: torch.dtype) -> CausalLM:
+    """The model to fine-tune, with room for the tokenizer's new tokens."""
+    model = load_model(init_from, dtype=dtype)
+    for key in sorted(recipe.model.model_fields_set - {"vocab_size"}):
+        asked, has = getattr(recipe.model, key), getattr(model.config, key)
+        if asked is not None and asked != has:
+            raise RecipeError(f"model.{key}={asked}: the model at {init_from} has {has}; leave the key out")
+    if num_tokens > model.config.vocab_size:
+        resize_embeddings(model, num_tokens)
+    return model
+
+
+def _assemble(
+    recipe: Recipe,
+    data: _Data,
+    model: CausalLM,
+    checkpoint: Checkpoint | None,
+    total_steps: int,
+    precision: Precision,
+    listener: Listener,
+) -> Run:
+    """Optimiser, scaler and files around the model, as they stood at the checkpoint or at the start."""
+    train, out_dir = recipe.train, Path(recipe.out_dir)
     optimizer = build_adamw(model, weight_decay=train.weight_decay, betas=train.betas)
     scaler = precision.new_scaler()
     token_budget = train.micro_batch_tokens
@@ -272,7 +261,17 @@ def _assemble(
         run_ids=saved.get("tracker_run_ids", {}),
         last_step=start_step,
     )
-    summary = _summarise(recipe, data, model, precision, token_budget, start_step, total_steps)
+    summary = summarise(
+        recipe,
+        data.train,
+        data.eval,
+        data.tokenizer,
+        model,
+        precision,
+        token_budget=token_budget,
+        start_step=start_step,
+        total_steps=total_steps,
+    )
     return Run(
         recipe=recipe,
         out_dir=out_dir,
@@ -302,69 +301,3 @@ def _assemble(
 def _require_compiler(device: torch.device) -> None:
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         raise RecipeError('train.compile="on": needs a C++ compiler, and none is on the PATH; install one, or "off"')
-
-
-def _summarise(
-    recipe: Recipe,
-    data: _Data,
-    model: CausalLM,
-    precision: Precision,
-    token_budget: int,
-    start_step: int,
-    total_steps: int,
-) -> Summary:
-    store, train = data.train, recipe.train
-    first = step_at(start_step + 1, num_samples=len(store), batch_size=train.batch_size, seed=train.seed)
-    lengths = store.lengths[first.sample_ids].tolist()
-    epochs = total_steps / steps_per_epoch(len(store), train.batch_size)
-    tokens_left = float(store.lengths.sum()) * epochs * max(0.0, 1 - start_step / total_steps)
-    example = int(first.sample_ids[0])
-    return Summary(
-        stage=recipe.stage,
-        out_dir=Path(recipe.out_dir),
-        device=str(precision.device),
-        dtype=precision.dtype,
-        num_parameters=model.num_parameters,
-        family=model.config.family,
-        num_samples=len(store),
-        num_eval_samples=len(data.eval) if data.eval is not None else 0,
-        num_tokens=int(store.num_tokens.sum()),
-        total_tokens=int(store.lengths.sum()),
-        data_notes=tuple(store.report.notes()),
-        batch_size=train.batch_size,
-        micro_batches=len(plan(lengths, world_size=1, token_budget=token_budget)[0]),
-        world_size=1,
-        epochs=-(-total_steps // steps_per_epoch(len(store), train.batch_size)),
-        start_step=start_step,
-        total_steps=total_steps,
-        expected_s=tokens_left * _seconds_per_token(model, store, first.sample_ids, precision),
-        example_source=store.where(example),
-        example=tuple(supervised_pieces(store[example], data.tokenizer)),
-    )
-
-
-def _seconds_per_token(model: CausalLM, store: Store, sample_ids: np.ndarray, precision: Precision) -> float:
-    """Of a forward and backward pass over a few real samples, timed the second time; the gradients are thrown away."""
-    chosen: list[Sample] = []
-    tokens = 0
-    for i in sample_ids:
-        if chosen and tokens + int(store.lengths[i]) > 1024:
-            break
-        chosen.append(store[int(i)])
-        tokens += int(store.lengths[i])
-    micro_batch = collate(chosen).to(precision.device)
-
-    def pass_once() -> None:
-        with precision.autocast():
-            model(micro_batch).loss_sum.backward()
-        model.zero_grad(set_to_none=True)
-        if precision.device.type == "cuda":
-            torch.cuda.synchronize(precision.device)
-
-    try:
-        pass_once()
-        start = time.perf_counter()
-        pass_once()
-    except torch.OutOfMemoryError:  # the step itself knows what to do about it
-        return math.nan
-    return (time.perf_counter() - start) / tokens

@@ -1,0 +1,65 @@
+"""What a validation error means, in the words of whoever wrote the recipe."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+from pydantic import BaseModel, ValidationError
+
+__all__ = ["explain"]
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
+    """One line per problem of validating a `root`: dotted key, value, remedy; for an unknown key the nearest known."""
+    keys = _all_keys(root)
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        kind, context, value = problem["type"], problem.get("ctx", {}), problem.get("input")
+        shown = f"{key}={value!r}" if isinstance(value, str) else f"{key}={value}"
+        match kind:
+            case "extra_forbidden":
+                leaf = {k.rpartition(".")[2]: k for k in keys}
+                near = difflib.get_close_matches(key, keys, 1, 0.75) or [
+                    leaf[k] for k in difflib.get_close_matches(key.rpartition(".")[2], leaf, 1, 0.6)
+                ]
+                hint = f"did you mean {near[0]}?" if near else "see the README for the keys there are"
+                yield f"{key}: unknown key; {hint}"
+            case "missing":
+                yield f"{key}: missing; add it to the recipe or pass {key}=..."
+            case "value_error":
+                text = str(context["error"])
+                yield text if key in ("", *root.model_fields) else f"{shown}: {text}"
+            case "literal_error":
+                yield f"{shown}: must be one of {context['expected']}"
+            case "greater_than_equal":
+                yield f"{shown}: must be at least {context['ge']}"
+            case "greater_than":
+                yield f"{shown}: must be more than {context['gt']}"
+            case "less_than_equal":
+                yield f"{shown}: must be at most {context['le']}"
+            case "less_than":
+                yield f"{shown}: must be less than {context['lt']}"
+            case "int_type" | "int_from_float":
+                yield f"{shown}: must be a whole number, written without quotes or a point"
+            case "float_type" | "finite_number":
+                yield f"{shown}: must be a finite number, written without quotes"
+            case "bool_type":
+                yield f"{shown}: must be true or false, written without quotes"
+            case "string_type":
+                yield f"{shown}: must be text, written in quotes"
+            case "too_short" | "string_too_short":
+                yield f"{shown}: must not be empty"
+            case "model_type" | "model_attributes_type":
+                yield f"{shown}: must be a section, [{key}]"
+            case _:
+                yield f"{shown}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

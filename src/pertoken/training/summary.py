@@ -1,0 +1,118 @@
+"""What is said before the first step: counts, an example, and how long it may take."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pertoken.config import Recipe
+from pertoken.data.batch import Sample, collate, plan
+from pertoken.data.order import step_at, steps_per_epoch
+from pertoken.data.store import Store
+from pertoken.data.view import supervised_pieces
+from pertoken.model.transformer import CausalLM
+from pertoken.training.precision import Precision
+
+__all__ = ["Summary", "summarise"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is about to be trained."""
+
+    stage: str
+    out_dir: Path
+    device: str
+    dtype: str
+    num_parameters: int
+    family: str
+    num_samples: int
+    num_eval_samples: int
+    num_tokens: int  # supervised, in an epoch
+    total_tokens: int  # all inputs, in an epoch
+    data_notes: tuple[str, ...]  # what was skipped, dropped or cut while preparing
+    batch_size: int
+    micro_batches: int  # of the first step
+    world_size: int
+    epochs: int
+    start_step: int  # the last step already done
+    total_steps: int
+    expected_s: float
+    example_source: str  # file:line
+    example: tuple[tuple[str, bool], ...]  # pieces of the first sample's text: (text, supervised)
+
+
+def summarise(
+    recipe: Recipe,
+    store: Store,
+    eval_store: Store | None,
+    tokenizer: Any,
+    model: CausalLM,
+    precision: Precision,
+    *,
+    token_budget: int,
+    start_step: int,
+    total_steps: int,
+) -> Summary:
+    """Of a run that is about to take step `start_step + 1`. Computes a few samples to see how long they take."""
+    train = recipe.train
+    first = step_at(start_step + 1, num_samples=len(store), batch_size=train.batch_size, seed=train.seed)
+    lengths = store.lengths[first.sample_ids].tolist()
+    epochs = total_steps / steps_per_epoch(len(store), train.batch_size)
+    tokens_left = float(store.lengths.sum()) * epochs * max(0.0, 1 - start_step / total_steps)
+    example = int(first.sample_ids[0])
+    return Summary(
+        stage=recipe.stage,
+        out_dir=Path(recipe.out_dir),
+        device=str(precision.device),
+        dtype=precision.dtype,
+        num_parameters=model.num_parameters,
+        family=model.config.family,
+        num_samples=len(store),
+        num_eval_samples=len(eval_store) if eval_store is not None else 0,
+        num_tokens=int(store.num_tokens.sum()),
+        total_tokens=int(store.lengths.sum()),
+        data_notes=tuple(store.report.notes()),
+        batch_size=train.batch_size,
+        micro_batches=len(plan(lengths, world_size=1, token_budget=token_budget)[0]),
+        world_size=1,
+        epochs=-(-total_steps // steps_per_epoch(len(store), train.batch_size)),
+        start_step=start_step,
+        total_steps=total_steps,
+        expected_s=tokens_left * _seconds_per_token(model, store, first.sample_ids, precision),
+        example_source=store.where(example),
+        example=tuple(supervised_pieces(store[example], tokenizer)),
+    )
+
+
+def _seconds_per_token(model: CausalLM, store: Store, sample_ids: np.ndarray, precision: Precision) -> float:
+    """Of a forward and backward pass over a few real samples, timed the second time; the gradients are thrown away."""
+    chosen: list[Sample] = []
+    tokens = 0
+    for i in sample_ids:
+        if chosen and tokens + int(store.lengths[i]) > 1024:
+            break
+        chosen.append(store[int(i)])
+        tokens += int(store.lengths[i])
+    micro_batch = collate(chosen).to(precision.device)
+
+    def pass_once() -> None:
+        with precision.autocast():
+            model(micro_batch).loss_sum.backward()
+        model.zero_grad(set_to_none=True)
+        if precision.device.type == "cuda":
+            torch.cuda.synchronize(precision.device)
+
+    try:
+        pass_once()
+        start = time.perf_counter()
+        pass_once()
+    except torch.OutOfMemoryError:  # the step itself knows what to do about it
+        return math.nan
+    return (time.perf_counter() - start) / tokens
