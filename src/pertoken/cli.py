@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import click
 import typer
 
 from pertoken.errors import PertokenError, RecipeError
@@ -42,13 +41,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 def main() -> None:
     """Run the command line; a user's error becomes one message on stderr and its exit code."""
     try:
-        sys.exit(app(prog_name="pertoken", standalone_mode=False))
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        app(prog_name="pertoken")
     except PertokenError as error:
         from pertoken.text import plain
 
