@@ -322,7 +322,7 @@ def tokenizer_train(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="A new folder for all that is made")] = Path("demo"),
-    minutes: Annotated[float, typer.Option(help="About how long it may take on two cores")] = 4.0,
+    minutes: Annotated[float, typer.Option(help="About how long it may take in all")] = 4.4,
 ) -> None:
     """Tokenizer, pretraining, fine-tuning on real chats, evaluation and a chat, on a laptop CPU."""
     from pertoken.demo import run_demo

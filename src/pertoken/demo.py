@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pertoken.chatting import Talker
 from pertoken.config import Recipe
 from pertoken.console import ConsoleListener, duration
 from pertoken.data.batch import collate
+from pertoken.data.order import step_at
 from pertoken.data.store import Store, build_store
 from pertoken.data.tokenizer import load_tokenizer, train_tokenizer
 from pertoken.errors import DataError, RecipeError
@@ -27,8 +29,10 @@ from pertoken.model.transformer import CausalLM
 from pertoken.text import plain
 from pertoken.training.checkpoint import load_model
 from pertoken.training.evaluate import Evaluation, evaluate
+from pertoken.training.optim import build_adamw
 from pertoken.training.precision import Precision
 from pertoken.training.run import train
+from pertoken.training.step import TrainState, train_step
 
 __all__ = ["run_demo", "trigram_nats"]
 
@@ -41,17 +45,18 @@ _MODEL: dict[str, Any] = {
     "intermediate_size": 512,
     "max_position_embeddings": 1024,
 }
-_PRETRAIN_SHARE, _SFT_SHARE = 0.5, 0.13  # of the minutes; fine-tuning is done twice, the rest is everything else
+_RESERVE_SHARE = 0.15  # of the minutes, for all that is not training
+_PRETRAIN_SHARE = 0.5  # of the time for training; fine-tuning is done twice in the rest
 _PROMPTS = ("Hi! How are you today?", "What do you like to do for fun?", "Do you have any pets?")
 
 
 def run_demo(console: Console, out: Path, minutes: float) -> None:
-    """Make everything under `out`, printing as it goes. Raises RecipeError, DataError."""
+    """Make everything under `out` in about `minutes`, printing as it goes. Raises RecipeError, DataError."""
     if minutes <= 0:
         raise RecipeError(f"--minutes {minutes:g}: must be more than 0")
     if out.exists() and any(out.iterdir()):
         raise RecipeError(f"--out {out}: is not empty; name a new folder")
-    started = time.perf_counter()
+    clock = _Clock(60 * minutes)
     out.mkdir(parents=True, exist_ok=True)
 
     _heading(console, "1. Real chats, and a tokenizer made from them")
@@ -65,25 +70,41 @@ def run_demo(console: Console, out: Path, minutes: float) -> None:
     dtype = "float32" if Precision("bfloat16", torch.device("cpu")).is_emulated() else "bfloat16"
     pretrain, sft, scratch = (_recipe(out, stage, dtype) for stage in ("pretrain", "sft", "sft-from-scratch"))
     pretrain_store, sft_store = _store(pretrain), _store(sft)
-    speed = _tokens_per_s(pretrain, pretrain_store, dtype)
-    seconds = 60 * minutes
-    pretrain = _with_steps(pretrain, pretrain_store, speed * seconds * _PRETRAIN_SHARE)
-    sft = _with_steps(sft, sft_store, speed * seconds * _SFT_SHARE)
-    scratch = _with_steps(scratch, sft_store, speed * seconds * _SFT_SHARE)
 
     _heading(console, "2. Pretraining on their text")
+    speed = _tokens_per_s(pretrain, pretrain_store, dtype)
+    pretrain = _with_steps(pretrain, pretrain_store, speed * clock.left() * _PRETRAIN_SHARE)
     _train(console, out, "pretrain", pretrain)
     _heading(console, "3. Fine-tuning on the conversations: the second speaker is the assistant")
+    tokens = _tokens_per_s_of(out / "pretrain") * clock.left() / 2
+    sft, scratch = (_with_steps(recipe, sft_store, tokens) for recipe in (sft, scratch))
     _train(console, out, "sft", sft)
     _heading(console, "4. The same fine-tuning from random weights, to see what pretraining was good for")
     _train(console, out, "sft-from-scratch", scratch)
 
     _heading(console, f"5. Evaluation on the {files.held_out_conversations:,} held-out conversations")
     _evaluate(console, out, files, pretrain, sft, pretrain_store)
-
     _heading(console, "6. A chat")
     _chat(console, out)
-    console.print(f"\nMade in {duration(time.perf_counter() - started)}:", highlight=False)
+    _say_what_was_made(console, out, files, clock)
+
+
+class _Clock:
+    """The time there is for training: what remains of the total, less a share for evaluation, chat and mishaps."""
+
+    def __init__(self, total_s: float) -> None:
+        self._start = time.perf_counter()
+        self._total_s = total_s
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._start
+
+    def left(self) -> float:
+        return max(0.1 * self._total_s, (1 - _RESERVE_SHARE) * self._total_s - self.elapsed())
+
+
+def _say_what_was_made(console: Console, out: Path, files: _Files, clock: _Clock) -> None:
+    console.print(f"\nMade in {duration(clock.elapsed())}:", highlight=False)
     for what, path in {
         "conversations": files.conversations,
         "tokenizer": out / "tokenizer",
@@ -97,7 +118,7 @@ def run_demo(console: Console, out: Path, minutes: float) -> None:
     for command in (
         f"pertoken chat {out / 'sft'}",
         f"pertoken inspect {out / 'sft'} {files.held_out}",
-        f"pertoken train {out / 'recipes' / 'sft.toml'} out_dir={out / 'sft-2'} train.epochs=2",
+        f"pertoken train {out / 'recipes' / 'sft.toml'} out_dir={out / 'sft-2'} train.learning_rate=1e-3",
         "pertoken new sft        # a recipe for conversations of your own",
     ):
         console.print(f"  {command}", highlight=False, markup=False)
@@ -236,27 +257,25 @@ def _store(recipe: Recipe) -> Store:
     return build_store(recipe.data.path, stage=recipe.stage, tokenizer=tokenizer, data=recipe.data)
 
 
-def _fastest_of_three(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(4):  # the first one warms up
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
 def _tokens_per_s(recipe: Recipe, store: Store, dtype: str) -> float:
     """Measured on this machine with the model to be trained, so that `--minutes` means the same everywhere."""
     model = CausalLM(recipe.model.resolve(_VOCAB_SIZE))
-    micro_batch = collate([store[i] for i in range(min(len(store), recipe.train.batch_size))])
     precision = Precision(dtype, torch.device("cpu"))
+    optimizer = build_adamw(model, weight_decay=0.1, betas=(0.9, 0.95))
+    state = TrainState(model, optimizer, precision.new_scaler(), precision)
+    ids = step_at(1, num_samples=len(store), batch_size=recipe.train.batch_size, seed=0).sample_ids
+    micro_batch = collate([store[int(i)] for i in ids])
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        train_step(state, [micro_batch], num_tokens=float(store.num_tokens[ids].sum()), lr=1e-3, max_norm=1.0)
+        times.append(time.perf_counter() - start)
+    return float(store.lengths[ids].sum()) / statistics.median(times[2:])  # the first ones warm up
 
-    def step() -> None:
-        with precision.autocast():
-            model(micro_batch).loss_sum.backward()
-        model.zero_grad(set_to_none=True)
 
-    return int(micro_batch.input_ids.shape[0]) / _fastest_of_three(step)
+def _tokens_per_s_of(run: Path) -> float:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return float(sum(row["tokens"] for row in rows) / sum(row["step_s"] for row in rows))
 
 
 # --- evaluation
@@ -324,10 +343,10 @@ def _evaluate(console: Console, out: Path, files: _Files, pretrain: Recipe, sft:
 def _chat(console: Console, out: Path) -> None:
     talker = Talker.load(str(out / "sft"), "cpu")
     messages: list[dict[str, Any]] = []
-    for prompt in _PROMPTS:
+    for seed, prompt in enumerate(_PROMPTS):
         messages.append({"role": "user", "content": prompt})
         pieces = talker.reply(
-            talker.encode_chat(messages), max_new_tokens=60, temperature=0.7, top_k=0, top_p=0.9, seed=1
+            talker.encode_chat(messages), max_new_tokens=60, temperature=0.8, top_k=0, top_p=0.9, seed=seed
         )
         answer = "".join(pieces)
         messages.append({"role": "assistant", "content": answer})
