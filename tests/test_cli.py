@@ -103,7 +103,7 @@ def test_the_summary_says_what_is_about_to_be_trained(run, world):
         "1 rank x",
         "60 over 9 epochs",
         "float32 on cpu",
-        "M parameters",
+        " parameters",
         "expected",
         "chats.jsonl:",
         "⟧",
@@ -112,7 +112,7 @@ def test_the_summary_says_what_is_about_to_be_trained(run, world):
     supervised = "".join(re.findall("⟦(.*?)⟧", printed, re.DOTALL))
     assert "<|im_end|>" in supervised
     assert "user" not in supervised
-    assert re.search(r"step 60 .*eval loss .*perplexity .*bits/byte", printed)
+    assert re.search(r"step 60 .*eval .*ppl .*bits/byte", printed)
 
 
 def test_eval_gives_the_loss_the_run_ended_with(run, world, tmp_path):

@@ -87,8 +87,8 @@ class ConsoleListener(Listener):
         last = row["step"] in (summary.total_steps, row["epoch"] * steps_per_epoch)
         if "eval_loss" in row:
             text += (
-                f"  eval loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.2f}"
-                f"  bits/byte {row['eval_bits_per_byte']:.4f}"
+                f"  eval {row['eval_loss']:.4f}  ppl {row['eval_perplexity']:.2f}"
+                f"  bits/byte {row['eval_bits_per_byte']:.3f}"
             )
         if last or "eval_loss" in row or row["step"] % self._log_interval == 0 or row["step"] == 1:
             self._console.print(f"step {row['step']:>{len(str(summary.total_steps))}}  {text}", highlight=False)
@@ -110,6 +110,10 @@ class ConsoleListener(Listener):
         self._console.print(plain(text), style="yellow", markup=False, highlight=False)
 
 
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M" if count >= 1_000_000 else f"{count:,}"
+
+
 def _summary_text(s: Summary) -> Text:
     share = s.num_tokens / s.total_tokens
     per_step = min(1.0, s.batch_size / s.num_samples)
@@ -118,7 +122,7 @@ def _summary_text(s: Summary) -> Text:
         steps += f", going on after step {s.start_step:,}"
     rows = [
         ("run", f"{s.stage} into {s.out_dir}"),
-        ("model", f"{s.family}, {s.num_parameters / 1e6:,.1f} M parameters, {s.dtype} on {s.device}"),
+        ("model", f"{s.family}, {_millions(s.num_parameters)} parameters, {s.dtype} on {s.device}"),
         ("samples", f"{s.num_samples:,} to train on, {s.num_eval_samples:,} to evaluate on"),
         ("supervised", f"{s.num_tokens:,} of {s.total_tokens:,} tokens ({share:.1%})"),
         *(("", note) for note in s.data_notes),
