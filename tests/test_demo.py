@@ -13,7 +13,7 @@ from tiny import pertoken as run_command
 import pertoken.demo
 from pertoken.config import DataConfig
 from pertoken.data.store import build_store
-from pertoken.demo import trigram_nats
+from pertoken.trigram import trigram_nats
 
 
 def test_the_trigram_is_the_add_k_trigram(write_jsonl, char_tokenizer, tmp_path):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -33,8 +32,9 @@ from pertoken.training.optim import build_adamw
 from pertoken.training.precision import Precision
 from pertoken.training.run import train
 from pertoken.training.step import TrainState, train_step
+from pertoken.trigram import trigram_nats
 
-__all__ = ["run_demo", "trigram_nats"]
+__all__ = ["run_demo"]
 
 _HELD_OUT = 0.04  # of the conversations: in neither tokenizer, pretraining nor fine-tuning
 _VOCAB_SIZE = 4096
@@ -279,33 +279,6 @@ def _tokens_per_s_of(run: Path) -> float:
 
 
 # --- evaluation
-
-
-def trigram_nats(train: Store, test: Store, vocab_size: int, add: float) -> float:
-    """Sum of -log p over all labels of `test` under an add-k trigram model counted on `train`, in nats.
-
-    p(w | u, v) = (c(u, v, w) + k) / (c(u, v) + k V) (Lidstone); before a sample's start there is one more symbol, V.
-    """
-    base = np.int64(vocab_size + 1)
-
-    def keys(store: Store) -> np.ndarray:
-        parts = []
-        for i in range(len(store)):
-            tokens = store[i].tokens.astype(np.int64)
-            before = np.concatenate([[vocab_size], tokens[:-2]])
-            parts.append((before * base + tokens[:-1]) * base + tokens[1:])
-        return np.concatenate(parts)
-
-    def count(table: tuple[np.ndarray, np.ndarray], asked: np.ndarray) -> np.ndarray:
-        values, counts = table
-        place = np.minimum(np.searchsorted(values, asked), len(values) - 1)
-        return np.where(values[place] == asked, counts[place], 0)
-
-    seen, asked = keys(train), keys(test)
-    trigrams = np.unique(seen, return_counts=True)
-    contexts = np.unique(seen // base, return_counts=True)
-    p = (count(trigrams, asked) + add) / (count(contexts, asked // base) + add * vocab_size)
-    return float(-np.log(p).sum())
 
 
 def _evaluate(console: Console, out: Path, files: _Files, pretrain: Recipe, sft: Recipe, pretrain_store: Store) -> None:
