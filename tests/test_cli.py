@@ -12,6 +12,8 @@ import torch
 from tiny import World, pertoken, rows_of
 
 from pertoken import load_model, load_tokenizer
+from pertoken.chatting import Talker
+from pertoken.model.transformer import CausalLM
 from pertoken.starter import STARTERS
 
 COMMANDS = "train prepare eval inspect generate chat export tokenizer new demo".split()
@@ -174,9 +176,14 @@ def test_generate_equals_transformers_greedy_on_the_checkpoint_folder(run):
     assert by_chat == out
 
 
-def test_generation_stops_where_the_turn_ends(run):
+def test_generation_stops_where_the_turn_ends(run, monkeypatch):
     folder = next((run[0] / "checkpoints").glob("step-*60"))
     tokenizer = load_tokenizer(folder)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    real = CausalLM.decode
+    monkeypatch.setattr(CausalLM, "decode", lambda *a: real(*a).index_fill(0, torch.tensor(end), 1e9))
+    assert pertoken("generate", folder, "--prompt", "red", "--max-new-tokens", 5) == (0, "\n", "")
+    assert Talker.load(str(folder)).stop_ids == {end}
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
 

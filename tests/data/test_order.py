@@ -65,6 +65,12 @@ def test_an_epochs_steps_take_every_sample_once_and_the_last_is_smaller(n, batch
         assert all(a.position_end == b.position_start for a, b in itertools.pairwise(steps))
 
 
+def test_every_epoch_has_an_order_of_its_own():
+    first, second = (step_at(s, num_samples=101, batch_size=101, seed=3).sample_ids for s in (1, 2))
+    assert sorted(first) == sorted(second)
+    assert first.tolist() != second.tolist()
+
+
 def test_a_far_step_is_found_as_fast_as_the_first():
     def seconds(step: int) -> float:
         start = time.perf_counter()
