@@ -17,9 +17,8 @@ __all__ = ["LossOutput", "linear_cross_entropy"]
 
 _CHUNK_BYTES = 32 * 2**20  # of logits in float32
 _MIN_CHUNK_ROWS = 512  # fewer add up the weight's gradient, [V, D], too often
-_FP16_BOOST = (
-    2.0**8
-)  # float16 flushes probabilities below 6e-8; boosted by this the gradient keeps them, far from 65504
+# float16 flushes probabilities below 6e-8; boosted by this the gradient keeps them, and stays far from 65,504.
+_FP16_BOOST = 2.0**8
 
 
 @dataclass(frozen=True)
