@@ -394,7 +394,6 @@ def test_smollm2_equals_transformers_in_logits_and_64_greedy_tokens(tmp_path):
     hf_model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
     hf_model.hf_quantizer = None  # or it is not saved: transformers takes it for quantised still
-    del hf_model.config.quantization_config
     hf_model.save_pretrained(tmp_path)
     model = load_folder(tmp_path)
     chat = [{"role": "user", "content": "Why is the sky blue? Answer in a few sentences."}]

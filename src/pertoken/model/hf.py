@@ -105,7 +105,8 @@ def _refuse_what_is_missing(values: dict[str, Any]) -> None:
             refuse(key, "pertoken's linear layers have no bias; choose a model without")
     if values.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", "pertoken has silu only; choose a model with it")
-    if values.get("quantization_config"):
+    # transformers dequantises GGUF as it reads it, but leaves the note in what it writes out.
+    if values.get("quantization_config", {}).get("quant_method", "gguf") != "gguf":
         refuse("quantization_config", "pertoken reads floating-point weights; write the model out dequantised")
     # MiniMind writes num_experts into dense configurations too.
     experts = ["use_moe"] if values["model_type"] == "minimind" else ["use_moe", "num_experts", "num_local_experts"]
