@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from pertoken.data.tokenizer import end_of_turn_id, load_tokenizer, render
 from pertoken.errors import ModelError, RecipeError
@@ -63,5 +62,5 @@ class Talker:
     def reply(self, input_ids: list[int], **sampling: Any) -> Iterator[str]:
         """Text as it is made, up to the end of the turn. `sampling` is `generate`'s."""
         if sampling.get("seed") is None:
-            sampling["seed"] = torch.seed() % 2**63
+            sampling["seed"] = secrets.randbits(63)
         return stream_text(self.tokenizer, generate(self.model, input_ids, stop_ids=self.stop_ids, **sampling))

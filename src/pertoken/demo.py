@@ -144,7 +144,7 @@ class _Files:
 def _chitchat() -> Path:
     found = importlib.util.find_spec("chitchat_dataset")
     if found is None or found.origin is None:
-        raise DataError('the demo needs the chitchat-dataset package; pip install "pertoken[demo]"')
+        raise DataError("the demo needs real conversations; pip install chitchat-dataset==0.9.0")
     return Path(found.origin).parent / "dataset.json"
 
 

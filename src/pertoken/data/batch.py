@@ -71,10 +71,10 @@ class MicroBatch:
         return len(self.lengths)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """On `device`. A copy to CUDA goes through pinned memory and does not block the host."""
-        if device.type == self.input_ids.device.type:
+        """On `device`. A copy from the host to CUDA goes through pinned memory and does not block the host."""
+        if device == self.input_ids.device:
             return self
-        pin = device.type == "cuda"
+        pin = device.type == "cuda" and self.input_ids.device.type == "cpu"
 
         def move(t: Tensor) -> Tensor:
             return (t.pin_memory() if pin else t).to(device, non_blocking=pin)

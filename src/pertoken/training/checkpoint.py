@@ -80,10 +80,12 @@ def save_checkpoint(
         save_file(_optimizer_tensors(model, optimizer), aside / _OPTIMIZER)
         (aside / _STATE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
         _write_manifest(aside)
-        if folder.exists():  # the same step again, after a resume: the new one replaces it whole
-            shutil.rmtree(folder)
+        replaced = aside.with_name(f"{aside.name}-replaced")
+        if folder.exists():  # the same step again, after a resume from an earlier one
+            os.replace(folder, replaced)
         os.replace(aside, folder)
         _sync(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(

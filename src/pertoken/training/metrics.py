@@ -137,7 +137,7 @@ def open_trackers(
             trackers[name] = kinds[name](log, out_dir, recipe, run_ids.get(name), last_step)
         except ImportError:
             raise RecipeError(
-                f'log.trackers: "{name}" is not installed; pip install "pertoken[{name}]", or take it out of the list'
+                f'log.trackers: "{name}" is not installed; pip install {name}, or take it out of the list'
             ) from None
     return trackers
 
