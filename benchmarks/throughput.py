@@ -93,8 +93,8 @@ def main() -> None:
         start = time.perf_counter()
         (cut,) = plan([len(s) for s in batch], world_size=1, token_budget=8192)
         micro_batches = [collate([batch[i] for i in indices]) for indices in cut]
-        num_tokens = float(sum(s.loss_mask.sum() for s in batch))
-        train_step(state, micro_batches, num_tokens=num_tokens, lr=1e-4, max_norm=1.0)
+        num_tokens, num_routed = float(sum(s.loss_mask.sum() for s in batch)), float(sum(map(len, batch)))
+        train_step(state, micro_batches, num_tokens=num_tokens, num_routed=num_routed, lr=1e-4, max_norm=1.0)
         if step >= WARM_UP:
             times.append(time.perf_counter() - start)
             tokens.append(sum(len(s) for s in batch))

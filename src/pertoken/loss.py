@@ -28,10 +28,16 @@ class LossOutput:
     loss_sum: Tensor  # 0-d, nats, float32 or float64; carries the gradient
     num_tokens: Tensor  # 0-d: int64 supervised tokens, or the sum of float weights
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> (sum, count), detached
+    # Mixture of experts: 0-d, `aux_loss_coef` times the balance loss summed over routed tokens; carries the gradient.
+    aux_sum: Tensor | None = None
 
-    def objective(self, num_tokens: float) -> Tensor:
-        """This micro-batch's share of the step's objective; `num_tokens` is the whole step's, over all ranks."""
-        return self.loss_sum / num_tokens
+    def objective(self, num_tokens: float, num_routed: float) -> Tensor:
+        """This micro-batch's share of the step's objective, loss_sum / num_tokens + aux_sum / num_routed.
+
+        `num_tokens` supervised and `num_routed` input tokens are the whole step's, over all micro-batches and ranks.
+        """
+        objective = self.loss_sum / num_tokens
+        return objective if self.aux_sum is None else objective + self.aux_sum / num_routed
 
 
 def linear_cross_entropy(

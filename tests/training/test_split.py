@@ -85,6 +85,7 @@ def gradients(world: World, run: Path, budget: int) -> tuple[dict[str, torch.Ten
         state,
         micro_batches,
         num_tokens=float(store.num_tokens[ids].sum()),
+        num_routed=float(store.lengths[ids].sum()),
         lr=0.0,
         max_norm=0.0,
         on_gradients=keep,

@@ -177,6 +177,7 @@ def _step_within_memory(run: Run, this: Step, lr: float) -> tuple[StepMetrics, i
                 run.state,
                 [collate([store[int(i)] for i in ids[indices]]) for indices in cut],
                 num_tokens=float(store.num_tokens[ids].sum()),
+                num_routed=float(store.lengths[ids].sum()),
                 lr=lr,
                 max_norm=run.recipe.train.grad_clip,
                 on_gradients=on_gradients,

@@ -86,11 +86,14 @@ def train_step(
     micro_batches: Sequence[MicroBatch],
     *,
     num_tokens: float,
+    num_routed: float,
     lr: float,
     max_norm: float,
     on_gradients: Callable[[], None] | None = None,
 ) -> StepMetrics:
-    """Update the weights once from `micro_batches`, whose supervised tokens (or weights) number `num_tokens` in all.
+    """Update the weights once from `micro_batches`, which hold `num_tokens` supervised tokens (or weights) in all.
+
+    `num_routed` counts their input tokens, which is what a mixture's balance loss is divided by.
 
     Raises NonFiniteStep, weights untouched; whatever else escapes (out of memory, say) leaves them untouched too, and
     gradients cleared.
@@ -104,7 +107,7 @@ def train_step(
         for micro_batch in micro_batches:
             with state.precision.autocast():
                 out = state.model(micro_batch.to(state.precision.device))
-            state.backward(out.objective(num_tokens))
+            state.backward(out.objective(num_tokens, num_routed))
             sums.append(out.loss_sum.detach())
             counts.append(out.num_tokens)
         loss_sums = torch.stack(sums).double().cpu()  # the step's one wait for the device before the norm
