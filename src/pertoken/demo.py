@@ -268,8 +268,8 @@ def _tokens_per_s(recipe: Recipe, store: Store, dtype: str) -> float:
     times = []
     for _ in range(7):
         start = time.perf_counter()
-        counts = {"num_tokens": float(store.num_tokens[ids].sum()), "num_routed": float(store.lengths[ids].sum())}
-        train_step(state, [micro_batch], **counts, lr=1e-3, max_norm=1.0)
+        num_tokens, num_routed = float(store.num_tokens[ids].sum()), float(store.lengths[ids].sum())
+        train_step(state, [micro_batch], num_tokens=num_tokens, num_routed=num_routed, lr=1e-3, max_norm=1.0)
         times.append(time.perf_counter() - start)
     return float(store.lengths[ids].sum()) / statistics.median(times[2:])  # the first ones warm up
 
