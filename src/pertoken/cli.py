@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -45,8 +46,22 @@ def main() -> None:
     except PertokenError as error:
         from pertoken.text import plain
 
-        print(plain(f"error: {error}"), file=sys.stderr)
+        if _speaks():
+            print(plain(f"error: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception:
+        if _speaks():
+            raise
+        sys.exit(1)  # in the wake of another rank, which has said why
+
+
+def _speaks() -> bool:
+    """Whether no other rank has failed, and said why, before this process."""
+    if "WORLD_SIZE" not in os.environ:
+        return True
+    from pertoken.training.parallel import first_to_fail
+
+    return first_to_fail()
 
 
 def _console() -> Console:
@@ -88,7 +103,8 @@ def train(
         result = run_training(parsed, resume=resume, overwrite=overwrite, listener=listener)
     finally:
         listener.close()
-    console.print(f"done: {result.checkpoint}", highlight=False, markup=False)
+    if os.environ.get("RANK", "0") == "0":
+        console.print(f"done: {result.checkpoint}", highlight=False, markup=False)
 
 
 @app.command()

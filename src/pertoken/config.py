@@ -159,6 +159,7 @@ class TrainConfig(_Section):
     micro_batch_tokens: int = Field(default=8192, ge=1)
     compile: Literal["on", "off"] = "off"
     activation_checkpointing: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     eval_interval: int | None = Field(default=None, ge=1)
 
     @field_validator("betas")

@@ -234,15 +234,18 @@ def save_folder(
     eos_token_id: int | None,
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """A folder that `AutoModelForCausalLM.from_pretrained` opens as it is, made if need be.
 
     `eos_token_id` is what generation stops at: the end-of-turn token of a chat model. `tokenizer` (transformers) is
-    saved beside the weights; `dtype` is the weights' own if not given.
+    saved beside the weights; `dtype` is the weights' own if not given. `weights` is the model's state dict where its
+    own is sharded.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    weights = model.state_dict() if weights is None else weights
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
     special = {"eos_token_id": eos_token_id, "bos_token_id": getattr(tokenizer, "bos_token_id", None)}
     config = config_to_hf(model.config, dtype=dtype or model.head_weight.dtype, **special)
     _write_json(folder / "config.json", config)

@@ -2,7 +2,9 @@
 
     checkpoints/step-00000300/
       config.json generation_config.json model.safetensors tokenizer files   what AutoModelForCausalLM opens
-      optimizer.safetensors                                                  optimiser tensors by parameter name
+      optimizer.safetensors                                                  optimiser tensors by parameter name; where
+                                                                             FSDP2 shards them, a file for each rank
+                                                                             and optimizer.index.json
       trainer_state.json                                                     step, recipe, data fingerprint, scaler, ...
       manifest.json                                                          sizes and checksums, written last
     checkpoints/best -> step-00000200                                        the lowest evaluation loss
@@ -18,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from torch import nn
 from pertoken.errors import CheckpointError, ModelError
 from pertoken.model.hf import load_folder, load_minimind, save_folder
 from pertoken.model.transformer import CausalLM
+from pertoken.training.parallel import World, shard_like, whole
 
 __all__ = [
     "Checkpoint",
@@ -47,6 +50,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 _MANIFEST = "manifest.json"
 _STATE = "trainer_state.json"
 _OPTIMIZER = "optimizer.safetensors"
+_OPTIMIZER_INDEX = "optimizer.index.json"
 
 
 class Checkpoint:
@@ -70,15 +74,35 @@ def save_checkpoint(
     eos_token_id: int,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    world: World | None = None,
 ) -> Path:
-    """Write `checkpoints/step-NNNNNNNN` and return it. `state` is JSON and gets the step. Raises CheckpointError."""
+    """Write `checkpoints/step-NNNNNNNN` and return it. `state` is JSON and gets the step. Raises CheckpointError.
+
+    All ranks of `world` call it; rank 0 writes, and each rank its own part of what is sharded.
+    """
+    world = world or World()
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    aside = folder.with_name(f".writing-{folder.name}-{os.getpid()}")
-    try:
+    aside = folder.with_name(f".writing-{folder.name}-{world.gather(os.getpid())[0]}")
+    weights = _whole_weights(model, world)
+    tensors, index = _optimizer_part(model, optimizer, world)
+
+    def on_main(work: Callable[[], None]) -> None:
+        world.on_main(lambda: _or_say_why(folder, work))
+
+    def write_model() -> None:
         aside.mkdir(parents=True)
-        save_folder(model, aside, tokenizer=tokenizer, eos_token_id=eos_token_id)
-        save_file(_optimizer_tensors(model, optimizer), aside / _OPTIMIZER)
+        save_folder(model, aside, tokenizer=tokenizer, eos_token_id=eos_token_id, weights=weights)
         (aside / _STATE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+        if index is not None:
+            (aside / _OPTIMIZER_INDEX).write_text(json.dumps(index), encoding="utf-8")
+
+    def write_part() -> None:
+        if index is not None:
+            save_file(tensors, aside / _part_name(world.rank, world.size))
+        elif world.is_main:
+            save_file(tensors, aside / _OPTIMIZER)
+
+    def put_in_place() -> None:
         _write_manifest(aside)
         replaced = aside.with_name(f"{aside.name}-replaced")
         if folder.exists():  # the same step again, after a resume from an earlier one
@@ -86,27 +110,71 @@ def save_checkpoint(
         os.replace(aside, folder)
         _sync(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder}: could not be saved ({error}); free space or choose another out_dir"
-        ) from error
+
+    try:
+        on_main(write_model)
+        world.together(lambda: _or_say_why(folder, write_part))
+        on_main(put_in_place)
+    except CheckpointError:
+        if world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
     return folder
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """`NAME/KEY` -> tensor, for each parameter's state."""
+def _or_say_why(folder: Path, work: Callable[[], None]) -> None:
+    try:
+        work()
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: could not be saved ({error}); free space or choose another out_dir"
+        ) from error
+
+
+def _whole_weights(model: nn.Module, world: World) -> dict[str, torch.Tensor]:
+    """The state dict on the host, put together from its shards one by one; empty but on rank 0."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        full = whole(tensor.detach())
+        if world.is_main:
+            weights[name] = full.cpu()
+    return weights
+
+
+def _optimizer_part(
+    model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """This rank's optimiser tensors, `NAME/KEY` -> tensor, for each parameter's state.
+
+    Where parameters are sharded (by rows), these are this rank's rows, and the index says for every tensor which rows
+    are in which file; else the index is None.
+    """
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{key}": value.detach().cpu().contiguous()
-        for parameter, entries in optimizer.state.items()
-        for key, value in entries.items()
+    tensors, shapes = {}, {}
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            name, value = f"{names[parameter]}/{key}", value.detach()
+            shapes[name] = list(value.shape)
+            local = value.to_local() if hasattr(value, "to_local") else value
+            tensors[name] = local.cpu().contiguous()
+    if not any(hasattr(parameter, "to_local") for parameter in names):
+        return tensors, None
+    rows = world.gather({name: len(tensor) if tensor.ndim else 0 for name, tensor in tensors.items()})
+    files = [_part_name(rank, world.size) for rank in range(world.size)]
+    index = {
+        name: {"shape": shape, "rows": {file: part[name] for file, part in zip(files, rows, strict=True)}}
+        for name, shape in shapes.items()
     }
+    return tensors, index
+
+
+def _part_name(rank: int, size: int) -> str:
+    return f"optimizer-{rank + 1:05d}-of-{size:05d}.safetensors"
 
 
 def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fill `optimizer` with the saved state. Raises CheckpointError where it does not fit."""
-    tensors = load_file(checkpoint.folder / _OPTIMIZER)
+    """Fill `optimizer` with the saved state of any number of ranks. Raises CheckpointError where it does not fit."""
+    tensors = _whole_optimizer_tensors(checkpoint.folder)
     for name, parameter in model.named_parameters():
         entries = {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == name}
         for key, value in entries.items():
@@ -116,7 +184,21 @@ def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.op
                     f"the parameter {tuple(parameter.shape)}; the checkpoint belongs to another model"
                 )
             # A fused AdamW keeps its step count on the parameter's device, as it does its moments.
-            optimizer.state[parameter][key] = value.to(parameter.device)
+            optimizer.state[parameter][key] = shard_like(value, parameter)
+
+
+def _whole_optimizer_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """From one file, or from every rank's rows."""
+    if not (folder / _OPTIMIZER_INDEX).exists():
+        return load_file(folder / _OPTIMIZER)
+    index = json.loads((folder / _OPTIMIZER_INDEX).read_text(encoding="utf-8"))
+    parts = {file: load_file(folder / file) for file in sorted({f for entry in index.values() for f in entry["rows"]})}
+    tensors = {}
+    for name, entry in index.items():
+        pieces = [parts[file][name] for file in entry["rows"]]
+        # A number, such as AdamW's step count, is the same on every rank.
+        tensors[name] = torch.cat(pieces).view(entry["shape"]) if entry["shape"] else pieces[0]
+    return tensors
 
 
 def _write_manifest(folder: Path) -> None:

@@ -18,6 +18,7 @@ from pertoken.data.store import Store, build_store
 from pertoken.data.tokenizer import load_tokenizer
 from pertoken.model.transformer import CausalLM
 from pertoken.training.checkpoint import load_model, recipe_of, resolve_model_folder
+from pertoken.training.parallel import World
 from pertoken.training.precision import Precision
 
 __all__ = ["Evaluation", "evaluate", "model_and_data"]
@@ -47,18 +48,25 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, store: Store, precision: Precision, *, token_budget: int) -> Evaluation:
-    """Token-weighted loss over every sample of `store`. The model's train/eval mode is restored."""
+def evaluate(
+    model: nn.Module, store: Store, precision: Precision, *, token_budget: int, world: World | None = None
+) -> Evaluation:
+    """Token-weighted loss over every sample of `store`, shared among the ranks of `world` (alone if not given).
+
+    The model's train/eval mode is restored.
+    """
+    world = world or World()
     was_training = model.training
     model.eval()
     loss_sum = 0.0
     try:
-        for indices in plan(store.lengths.tolist(), world_size=1, token_budget=token_budget)[0]:
+        for indices in plan(store.lengths.tolist(), world_size=world.size, token_budget=token_budget)[world.rank]:
             with precision.autocast():
                 out = model(collate([store[i] for i in indices]).to(precision.device))
             loss_sum += float(out.loss_sum)
     finally:
         model.train(was_training)
+    loss_sum = float(world.sum(torch.tensor([loss_sum], dtype=torch.float64)))
     return Evaluation(loss_sum, float(store.num_tokens.sum()), int(store.num_bytes.sum()))
 
 

@@ -11,19 +11,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 
 from pertoken.config import Recipe
-from pertoken.data.batch import collate, plan
+from pertoken.data.batch import collate
 from pertoken.data.order import Step, step_at
+from pertoken.data.share import Share, share_of
 from pertoken.data.store import Store
 from pertoken.errors import Interrupted, NonFiniteError, PertokenError
 from pertoken.model.transformer import CausalLM
 from pertoken.training.checkpoint import prune, save_checkpoint, set_best
 from pertoken.training.evaluate import evaluate
-from pertoken.training.metrics import Listener, MetricsFile, Row, Tracker, gradient_stats
+from pertoken.training.metrics import Listener, MetricsFile, Row, Tracker, gradient_stats, routing_of
 from pertoken.training.optim import lr_at
+from pertoken.training.parallel import World
 from pertoken.training.step import NonFiniteStep, StepMetrics, TrainState, train_step
 from pertoken.training.summary import Summary
 
@@ -66,6 +67,7 @@ class Run:
     out_dir: Path
     model: CausalLM
     state: TrainState
+    world: World
     tokenizer: Any
     eos_token_id: int
     train_store: Store
@@ -75,8 +77,9 @@ class Run:
     token_budget: int  # per micro-batch; halved when CUDA runs out of memory
     best_eval_loss: float | None
     last_saved: int | None
+    last_checkpoint: Path | None
     carried: dict[str, Any]  # what a checkpoint must know besides: recipe, fingerprints, versions
-    metrics: MetricsFile
+    metrics: MetricsFile | None  # as trackers and listener, on rank 0 alone
     trackers: dict[str, Tracker]
     summary: Summary
     listener: Listener
@@ -92,20 +95,27 @@ def fit(run: Run, stop: StopRequest) -> None:
         best = False
         if run.eval_store is not None and (last or _due(step, train.eval_interval, this)):
             best = _evaluate(run, run.eval_store, row)
-        run.metrics.write(row)
+        if run.metrics is not None:
+            run.metrics.write(row)
         for tracker in run.trackers.values():
             tracker.log(row)
         run.listener.stepped(row, run.summary)
-        stopping = stop.signal_number is not None
+        signal_number = _agreed(stop, run.world)
+        stopping = signal_number is not None
         if last or stopping or (best and checkpoint.keep_best) or _due(step, checkpoint.save_interval, this):
             folder = _save(run, step)
-            if best and checkpoint.keep_best:
-                set_best(run.out_dir, folder)
-            prune(run.out_dir, keep_last=checkpoint.keep_last)
-        if stopping and not last:
-            assert stop.signal_number is not None
-            name = signal.Signals(stop.signal_number).name
-            raise Interrupted(f"stopped by {name} after step {step}, saved; go on with --resume", stop.signal_number)
+            if run.world.is_main:
+                if best and checkpoint.keep_best:
+                    set_best(run.out_dir, folder)
+                prune(run.out_dir, keep_last=checkpoint.keep_last)
+        if signal_number is not None and not last:
+            name = signal.Signals(signal_number).name
+            raise Interrupted(f"stopped by {name} after step {step}, saved; go on with --resume", signal_number)
+
+
+def _agreed(stop: StopRequest, world: World) -> int | None:
+    """The signal that any rank has had: all stop after the same step."""
+    return max(world.gather(stop.signal_number or 0)) or None
 
 
 def _due(step: int, interval: int | None, this: Step) -> bool:
@@ -151,6 +161,7 @@ def _update(run: Run, this: Step) -> Row:
         "tokens_per_s": tokens / step_s,
         "positions": [this.position_start, this.position_end],
     }
+    row |= routing_of(metrics.sums)
     if metrics.loss_scale is not None:
         row |= {"loss_scale": metrics.loss_scale, "skipped": metrics.skipped}
     if metrics.skipped:
@@ -162,8 +173,10 @@ def _update(run: Run, this: Step) -> Row:
 
 
 def _step_within_memory(run: Run, this: Step, lr: float) -> tuple[StepMetrics, int]:
-    """The step, in micro-batches that fit: on out-of-memory the budget is halved and the step done again."""
-    store, ids = run.train_store, this.sample_ids
+    """The step, in micro-batches that fit: on out-of-memory the budget is halved and the step done again.
+
+    Not with several ranks, where the others are already further on and wait for this one.
+    """
     on_gradients = None
     if run.recipe.log.grad_stats and this.step == run.start_step + 1:
 
@@ -171,29 +184,25 @@ def _step_within_memory(run: Run, this: Step, lr: float) -> tuple[StepMetrics, i
             run.listener.gradients(gradient_stats(run.model))
 
     while True:
-        cut = plan(store.lengths[ids].tolist(), world_size=1, token_budget=run.token_budget)[0]
+        share = _share_of(run, this)
         try:
             metrics = train_step(
                 run.state,
-                [collate([store[int(i)] for i in ids[indices]]) for indices in cut],
-                num_tokens=float(store.num_tokens[ids].sum()),
-                num_routed=float(store.lengths[ids].sum()),
+                share.micro_batches,
+                num_tokens=share.num_tokens,
+                num_routed=share.num_routed,
                 lr=lr,
                 max_norm=run.recipe.train.grad_clip,
                 on_gradients=on_gradients,
             )
-            return metrics, len(cut)
+            return metrics, len(share.micro_batches) * run.world.size
         except NonFiniteStep as problem:
-            suspects = ids if problem.micro_batch is None else ids[cut[problem.micro_batch]]
-            raise _non_finite(run, this.step, str(problem), suspects) from None
+            raise _non_finite(run, this, problem) from None
         except torch.OutOfMemoryError:
-            if len(cut) == len(ids):
-                raise PertokenError(
-                    f"step {this.step}: out of memory with one sample in a micro-batch; lower data.max_seq_len, "
-                    "or set train.activation_checkpointing=true"
-                ) from None
+            if run.world.size > 1 or len(share.micro_batches) == len(this.sample_ids):
+                raise PertokenError(_out_of_memory(run, this.step)) from None
         # Outside of the handler: its traceback would keep the failed step's activations alive.
-        while len(plan(store.lengths[ids].tolist(), world_size=1, token_budget=run.token_budget)[0]) == len(cut):
+        while len(_share_of(run, this).micro_batches) == len(share.micro_batches):
             run.token_budget = max(1, run.token_budget // 2)
         if run.state.precision.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -202,15 +211,41 @@ def _step_within_memory(run: Run, this: Step, lr: float) -> tuple[StepMetrics, i
         )
 
 
-def _non_finite(run: Run, step: int, what: str, suspects: np.ndarray) -> NonFiniteError:
+def _share_of(run: Run, this: Step, rank: int | None = None) -> Share:
+    return share_of(
+        run.train_store,
+        this.sample_ids,
+        token_budget=run.token_budget,
+        rank=run.world.rank if rank is None else rank,
+        world_size=run.world.size,
+    )
+
+
+def _out_of_memory(run: Run, step: int) -> str:
+    if run.world.size > 1:
+        return (
+            f"step {step}: rank {run.world.rank} is out of memory; lower train.micro_batch_tokens "
+            f"(now {run.token_budget}) and go on with --resume"
+        )
+    return (
+        f"step {step}: out of memory with one sample in a micro-batch; lower data.max_seq_len, "
+        "or set train.activation_checkpointing=true"
+    )
+
+
+def _non_finite(run: Run, this: Step, problem: NonFiniteStep) -> NonFiniteError:
     """Keep the last good weights, and say which samples make the loss non-finite."""
+    step, suspects = this.step, this.sample_ids
+    if problem.micro_batch is not None:
+        rank, index = problem.micro_batch
+        suspects = _share_of(run, this, rank).sample_ids[index]
     if run.last_saved != step - 1:
         _save(run, step - 1)
     guilty = [i for i in suspects if not _finite_alone(run, int(i))]
     named = [run.train_store.where(int(i)) for i in (guilty or suspects)]
     shown = ", ".join(named[:20]) + (f" and {len(named) - 20} more" if len(named) > 20 else "")
     return NonFiniteError(
-        f"step {step}: {what}; the weights were not touched and step {step - 1} is saved. "
+        f"step {step}: {problem}; the weights were not touched and step {step - 1} is saved. "
         f"{'Non-finite by itself' if guilty else 'Its samples'}: {shown}"
     )
 
@@ -225,7 +260,7 @@ def _finite_alone(run: Run, sample_id: int) -> bool:
 def _evaluate(run: Run, store: Store, row: Row) -> bool:
     """Add the evaluation to `row`; true if it is the best so far."""
     run.listener.evaluating(row["step"])
-    result = evaluate(run.state.model, store, run.state.precision, token_budget=run.token_budget)
+    result = evaluate(run.state.model, store, run.state.precision, token_budget=run.token_budget, world=run.world)
     row["eval_loss"] = result.loss
     row["eval_perplexity"] = result.perplexity
     row["eval_bits_per_byte"] = result.bits_per_byte
@@ -236,7 +271,8 @@ def _evaluate(run: Run, store: Store, row: Row) -> bool:
 
 
 def _save(run: Run, step: int) -> Path:
-    run.metrics.sync()
+    if run.metrics is not None:
+        run.metrics.sync()
     run_ids = {name: tracker.run_id for name, tracker in run.trackers.items() if tracker.run_id}
     folder = save_checkpoint(
         run.out_dir,
@@ -245,6 +281,7 @@ def _save(run: Run, step: int) -> Path:
         tokenizer=run.tokenizer,
         eos_token_id=run.eos_token_id,
         optimizer=run.state.optimizer,
+        world=run.world,
         state={
             **run.carried,
             "scaler": run.state.scaler.state_dict(),
@@ -253,6 +290,6 @@ def _save(run: Run, step: int) -> Path:
             "tracker_run_ids": run_ids,
         },
     )
-    run.last_saved = step
+    run.last_saved, run.last_checkpoint = step, folder
     run.listener.saved(folder)
     return folder

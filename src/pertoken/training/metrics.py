@@ -10,18 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 from pertoken.config import LogConfig
 from pertoken.errors import CheckpointError, RecipeError
+from pertoken.training.parallel import whole
 from pertoken.training.summary import Summary
 
-__all__ = ["GradStats", "Listener", "MetricsFile", "Row", "Tracker", "gradient_stats", "open_trackers"]
+__all__ = ["GradStats", "Listener", "MetricsFile", "Row", "Tracker", "gradient_stats", "open_trackers", "routing_of"]
 
 Row = dict[str, Any]
 """One step: step epoch loss loss_sum num_tokens aux_loss grad_norm lr samples tokens micro_batches step_s tokens_per_s
-positions, and where they apply eval_loss eval_perplexity eval_bits_per_byte skipped loss_scale."""
+positions, and where they apply eval_loss eval_perplexity eval_bits_per_byte skipped loss_scale expert_load
+expert_max_share max_expert_share."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,33 @@ def gradient_stats(model: nn.Module) -> list[GradStats]:
         if parameter.grad is None:
             stats.append(GradStats(name, None, None, None))
         else:
-            grad = parameter.grad.double()
+            grad = whole(parameter.grad).double()
             stats.append(
                 GradStats(
                     name, float(grad.mean()), float(grad.std(correction=0)), float(torch.linalg.vector_norm(grad))
                 )
             )
     return stats
+
+
+def routing_of(sums: dict[str, tuple[np.ndarray, float]]) -> Row:
+    """A mixture's part of the row, from a step's (sum, count) metrics; nothing for a dense model.
+
+    `aux_loss` is the balance loss before its coefficient, summed over layers (their number when all is balanced).
+    `expert_load` is each expert's share of the routed tokens, averaged over layers; `expert_max_share` its largest
+    share in any layer, and `max_expert_share` the largest of all.
+    """
+    row: Row = {}
+    if "aux_loss" in sums:
+        aux_sum, num_routed = sums["aux_loss"]
+        row["aux_loss"] = float(aux_sum) / num_routed
+    if "expert_load" in sums:
+        load_LE, choices = sums["expert_load"]
+        share_LE = load_LE / choices
+        row["expert_load"] = [round(float(x), 5) for x in share_LE.mean(0)]
+        row["expert_max_share"] = [round(float(x), 5) for x in share_LE.max(0)]
+        row["max_expert_share"] = float(share_LE.max())
+    return row
 
 
 class MetricsFile:

@@ -53,10 +53,15 @@ def _best_of_five(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises RecipeError for CUDA that is not there."""
+def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
+    """`auto` is CUDA where there is one. Raises RecipeError for CUDA that is not there.
+
+    Of several processes on a machine, each gives its `local_rank` and gets the CUDA device of that number.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if local_rank is not None and name.startswith("cuda"):
+        name = f"cuda:{local_rank}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RecipeError(f'train.device="{name}": this machine has no such CUDA device; use "auto" or "cpu"')

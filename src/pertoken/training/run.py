@@ -28,6 +28,7 @@ from pertoken.training.checkpoint import (
 from pertoken.training.loop import Run, fit, stop_on_signals
 from pertoken.training.metrics import Listener, MetricsFile, open_trackers
 from pertoken.training.optim import build_adamw
+from pertoken.training.parallel import World, join_world, parallelise
 from pertoken.training.precision import Precision, resolve_device
 from pertoken.training.step import TrainState
 from pertoken.training.summary import summarise
@@ -38,7 +39,7 @@ __all__ = ["TrainResult", "prepare", "train"]
 _MAY_CHANGE = {
     *("out_dir", "data.path", "data.eval_path", "data.tokenizer", "data.store"),
     *("train.epochs", "train.max_steps", "train.eval_interval"),
-    *("train.micro_batch_tokens", "train.device", "train.compile", "train.activation_checkpointing"),
+    *("train.micro_batch_tokens", "train.device", "train.compile", "train.activation_checkpointing", "train.parallel"),
 }
 _SECTIONS_MAY_CHANGE = ("log.", "checkpoint.")
 _OUR_FILES = ("recipe.toml", "metrics.jsonl", "checkpoints", "tensorboard", "wandb")
@@ -73,16 +74,24 @@ def train(
 
     `resume` continues from the newest valid checkpoint (with nothing saved it starts fresh); `overwrite` deletes an
     earlier run there; an `out_dir` in use without either raises CheckpointError.
+
+    Every process that torchrun starts calls it alike; rank 0 writes, and it alone tells `listener` what happens.
     """
-    listener = listener or Listener()
-    out_dir = Path(recipe.out_dir)
-    device = resolve_device(recipe.train.device)
     if resume and overwrite:
         raise RecipeError("--resume and --overwrite: give one of the two")
-    checkpoint = _earlier_run(out_dir, resume=resume, overwrite=overwrite, listener=listener)
+    with join_world(recipe.train.device) as world:
+        heard = listener if listener is not None and world.is_main else Listener()
+        return _train(recipe, world, heard, resume=resume, overwrite=overwrite)
+
+
+def _train(recipe: Recipe, world: World, listener: Listener, *, resume: bool, overwrite: bool) -> TrainResult:
+    out_dir = Path(recipe.out_dir)
+    device = resolve_device(recipe.train.device, world.local_rank if world.size > 1 else None)
+    folder = world.on_main(lambda: _earlier_run(out_dir, resume=resume, overwrite=overwrite, listener=listener))
+    checkpoint = Checkpoint(folder) if folder is not None else None
     if checkpoint is not None:
         _refuse_changes(recipe, checkpoint)
-    data = _load_data(recipe, listener)
+    data = _load_data(recipe, listener, world)
     if checkpoint is not None:
         _refuse_other_data(data, checkpoint)
     precision = Precision(recipe.train.dtype, device)
@@ -91,26 +100,25 @@ def train(
 
     total_steps = _total_steps(recipe, len(data.train))
     model = _build_model(recipe, data, checkpoint, precision)
-    # Only now, with recipe, data and model known to be good, is anything in out_dir touched.
-    _make_room(out_dir, overwrite=overwrite)
-    run = _assemble(recipe, data, model, checkpoint, total_steps, precision, listener)
-    (out_dir / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+    # Only now, with recipe, data and model known to be good on every rank, is anything in out_dir touched.
+    world.on_main(lambda: _make_room(out_dir, recipe, overwrite=overwrite))
+    run = _assemble(recipe, data, model, checkpoint, total_steps, precision, world, listener)
     try:
         listener.started(run.summary)
         with stop_on_signals() as stop:
             fit(run, stop)
     finally:
-        run.metrics.close()
+        if run.metrics is not None:
+            run.metrics.close()
         for tracker in run.trackers.values():
             tracker.close()
-    newest, _ = newest_checkpoint(out_dir)
-    assert newest is not None, "a finished run has a checkpoint"
-    return TrainResult(out_dir, newest.folder, newest.step, run.best_eval_loss)
+    assert run.last_checkpoint is not None, "a finished run has a checkpoint"
+    return TrainResult(out_dir, run.last_checkpoint, run.total_steps, run.best_eval_loss)
 
 
 def prepare(recipe: Recipe, listener: Listener | None = None) -> tuple[Store, Store | None]:
     """Make the token store(s) of a recipe, or open them: (train, eval)."""
-    data = _load_data(recipe, listener or Listener())
+    data = _load_data(recipe, listener or Listener(), World())
     return data.train, data.eval
 
 
@@ -118,16 +126,17 @@ def _files_of_a_run(out_dir: Path) -> list[Path]:
     return [out_dir / name for name in _OUR_FILES if (out_dir / name).exists()]
 
 
-def _make_room(out_dir: Path, *, overwrite: bool) -> None:
+def _make_room(out_dir: Path, recipe: Recipe, *, overwrite: bool) -> None:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for path in _files_of_a_run(out_dir) if overwrite else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (out_dir / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"out_dir={out_dir}: cannot be written ({error.strerror}); choose another") from None
 
 
-def _earlier_run(out_dir: Path, *, resume: bool, overwrite: bool, listener: Listener) -> Checkpoint | None:
+def _earlier_run(out_dir: Path, *, resume: bool, overwrite: bool, listener: Listener) -> Path | None:
     """The checkpoint to continue from, if any. Refuses an `out_dir` in use without a word on what becomes of it."""
     if resume:
         checkpoint, damaged = newest_checkpoint(out_dir)
@@ -135,7 +144,7 @@ def _earlier_run(out_dir: Path, *, resume: bool, overwrite: bool, listener: List
             listener.message(line)
         if checkpoint is None and damaged:
             raise CheckpointError(f"{out_dir}: no checkpoint is valid, so there is nothing to resume; see above")
-        return checkpoint
+        return checkpoint.folder if checkpoint is not None else None
     if not overwrite and _files_of_a_run(out_dir):
         raise CheckpointError(f"{out_dir}: holds a run already; --resume continues it, --overwrite replaces it")
     return None
@@ -162,7 +171,7 @@ def _refuse_other_data(data: _Data, checkpoint: Checkpoint) -> None:
             )
 
 
-def _load_data(recipe: Recipe, listener: Listener) -> _Data:
+def _load_data(recipe: Recipe, listener: Listener, world: World) -> _Data:
     data = recipe.data
     source = data.tokenizer or recipe.init_from
     assert source is not None, "the recipe requires one"
@@ -178,7 +187,13 @@ def _load_data(recipe: Recipe, listener: Listener) -> _Data:
         eos_token_id = tokenizer.eos_token_id
 
     def build(paths: tuple[str, ...]) -> Store:
-        return build_store(paths, stage=recipe.stage, tokenizer=tokenizer, data=data, on_progress=listener.preparing)
+        def once() -> Store:
+            return build_store(
+                paths, stage=recipe.stage, tokenizer=tokenizer, data=data, on_progress=listener.preparing
+            )
+
+        world.on_main(lambda: once() and None)  # the others find it in the cache
+        return once()
 
     train_store, eval_store = build(data.path), None
     if data.eval_path:
@@ -239,10 +254,13 @@ def _assemble(
     checkpoint: Checkpoint | None,
     total_steps: int,
     precision: Precision,
+    world: World,
     listener: Listener,
 ) -> Run:
     """Optimiser, scaler and files around the model, as they stood at the checkpoint or at the start."""
     train, out_dir = recipe.train, Path(recipe.out_dir)
+    num_parameters = model.num_parameters
+    wrapped = parallelise(model, train.parallel, world, device=precision.device, layers=list(model.model.layers))
     optimizer = build_adamw(model, weight_decay=train.weight_decay, betas=train.betas)
     scaler = precision.new_scaler()
     token_budget = train.micro_batch_tokens
@@ -254,29 +272,35 @@ def _assemble(
         if Recipe.parse(saved["recipe"]).train.micro_batch_tokens == train.micro_batch_tokens:
             token_budget = saved["micro_batch_tokens"]  # smaller, where memory ran out before
     start_step = checkpoint.step if checkpoint is not None else 0
-    trackers = open_trackers(
-        recipe.log,
-        out_dir,
-        recipe=recipe.flat(),
-        run_ids=saved.get("tracker_run_ids", {}),
-        last_step=start_step,
-    )
+    state = TrainState(wrapped, optimizer, scaler, precision, world)
     summary = summarise(
         recipe,
         data.train,
         data.eval,
         data.tokenizer,
-        model,
-        precision,
+        state,
+        family=model.config.family,
+        num_parameters=num_parameters,
         token_budget=token_budget,
         start_step=start_step,
         total_steps=total_steps,
     )
+    trackers = world.on_main_alone(
+        lambda: open_trackers(
+            recipe.log,
+            out_dir,
+            recipe=recipe.flat(),
+            run_ids=saved.get("tracker_run_ids", {}),
+            last_step=start_step,
+        )
+    )
+    metrics = world.on_main_alone(lambda: MetricsFile(out_dir / "metrics.jsonl", last_step=start_step))
     return Run(
         recipe=recipe,
         out_dir=out_dir,
         model=model,
-        state=TrainState(model, optimizer, scaler, precision),
+        state=state,
+        world=world,
         tokenizer=data.tokenizer,
         eos_token_id=data.eos_token_id,
         train_store=data.train,
@@ -286,13 +310,14 @@ def _assemble(
         token_budget=token_budget,
         best_eval_loss=saved.get("best_eval_loss"),
         last_saved=start_step if checkpoint is not None else None,
+        last_checkpoint=checkpoint.folder if checkpoint is not None else None,
         carried={
             "recipe": recipe.model_dump(mode="json", exclude_none=True),
             "data": data.fingerprints,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         },
-        metrics=MetricsFile(out_dir / "metrics.jsonl", last_step=start_step),
-        trackers=trackers,
+        metrics=metrics,
+        trackers=trackers or {},
         summary=summary,
         listener=listener,
     )

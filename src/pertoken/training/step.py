@@ -1,21 +1,23 @@
 """One optimiser step. Read this first.
 
-    L = (1 / N) * sum over the step's tokens of loss_mask * nll
+    L = (1 / N) * sum over the step's tokens of loss_mask * nll  (+ a mixture's balance loss, normalised by all tokens)
 
-N, the step's supervised tokens, is known before any forward pass (the store keeps the counts), so every micro-batch
-adds its share of one and the same mean, and how the step is split cannot matter.
+N, the step's supervised tokens over all ranks, is known before any forward pass (the store keeps the counts), so every
+micro-batch on every rank adds its share of one and the same mean, and how the step is split cannot matter.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pertoken.data.batch import MicroBatch
+from pertoken.training.parallel import World, synchronised, whole
 from pertoken.training.precision import Precision
 
 __all__ = ["NonFiniteStep", "StepMetrics", "TrainState", "train_step"]
@@ -24,30 +26,32 @@ __all__ = ["NonFiniteStep", "StepMetrics", "TrainState", "train_step"]
 class NonFiniteStep(Exception):
     """A loss or gradient norm of this step is NaN or infinite. Gradients are cleared, weights untouched."""
 
-    def __init__(self, what: str, micro_batch: int | None) -> None:
+    def __init__(self, what: str, micro_batch: tuple[int, int] | None) -> None:
         super().__init__(what)
-        self.micro_batch = micro_batch  # index of the first one at fault, where that is known
+        self.micro_batch = micro_batch  # (rank, index) of the first one at fault, where that is known
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Of one step, over all its micro-batches."""
+    """Of one step, over all its micro-batches and ranks."""
 
     loss_sum: float  # nats
     num_tokens: float  # supervised
     grad_norm: float  # before clipping, in the loss's own scale; infinite where `skipped`
     skipped: bool  # float16 only: the scaled gradient overflowed, the weights stayed as they were
     loss_scale: float | None  # float16 only: the scale this step was computed with
+    sums: dict[str, tuple[np.ndarray, float]] = field(default_factory=dict)  # the model's metrics: (sum, count)
 
 
 @dataclass
 class TrainState:
     """What an update changes."""
 
-    model: nn.Module  # MicroBatch -> LossOutput
+    model: nn.Module  # MicroBatch -> LossOutput; what DDP or FSDP2 made of it where there are several ranks
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     precision: Precision
+    world: World = field(default_factory=World)
 
     def backward(self, objective: torch.Tensor) -> None:
         """Add the gradient of one micro-batch's share, times the loss scale, in float32 (float64) to `.grad`."""
@@ -65,7 +69,7 @@ class TrainState:
         if on_gradients is not None:
             on_gradients()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters]))
         grad_norm = float(norm)
         finite = math.isfinite(grad_norm)
         if not finite and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):
@@ -91,34 +95,52 @@ def train_step(
     max_norm: float,
     on_gradients: Callable[[], None] | None = None,
 ) -> StepMetrics:
-    """Update the weights once from `micro_batches`, which hold `num_tokens` supervised tokens (or weights) in all.
+    """Update the weights once from `micro_batches`, this rank's share of the step; every rank has equally many.
 
-    `num_routed` counts their input tokens, which is what a mixture's balance loss is divided by.
+    `num_tokens` (supervised, or the sum of weights) and `num_routed` (all inputs, which is what a mixture's balance
+    loss is divided by) are the whole step's, over all ranks. Gradients travel once, with the last micro-batch.
 
-    Raises NonFiniteStep, weights untouched; whatever else escapes (out of memory, say) leaves them untouched too, and
-    gradients cleared.
+    Raises NonFiniteStep, on all ranks and with weights untouched; whatever else escapes (out of memory, say) leaves
+    them untouched too, and gradients cleared.
     """
     assert num_tokens > 0, "a step without a supervised token has no mean"
     state.model.train()
     loss_scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
-    sums: list[torch.Tensor] = []
-    counts: list[torch.Tensor] = []
+    metrics = []
     try:
-        for micro_batch in micro_batches:
-            with state.precision.autocast():
-                out = state.model(micro_batch.to(state.precision.device))
-            state.backward(out.objective(num_tokens, num_routed))
-            sums.append(out.loss_sum.detach())
-            counts.append(out.num_tokens)
-        loss_sums = torch.stack(sums).double().cpu()  # the step's one wait for the device before the norm
-        seen = float(torch.stack(counts).double().sum())
+        for i, micro_batch in enumerate(micro_batches, start=1):
+            with synchronised(state.model, now=i == len(micro_batches)):
+                with state.precision.autocast():
+                    out = state.model(micro_batch.to(state.precision.device))
+                # What wraps the model averages gradients over ranks; this makes it a sum.
+                state.backward(out.objective(num_tokens, num_routed) * state.world.size)
+            metrics.append(out.metrics)
+        sums = _add_up(metrics, state.world)
+        loss_sum, seen = float(sums["loss"][0]), sums["loss"][1]
         assert math.isclose(seen, num_tokens, rel_tol=1e-6), f"{seen} supervised tokens seen, {num_tokens} expected"
-        bad = (~loss_sums.isfinite()).nonzero()
-        if len(bad):
-            first = int(bad[0])
-            raise NonFiniteStep(f"the loss is {float(loss_sums[first])}", first)
+        if not math.isfinite(loss_sum):
+            raise NonFiniteStep(f"the loss is {loss_sum}", _first_non_finite(metrics, state.world))
         grad_norm, skipped = state.clip_and_step(lr, max_norm, on_gradients)
     except BaseException:
         state.optimizer.zero_grad(set_to_none=True)
         raise
-    return StepMetrics(float(loss_sums.sum()), seen, grad_norm, skipped, loss_scale)
+    return StepMetrics(loss_sum, seen, grad_norm, skipped, loss_scale, sums)
+
+
+def _add_up(metrics: Sequence[dict[str, tuple[Tensor, Tensor]]], world: World) -> dict[str, tuple[np.ndarray, float]]:
+    """Each metric's (sum, count) over micro-batches and ranks: one wait for the device, one message between ranks."""
+    names = sorted(metrics[0])
+    shapes = {name: metrics[0][name][0].shape for name in names}
+    rows = [torch.cat([x.detach().reshape(-1).double() for n in names for x in m[n]]) for m in metrics]
+    total = world.sum(torch.stack(rows).cpu().sum(0)).numpy()
+    sums, start = {}, 0
+    for name in names:
+        end = start + shapes[name].numel()
+        sums[name] = (total[start:end].reshape(shapes[name]), float(total[end]))
+        start = end + 1
+    return sums
+
+
+def _first_non_finite(metrics: Sequence[dict[str, tuple[Tensor, Tensor]]], world: World) -> tuple[int, int] | None:
+    mine = next((i for i, m in enumerate(metrics) if not m["loss"][0].isfinite()), None)
+    return next(((rank, i) for rank, i in enumerate(world.gather(mine)) if i is not None), None)

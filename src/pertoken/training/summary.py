@@ -16,8 +16,8 @@ from pertoken.data.batch import Sample, collate, plan
 from pertoken.data.order import step_at, steps_per_epoch
 from pertoken.data.store import Store
 from pertoken.data.view import supervised_pieces
-from pertoken.model.transformer import CausalLM
-from pertoken.training.precision import Precision
+from pertoken.training.parallel import synchronised
+from pertoken.training.step import TrainState
 
 __all__ = ["Summary", "summarise"]
 
@@ -53,9 +53,10 @@ def summarise(
     store: Store,
     eval_store: Store | None,
     tokenizer: Any,
-    model: CausalLM,
-    precision: Precision,
+    state: TrainState,
     *,
+    family: str,
+    num_parameters: int,
     token_budget: int,
     start_step: int,
     total_steps: int,
@@ -70,29 +71,33 @@ def summarise(
     return Summary(
         stage=recipe.stage,
         out_dir=Path(recipe.out_dir),
-        device=str(precision.device),
-        dtype=precision.dtype,
-        num_parameters=model.num_parameters,
-        family=model.config.family,
+        device=str(state.precision.device),
+        dtype=state.precision.dtype,
+        num_parameters=num_parameters,
+        family=family,
         num_samples=len(store),
         num_eval_samples=len(eval_store) if eval_store is not None else 0,
         num_tokens=int(store.num_tokens.sum()),
         total_tokens=int(store.lengths.sum()),
         data_notes=tuple(store.report.notes()),
         batch_size=train.batch_size,
-        micro_batches=len(plan(lengths, world_size=1, token_budget=token_budget)[0]),
-        world_size=1,
+        micro_batches=sum(map(len, plan(lengths, world_size=state.world.size, token_budget=token_budget))),
+        world_size=state.world.size,
         epochs=-(-total_steps // steps_per_epoch(len(store), train.batch_size)),
         start_step=start_step,
         total_steps=total_steps,
-        expected_s=tokens_left * _seconds_per_token(model, store, first.sample_ids, precision),
+        expected_s=tokens_left * _seconds_per_token(state, store, first.sample_ids) / state.world.size,
         example_source=store.where(example),
         example=tuple(supervised_pieces(store[example], tokenizer)),
     )
 
 
-def _seconds_per_token(model: CausalLM, store: Store, sample_ids: np.ndarray, precision: Precision) -> float:
-    """Of a forward and backward pass over a few real samples, timed the second time; the gradients are thrown away."""
+def _seconds_per_token(state: TrainState, store: Store, sample_ids: np.ndarray) -> float:
+    """Of a forward and backward pass over a few real samples, timed the second time; the gradients are thrown away.
+
+    Every rank passes the same samples. DDP settles the order of its messages in the first passes that it synchronises:
+    done here, sums over ranks round in the same way in every step, before and after a resume.
+    """
     chosen: list[Sample] = []
     tokens = 0
     for i in sample_ids:
@@ -100,12 +105,15 @@ def _seconds_per_token(model: CausalLM, store: Store, sample_ids: np.ndarray, pr
             break
         chosen.append(store[int(i)])
         tokens += int(store.lengths[i])
+    precision = state.precision
     micro_batch = collate(chosen).to(precision.device)
 
     def pass_once() -> None:
-        with precision.autocast():
-            model(micro_batch).loss_sum.backward()
-        model.zero_grad(set_to_none=True)
+        with synchronised(state.model, now=True):
+            with precision.autocast():
+                out = state.model(micro_batch)
+            out.objective(1.0, 1.0).backward()
+        state.model.zero_grad(set_to_none=True)
         if precision.device.type == "cuda":
             torch.cuda.synchronize(precision.device)
 

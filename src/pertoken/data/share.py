@@ -1,0 +1,37 @@
+"""A rank's share of a step: its micro-batches, and the counts of the whole step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pertoken.data.batch import MicroBatch, collate, plan
+from pertoken.data.store import Store
+
+__all__ = ["Share", "share_of"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank computes of a step."""
+
+    micro_batches: tuple[MicroBatch, ...]  # equally many on every rank, empty ones included
+    sample_ids: tuple[np.ndarray, ...]  # of each micro-batch
+    num_tokens: float  # supervised tokens of the whole step, over all ranks
+    num_routed: float  # its input tokens
+
+
+def share_of(store: Store, sample_ids: np.ndarray, *, token_budget: int, rank: int = 0, world_size: int = 1) -> Share:
+    """The part of rank `rank` of `world_size` in a step over `sample_ids` [K].
+
+    The counts come from the store, so ranks need not tell each other anything before they begin.
+    """
+    cut = plan(store.lengths[sample_ids].tolist(), world_size=world_size, token_budget=token_budget)[rank]
+    ids = tuple(sample_ids[indices] for indices in cut)
+    return Share(
+        micro_batches=tuple(collate([store[int(i)] for i in chosen]) for chosen in ids),
+        sample_ids=ids,
+        num_tokens=float(store.num_tokens[sample_ids].sum()),
+        num_routed=float(store.lengths[sample_ids].sum()),
+    )
