@@ -260,6 +260,8 @@ def set_best(run_dir: Path, folder: Path) -> None:
     aside = link.with_name(f".best-{os.getpid()}")
     aside.unlink(missing_ok=True)
     aside.symlink_to(folder.name, target_is_directory=True)
+    if link.is_dir() and not link.is_symlink():  # the run was copied by something that follows links
+        shutil.rmtree(link)
     os.replace(aside, link)
 
 

@@ -1,0 +1,256 @@
+"""One, two and three processes, DDP and FSDP2: the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from tiny import World, rows_of, untimed
+
+from pertoken import Recipe, load_model, train
+
+JOBS = Path(__file__).parents[1] / "rank_jobs.py"
+STEPS, STOP_AT = 30, 17
+HOW = ("ddp", "fsdp")
+ONE_LEFT = {"train__batch_size": 50, "train__max_steps": 6}  # 101 samples: the last step of an epoch has one
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def torchrun(ranks: int, *command: object) -> list[str]:
+    place = ["--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    return [sys.executable, "-m", "torch.distributed.run", *place, *map(str, command)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run_ranks(ranks: int, *command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(torchrun(ranks, *command), capture_output=True, text=True, env=environment(), timeout=300)
+
+
+def recipe_of(world: World, out: Path, **changes: Any) -> Recipe:
+    """30 steps of 8 of 101 samples (so epochs end with 5), in micro-batches of at most 600 tokens."""
+    settings: dict[str, Any] = {"max_steps": STEPS, "batch_size": 8, "micro_batch_tokens": 600, "schedule": "constant"}
+    return world.recipe(out, **({f"train__{key}": value for key, value in settings.items()} | changes))
+
+
+@pytest.fixture(scope="module")
+def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run on one rank and, for each way and number of ranks, the run, its first part alone, and the
+    first part's resumption."""
+    folder = tmp_path_factory.mktemp("ranks")
+    train(recipe_of(world, folder / "alone"))
+    train(recipe_of(world, folder / "alone-idle", **ONE_LEFT))
+    for ranks in (2, 3):
+        jobs = []
+        for how in HOW:
+            name = f"{how}{ranks}"
+            jobs.append((recipe_of(world, folder / name, train__parallel=how), False))
+            part = folder / f"{name}-part"
+            jobs.append((recipe_of(world, part, train__parallel=how, train__max_steps=STOP_AT), False))
+            jobs.append((recipe_of(world, folder / f"{name}-idle", train__parallel=how, **ONE_LEFT), False))
+        run_jobs(ranks, folder, jobs)
+    return folder
+
+
+def run_jobs(ranks: int, folder: Path, jobs: list[tuple[Recipe, bool]]) -> None:
+    listed = [{"recipe": r.model_dump(mode="json", exclude_none=True), "resume": resume} for r, resume in jobs]
+    (folder / "jobs.json").write_text(json.dumps(listed))
+    done = run_ranks(ranks, JOBS, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def same_curve(a: Path, b: Path, tolerance: float = 1e-5) -> None:
+    rows_a, rows_b = rows_of(a), rows_of(b)
+    assert [r["step"] for r in rows_a] == [r["step"] for r in rows_b] == list(range(1, STEPS + 1))
+    for x, y in zip(rows_a, rows_b, strict=True):
+        for key in ("loss", "grad_norm", "eval_loss"):
+            assert (key in x) == (key in y) or key == "eval_loss"
+            if key in x and key in y:
+                assert y[key] == pytest.approx(x[key], rel=tolerance), (x["step"], key)
+        for key in ("num_tokens", "samples", "tokens", "positions", "epoch", "lr"):
+            assert x[key] == y[key], (x["step"], key)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_losses_and_norms_are_those_of_one_rank(runs, how, ranks):
+    same_curve(runs / "alone", runs / f"{how}{ranks}")
+    rows = rows_of(runs / "alone")
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5  # it learns, so a wrong update would show
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_sample_is_seen_exactly_once_an_epoch_over_all_ranks(runs, world, how, ranks):
+    seen = [read_lists(runs / f"{how}{ranks}-seen-{rank}.jsonl") for rank in range(ranks)]
+    alone = rows_of(runs / "alone")
+    steps = [sorted(i for rank in seen for i in rank[step]) for step in range(STEPS)]
+    assert [len(ids) for ids in steps] == [row["samples"] for row in alone]
+    for first, last in ((0, 13), (13, 26)):  # two epochs of 12 steps of 8 and one of 5
+        assert sorted(i for ids in steps[first:last] for i in ids) == list(range(101))
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_rank_without_a_sample_takes_part(runs, how, ranks):
+    name = f"{how}{ranks}-idle"
+    seen = [read_lists(runs / f"{name}-seen-{rank}.jsonl") for rank in range(ranks)]
+    assert sum(not rank[2] for rank in seen) == sum(not rank[5] for rank in seen) == ranks - 1
+    for x, y in zip(rows_of(runs / "alone-idle"), rows_of(runs / name), strict=True):
+        assert x["samples"] == (1 if x["step"] % 3 == 0 else 50)
+        assert (y["loss"], y["grad_norm"]) == pytest.approx((x["loss"], x["grad_norm"]), rel=1e-5), x["step"]
+
+
+def read_lists(path: Path) -> list[list[int]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_samples_of_a_step_do_not_depend_on_ranks(runs):
+    def of(name: str, ranks: int) -> list[list[int]]:
+        seen = [read_lists(runs / f"{name}-seen-{rank}.jsonl") for rank in range(ranks)]
+        return [sorted(i for rank in seen for i in rank[step]) for step in range(STEPS)]
+
+    assert of("ddp2", 2) == of("ddp3", 3) == of("fsdp2", 2) == of("fsdp3", 3)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_checkpoint_is_whole_and_opens_anywhere(runs, how, ranks):
+    folder = runs / f"{how}{ranks}" / "checkpoints" / f"step-{STEPS:08d}"
+    weights, alone = load_model(folder).state_dict(), load_model(runs / "alone").state_dict()
+    for name, tensor in alone.items():
+        assert (weights[name] - tensor).abs().max() < 1e-4, name
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == sum(t.numel() for t in alone.values())
+    parts = sorted(p.name for p in folder.glob("optimizer*"))
+    assert len(parts) == (1 if how == "ddp" else ranks + 1), parts
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_resume_on_as_many_ranks_is_bitwise(runs, world, tmp_path, how):
+    shutil.copytree(runs / f"{how}3-part", tmp_path / "run")
+    run_jobs(3, tmp_path, [(recipe_of(world, tmp_path / "run", train__parallel=how), True)])
+    whole = runs / f"{how}3"
+    assert state_of(tmp_path / "run") == state_of(whole)
+    kept = [{k: v for k, v in r.items() if not k.startswith("eval")} for r in untimed(rows_of(tmp_path / "run"))]
+    assert kept == [{k: v for k, v in r.items() if not k.startswith("eval")} for r in untimed(rows_of(whole))]
+
+
+def state_of(run: Path) -> dict[str, str]:
+    files = sorted((run / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors"))
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_run_saved_on_two_ranks_goes_on_on_one_and_on_three(runs, world, tmp_path, how):
+    for name in ("one", "three"):
+        shutil.copytree(runs / f"{how}2-part", tmp_path / name, symlinks=True)
+    train(recipe_of(world, tmp_path / "one", train__parallel=how), resume=True)
+    run_jobs(3, tmp_path, [(recipe_of(world, tmp_path / "three", train__parallel=how), True)])
+    same_curve(runs / "alone", tmp_path / "one")
+    same_curve(runs / "alone", tmp_path / "three")
+    last = f"checkpoints/step-{STEPS:08d}"
+    if how == "ddp":
+        moments = load_file(tmp_path / "three" / last / "optimizer.safetensors")
+        for name, tensor in load_file(tmp_path / "one" / last / "optimizer.safetensors").items():
+            assert (moments[name] - tensor).abs().max() <= 1e-5, name
+
+
+def test_an_error_on_one_rank_ends_all_with_its_message_once(world, tmp_path):
+    path = world.write_recipe(tmp_path / "run")
+    for change, message in (
+        ("train.lerning_rate=1", "error: train.lerning_rate: unknown key; did you mean train.learning_rate?"),
+        ("data.path=/nowhere.jsonl", "error: /nowhere.jsonl: no such file or folder; correct data.path"),
+    ):
+        done = run_ranks(2, "-m", "pertoken", "train", path, change)
+        assert done.returncode == 1  # torchrun's own
+        assert done.stderr.count(message) == 1, done.stderr
+        assert "exitcode: 2" in done.stderr.replace(" ", "").replace("exitcode:", "exitcode: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_that_only_one_rank_meets_is_the_one_shown(world, tmp_path):
+    """A machine of a cluster whose disk cannot be read, say."""
+    script = tmp_path / "one_bad_rank.py"
+    script.write_text(
+        "import os, sys\n"
+        "import pertoken.training.loop as loop\n"
+        "from pertoken.cli import main\n"
+        "from pertoken.errors import DataError\n"
+        "share_of = loop.share_of\n"
+        "def bad(*args, **kwargs):\n"
+        "    if os.environ['RANK'] == '1': raise DataError('store: cannot be read (Input/output error)')\n"
+        "    return share_of(*args, **kwargs)\n"
+        "loop.share_of = bad\n"
+        "main()\n"
+    )
+    done = run_ranks(3, script, "train", world.write_recipe(tmp_path / "run"))
+    assert done.returncode == 1
+    assert done.stderr.count("error: store: cannot be read (Input/output error)") == 1
+    workers = done.stderr.split("torch/distributed/elastic")[0]
+    assert "Traceback" not in workers, done.stderr
+
+
+def test_only_rank_zero_prints(world, tmp_path):
+    path = world.write_recipe(tmp_path / "run", train__max_steps=3, log__log_interval=1)
+    done = run_ranks(2, "-m", "pertoken", "train", path)
+    assert done.returncode == 0, done.stderr
+    assert [done.stdout.count(f"step {step} ") for step in (1, 2, 3)] == [1, 1, 1], done.stdout
+    assert done.stdout.count("done: ") == 1
+
+
+def test_a_signal_stops_all_ranks_after_the_same_step_and_saves(world, tmp_path):
+    path = world.write_recipe(tmp_path / "run", train__max_steps=100_000, log__log_interval=1)
+    process = subprocess.Popen(
+        torchrun(2, "-m", "pertoken", "train", path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    wait_for_rows(tmp_path / "run" / "metrics.jsonl", 3)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    rows = rows_of(tmp_path / "run")
+    assert err.count(f"stopped by SIGTERM after step {rows[-1]['step']}, saved") == 1, err
+    assert [r["step"] for r in rows] == list(range(1, len(rows) + 1))
+    saved = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert saved[-1].name == f"step-{rows[-1]['step']:08d}"
+
+
+def wait_for_rows(path: Path, count: int) -> None:
+    deadline = time.monotonic() + 90
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline, "the run did not start"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ten_runs_end_without_an_abort(world, runs, tmp_path, how, ranks):
+    for i in range(10):
+        path = tmp_path / f"run{i}.toml"
+        path.write_text(recipe_of(world, tmp_path / f"run{i}", train__parallel=how).to_toml())
+        done = run_ranks(ranks, "-m", "pertoken", "train", path)
+        assert done.returncode == 0, (i, done.stderr)
+        same_curve(runs / "alone", tmp_path / f"run{i}")
