@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from pertoken.data.batch import MicroBatch, collate, plan
-from pertoken.data.store import Store
+from pertoken.data.batch import MicroBatch, Sample, collate, plan
 
-__all__ = ["Share", "share_of"]
+__all__ = ["Samples", "Share", "share_of"]
+
+
+class Samples(Protocol):
+    """Samples with their counts: a `Store`, or some held in memory."""
+
+    @property
+    def lengths(self) -> np.ndarray: ...  # [len] inputs of each
+
+    @property
+    def num_tokens(self) -> np.ndarray: ...  # [len] supervised tokens of each
+
+    def __getitem__(self, i: int, /) -> Sample: ...
 
 
 @dataclass(frozen=True)
@@ -22,16 +34,18 @@ class Share:
     num_routed: float  # its input tokens
 
 
-def share_of(store: Store, sample_ids: np.ndarray, *, token_budget: int, rank: int = 0, world_size: int = 1) -> Share:
+def share_of(
+    samples: Samples, sample_ids: np.ndarray, *, token_budget: int, rank: int = 0, world_size: int = 1
+) -> Share:
     """The part of rank `rank` of `world_size` in a step over `sample_ids` [K].
 
-    The counts come from the store, so ranks need not tell each other anything before they begin.
+    The counts are there before, so ranks need not tell each other anything before they begin.
     """
-    cut = plan(store.lengths[sample_ids].tolist(), world_size=world_size, token_budget=token_budget)[rank]
+    cut = plan(samples.lengths[sample_ids].tolist(), world_size=world_size, token_budget=token_budget)[rank]
     ids = tuple(sample_ids[indices] for indices in cut)
     return Share(
-        micro_batches=tuple(collate([store[int(i)] for i in chosen]) for chosen in ids),
+        micro_batches=tuple(collate([samples[int(i)] for i in chosen]) for chosen in ids),
         sample_ids=ids,
-        num_tokens=float(store.num_tokens[sample_ids].sum()),
-        num_routed=float(store.lengths[sample_ids].sum()),
+        num_tokens=float(samples.num_tokens[sample_ids].sum()),
+        num_routed=float(samples.lengths[sample_ids].sum()),
     )

@@ -26,6 +26,7 @@ __all__ = [
     "World",
     "first_to_fail",
     "join_world",
+    "leave",
     "parallelise",
     "shard_like",
     "synchronised",
@@ -111,11 +112,18 @@ def join_world(device_name: str) -> Iterator[World]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
     world = World(dist.get_rank(), dist.get_world_size(), local_rank)
     yield world
-    # Not after an error: a rank that fails must not wait for others. Without the barrier, ranks that leave while others
-    # are still in a last collective abort them (seen with FSDP2 on three gloo ranks).
-    if mine:
-        world.barrier()
-        dist.destroy_process_group()
+    if mine:  # not after an error: a rank that fails must not wait for the others
+        leave(world)
+
+
+def leave(world: World) -> None:
+    """Destroy the process group, once every rank is done with it.
+
+    Without the barrier, ranks that leave while others are still in a last collective abort them (seen with FSDP2 on
+    three gloo ranks).
+    """
+    world.barrier()
+    dist.destroy_process_group()
 
 
 def first_to_fail() -> bool:
@@ -147,7 +155,7 @@ def parallelise(
     if how == "ddp":
         ids = [device] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, process_group=world.group, broadcast_buffers=False, gradient_as_bucket_view=True
+            model, device_ids=ids, process_group=world.group, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard

@@ -33,7 +33,7 @@ from pertoken.training.precision import Precision, resolve_device
 from pertoken.training.step import TrainState
 from pertoken.training.summary import summarise
 
-__all__ = ["TrainResult", "prepare", "train"]
+__all__ = ["RunData", "TrainResult", "build_model", "has_compiler", "load_data", "prepare", "train"]
 
 # What may differ from the checkpoint on --resume. Paths of data and tokenizer may, since their contents are compared.
 _MAY_CHANGE = {
@@ -56,7 +56,7 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class _Data:
+class RunData:
     tokenizer: Any
     eos_token_id: int
     train: Store
@@ -91,7 +91,7 @@ def _train(recipe: Recipe, world: World, listener: Listener, *, resume: bool, ov
     checkpoint = Checkpoint(folder) if folder is not None else None
     if checkpoint is not None:
         _refuse_changes(recipe, checkpoint)
-    data = _load_data(recipe, listener, world)
+    data = load_data(recipe, listener, world)
     if checkpoint is not None:
         _refuse_other_data(data, checkpoint)
     precision = Precision(recipe.train.dtype, device)
@@ -99,7 +99,7 @@ def _train(recipe: Recipe, world: World, listener: Listener, *, resume: bool, ov
         listener.message('this processor emulates bfloat16; train.dtype="float32" is faster here')
 
     total_steps = _total_steps(recipe, len(data.train))
-    model = _build_model(recipe, data, checkpoint, precision)
+    model = build_model(recipe, data, checkpoint, precision)
     # Only now, with recipe, data and model known to be good on every rank, is anything in out_dir touched.
     world.on_main(lambda: _make_room(out_dir, recipe, overwrite=overwrite))
     run = _assemble(recipe, data, model, checkpoint, total_steps, precision, world, listener)
@@ -118,7 +118,7 @@ def _train(recipe: Recipe, world: World, listener: Listener, *, resume: bool, ov
 
 def prepare(recipe: Recipe, listener: Listener | None = None) -> tuple[Store, Store | None]:
     """Make the token store(s) of a recipe, or open them: (train, eval)."""
-    data = _load_data(recipe, listener or Listener(), World())
+    data = load_data(recipe, listener or Listener(), World())
     return data.train, data.eval
 
 
@@ -162,7 +162,7 @@ def _refuse_changes(recipe: Recipe, checkpoint: Checkpoint) -> None:
         raise RecipeError("\n".join(changed))
 
 
-def _refuse_other_data(data: _Data, checkpoint: Checkpoint) -> None:
+def _refuse_other_data(data: RunData, checkpoint: Checkpoint) -> None:
     for part, fingerprint in data.fingerprints.items():
         if checkpoint.state["data"][part] != fingerprint:
             raise CheckpointError(
@@ -171,7 +171,7 @@ def _refuse_other_data(data: _Data, checkpoint: Checkpoint) -> None:
             )
 
 
-def _load_data(recipe: Recipe, listener: Listener, world: World) -> _Data:
+def load_data(recipe: Recipe, listener: Listener, world: World) -> RunData:
     data = recipe.data
     source = data.tokenizer or recipe.init_from
     assert source is not None, "the recipe requires one"
@@ -200,7 +200,7 @@ def _load_data(recipe: Recipe, listener: Listener, world: World) -> _Data:
         eval_store = build(data.eval_path)
     elif data.eval_fraction:
         train_store, eval_store = train_store.split(data.eval_fraction, data.eval_split)
-    return _Data(tokenizer, eos_token_id, train_store, eval_store)
+    return RunData(tokenizer, eos_token_id, train_store, eval_store)
 
 
 def _total_steps(recipe: Recipe, num_samples: int) -> int:
@@ -211,8 +211,18 @@ def _total_steps(recipe: Recipe, num_samples: int) -> int:
     return total
 
 
-def _build_model(recipe: Recipe, data: _Data, checkpoint: Checkpoint | None, precision: Precision) -> CausalLM:
-    """From the checkpoint, from `init_from`, or from random weights; checked against data and recipe."""
+def build_model(
+    recipe: Recipe,
+    data: RunData,
+    checkpoint: Checkpoint | None,
+    precision: Precision,
+    *,
+    for_training: bool = True,
+) -> CausalLM:
+    """From the checkpoint, from `init_from`, or from random weights; checked against data and recipe.
+
+    Compiled and checkpointed as the recipe says only if `for_training`.
+    """
     train, dtype = recipe.train, precision.parameter_dtype
     if checkpoint is not None:
         model = load_model(checkpoint.folder, dtype=dtype)
@@ -228,10 +238,11 @@ def _build_model(recipe: Recipe, data: _Data, checkpoint: Checkpoint | None, pre
     for store in (data.train, data.eval):
         if store is not None:
             store.check_vocab(model.config.vocab_size)
-    model.activation_checkpointing = train.activation_checkpointing
-    if train.compile == "on":
-        _require_compiler(precision.device)
-        model.compile_layers()
+    if for_training:
+        model.activation_checkpointing = train.activation_checkpointing
+        if train.compile == "on":
+            _require_compiler(precision.device)
+            model.compile_layers()
     return model.to(precision.device)
 
 
@@ -249,7 +260,7 @@ def _load_initial(recipe: Recipe, init_from: str, num_tokens: int, dtype: torch.
 
 def _assemble(
     recipe: Recipe,
-    data: _Data,
+    data: RunData,
     model: CausalLM,
     checkpoint: Checkpoint | None,
     total_steps: int,
@@ -323,6 +334,11 @@ def _assemble(
     )
 
 
+def has_compiler() -> bool:
+    """Whether `torch.compile` finds a C++ compiler, which it needs on a CPU."""
+    return any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
+
+
 def _require_compiler(device: torch.device) -> None:
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+    if device.type == "cpu" and not has_compiler():
         raise RecipeError('train.compile="on": needs a C++ compiler, and none is on the PATH; install one, or "off"')

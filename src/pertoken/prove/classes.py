@@ -1,0 +1,356 @@
+"""The ways in which one process may compute a step, each compared with the reference gradient."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from pertoken.config import TrainConfig
+from pertoken.data.batch import MicroBatch, collate
+from pertoken.data.order import step_at, steps_per_epoch
+from pertoken.data.share import Share, share_of
+from pertoken.loss import LossOutput
+from pertoken.model.transformer import CausalLM
+from pertoken.prove.reference import reference_gradient
+from pertoken.prove.report import Gradient, Result, compare
+from pertoken.prove.samples import Chosen
+from pertoken.training.checkpoint import Checkpoint, load_model, load_optimizer, save_checkpoint
+from pertoken.training.optim import build_adamw
+from pertoken.training.parallel import World, whole
+from pertoken.training.precision import Precision
+from pertoken.training.run import has_compiler
+from pertoken.training.step import TrainState, train_step
+
+__all__ = ["CLASSES", "EXACT", "Case", "gradient_of_step", "split_of_balance"]
+
+EXACT = (
+    1e-10  # relative, in float64: a million times its rounding, a ten-millionth of the smallest mistake worth the name
+)
+_FLOAT32_FACTOR = 4.0  # a way may round four times as badly as the plain one does in the same precision
+_BF16_STEPS, _BF16_MEAN = 20, 1e-3  # nats
+
+
+@dataclass
+class Case:
+    """What every class is about."""
+
+    model: CausalLM  # float64, on the CPU
+    chosen: Chosen
+    aux_loss_coef: float  # of the per-document balance loss; 0 without one
+    train: TrainConfig
+    tokenizer: Any
+    reference: Gradient  # over all chosen samples, float64
+    float32_error: float  # of the plain way in float32, against the reference
+
+    @property
+    def all_ids(self) -> np.ndarray:
+        return np.arange(len(self.chosen.samples))
+
+    @property
+    def num_inputs(self) -> int:
+        return int(self.chosen.samples.lengths.sum())
+
+    def share(self, *, token_budget: int, ids: np.ndarray | None = None) -> Share:
+        return share_of(self.chosen.samples, self.all_ids if ids is None else ids, token_budget=token_budget)
+
+    def split(self) -> Share:
+        """The step in about three micro-batches."""
+        return self.share(token_budget=max(self.num_inputs // 3, int(self.chosen.samples.lengths.max())))
+
+    @property
+    def float32_tolerance(self) -> float:
+        return _FLOAT32_FACTOR * self.float32_error
+
+
+def gradient_of_step(
+    model: nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    num_tokens: float,
+    num_routed: float,
+    precision: Precision,
+    world: World | None = None,
+    wrapped: nn.Module | None = None,
+) -> Gradient:
+    """What `train_step` would update by. `wrapped` is called in `model`'s place, which holds the parameters."""
+    vocab_size = model.config.vocab_size  # type: ignore[union-attr]
+    for micro_batch in micro_batches:
+        labels = micro_batch.labels
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
+            raise ValueError(f"labels {int(labels.min())} to {int(labels.max())}: not all are tokens")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    state = TrainState(wrapped or model, optimizer, precision.new_scaler(), precision, world or World())
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep() -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                kept[name] = whole(parameter.grad).clone()
+
+    metrics = train_step(
+        state, micro_batches, num_tokens=num_tokens, num_routed=num_routed, lr=0.0, max_norm=0.0, on_gradients=keep
+    )
+    return Gradient(metrics.loss_sum / metrics.num_tokens, kept)
+
+
+def _exact(name: str, case: Case, share: Share, note: str = "", wrapped: nn.Module | None = None) -> Result:
+    got = gradient_of_step(
+        case.model,
+        share.micro_batches,
+        num_tokens=share.num_tokens,
+        num_routed=share.num_routed,
+        precision=Precision("float64", torch.device("cpu")),
+        wrapped=wrapped,
+    )
+    note = note or f"{len(share.micro_batches)} micro-batches"
+    return Result.judge(name, "float64", EXACT, compare(got, case.reference), note)
+
+
+def one_by_one(name: str, case: Case) -> Result:
+    return _exact(name, case, case.share(token_budget=1))
+
+
+def all_at_once(name: str, case: Case) -> Result:
+    return _exact(name, case, case.share(token_budget=case.num_inputs))
+
+
+def shuffled(name: str, case: Case) -> Result:
+    """Other neighbours in every micro-batch, in an order that `plan` would not choose."""
+    order = np.random.default_rng(0).permutation(case.all_ids)
+    parts = np.array_split(order, 2)
+    samples = case.chosen.samples
+    share = case.split()
+    micro_batches = tuple(collate([samples[int(i)] for i in part]) for part in parts)
+    return _exact(name, case, Share(micro_batches, tuple(parts), share.num_tokens, share.num_routed))
+
+
+def accumulation(name: str, case: Case) -> Result:
+    return _exact(name, case, case.split())
+
+
+class _WithReferenceLoss(nn.Module):
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, micro_batch: MicroBatch) -> LossOutput:
+        return self.inner.forward(micro_batch, impl="reference")
+
+
+def reference_loss(name: str, case: Case) -> Result:
+    """The head's plain code, logits and all, in place of the fused one that the other classes use."""
+    return _exact(name, case, case.split(), "plain logits", wrapped=_WithReferenceLoss(case.model))
+
+
+def activation_checkpointing(name: str, case: Case) -> Result:
+    before = case.model.activation_checkpointing
+    case.model.activation_checkpointing = True
+    try:
+        return _exact(name, case, case.split(), "each block computed twice")
+    finally:
+        case.model.activation_checkpointing = before
+
+
+def short_last_step(name: str, case: Case) -> Result:
+    """An epoch of the chosen samples whose last step has fewer than the others."""
+    count = len(case.chosen.samples) - 1
+    batch_size = next((b for b in range(2, count) if count % b), 0)
+    if not batch_size:
+        return Result(name, "float64", "skipped", note=f"{count} samples have no shorter last step")
+    steps = steps_per_epoch(count, batch_size)
+    drawn = [
+        step_at(s, num_samples=count, batch_size=batch_size, seed=case.train.seed).sample_ids
+        for s in range(1, steps + 1)
+    ]
+    left = sorted(set(range(count)) - {int(i) for ids in drawn[:-1] for i in ids})
+    reference = reference_gradient(case.model, [case.chosen.samples[i] for i in left], aux_loss_coef=case.aux_loss_coef)
+    share = case.share(token_budget=case.num_inputs, ids=drawn[-1])
+    got = gradient_of_step(
+        case.model,
+        share.micro_batches,
+        num_tokens=share.num_tokens,
+        num_routed=share.num_routed,
+        precision=Precision("float64", torch.device("cpu")),
+    )
+    note = f"{len(drawn[-1])} of {batch_size} samples"
+    return Result.judge(name, "float64", EXACT, compare(got, reference), note)
+
+
+def clipping(name: str, case: Case) -> Result:
+    """The update itself, with a loss scale, clipped to half the norm: what reaches the weights is the true gradient."""
+    learning_rate = 2.0**20  # so that the weights round off nothing of a small gradient
+    norm = case.reference.norm
+    max_norm = norm / 2
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=learning_rate)
+    state = TrainState(case.model, optimizer, scaler, Precision("float64", torch.device("cpu")))
+    before = {name: p.detach().clone() for name, p in case.model.named_parameters()}
+    share = case.split()
+    metrics = train_step(
+        state,
+        share.micro_batches,
+        num_tokens=share.num_tokens,
+        num_routed=share.num_routed,
+        lr=learning_rate,
+        max_norm=max_norm,
+    )
+    update = {}
+    with torch.no_grad():
+        for parameter_name, parameter in case.model.named_parameters():
+            update[parameter_name] = (before[parameter_name] - parameter) / learning_rate
+            parameter.copy_(before[parameter_name])
+    factor = max_norm / (norm + 1e-6)  # torch's own, so that a zero norm divides nothing
+    expected = {name: gradient * factor for name, gradient in case.reference.gradients.items()}
+    loss = metrics.loss_sum / metrics.num_tokens
+    found = compare(Gradient(loss, update), Gradient(case.reference.loss, expected))
+    return Result.judge(name, "float64", EXACT, found, f"norm {metrics.grad_norm:.3g} clipped to {max_norm:.3g}")
+
+
+def _in_float32(name: str, case: Case, model: CausalLM, note: str) -> Result:
+    share = case.split()
+    got = gradient_of_step(
+        model,
+        share.micro_batches,
+        num_tokens=share.num_tokens,
+        num_routed=share.num_routed,
+        precision=Precision("float32", torch.device("cpu")),
+    )
+    return Result.judge(name, "float32", case.float32_tolerance, compare(got, case.reference), note)
+
+
+def float32(name: str, case: Case) -> Result:
+    return _in_float32(
+        name, case, copy.deepcopy(case.model).float(), f"{len(case.split().micro_batches)} micro-batches"
+    )
+
+
+def compiled(name: str, case: Case) -> Result:
+    if not has_compiler():
+        return Result(name, "float32", "skipped", note="no C++ compiler on this machine")
+    model = copy.deepcopy(case.model).float()
+    model.compile_layers()
+    return _in_float32(name, case, model, "layers fused by torch.compile")
+
+
+def resume(name: str, case: Case) -> Result:
+    """Two steps, a checkpoint in mid-epoch, a third step; against the third step of what was read back."""
+    count, batch_size = len(case.chosen.samples) - 1, 1
+    model = copy.deepcopy(case.model).float()
+    precision = Precision("float32", torch.device("cpu"))
+
+    def step(number: int, model: CausalLM, optimizer: torch.optim.Optimizer) -> Gradient:
+        ids = step_at(number, num_samples=count, batch_size=batch_size, seed=case.train.seed).sample_ids
+        share = case.share(token_budget=case.num_inputs, ids=ids)
+        kept: dict[str, torch.Tensor] = {}
+        metrics = train_step(
+            TrainState(model, optimizer, precision.new_scaler(), precision),
+            share.micro_batches,
+            num_tokens=share.num_tokens,
+            num_routed=share.num_routed,
+            lr=1e-3,
+            max_norm=1.0,
+            on_gradients=lambda: kept.update(
+                {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            ),
+        )
+        return Gradient(metrics.loss_sum / metrics.num_tokens, kept)
+
+    settings = {"weight_decay": case.train.weight_decay, "betas": case.train.betas}
+    optimizer = build_adamw(model, **settings)  # type: ignore[arg-type]
+    step(1, model, optimizer)
+    step(2, model, optimizer)
+    with tempfile.TemporaryDirectory() as folder:
+        saved = save_checkpoint(
+            Path(folder), step=2, model=model, tokenizer=case.tokenizer, eos_token_id=0, optimizer=optimizer, state={}
+        )
+        again = load_model(saved)
+        again.config = model.config
+        its_optimizer = build_adamw(again, **settings)  # type: ignore[arg-type]
+        checkpoint = Checkpoint(saved)
+        load_optimizer(checkpoint, again, its_optimizer)
+        expected = step(3, model, optimizer)
+        got = step(checkpoint.step + 1, again, its_optimizer)
+    found = compare(got, expected)
+    same = all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    result = Result.judge(name, "float32", 0.0, found, "bitwise, weights after the step too")
+    return result if same else Result(name, "float32", "failed", note="the weights after the step differ")
+
+
+def bfloat16(name: str, case: Case) -> Result:
+    """Twenty steps of training by one micro-batch and by many: no drift beyond rounding."""
+    one = _curve(case, "bfloat16", case.share(token_budget=case.num_inputs))
+    many = _curve(case, "bfloat16", case.share(token_budget=1))
+    difference = many - one
+    mean = float(difference.mean())
+    steps = np.arange(_BF16_STEPS) - (_BF16_STEPS - 1) / 2
+    slope = float(difference @ steps / (steps @ steps))
+    noise = float(np.std(difference - mean - slope * steps)) / float(np.sqrt(steps @ steps))
+    drift = slope * _BF16_STEPS
+    passed = abs(mean) < _BF16_MEAN and (abs(slope) < 3 * noise or abs(drift) < _BF16_MEAN)
+    note = f"mean difference of the loss {mean:+.1e} nats, drift {drift:+.1e}; bounds {_BF16_MEAN:g}, or 3 sigma"
+    verdict: Literal["passed", "failed"] = "passed" if passed else "failed"
+    return Result(name, "bfloat16", verdict, _BF16_MEAN, loss_difference=mean, note=note)
+
+
+def _curve(case: Case, dtype: str, share: Share) -> np.ndarray:
+    """[steps] losses of training on the same samples over and over, as the recipe would."""
+    model = copy.deepcopy(case.model).float()
+    precision = Precision(dtype, torch.device("cpu"))
+    optimizer = build_adamw(model, weight_decay=case.train.weight_decay, betas=case.train.betas)
+    state = TrainState(model, optimizer, precision.new_scaler(), precision)
+    losses = []
+    for _ in range(_BF16_STEPS):
+        metrics = train_step(
+            state,
+            share.micro_batches,
+            num_tokens=share.num_tokens,
+            num_routed=share.num_routed,
+            lr=case.train.learning_rate or 0.0,
+            max_norm=case.train.grad_clip,
+        )
+        losses.append(metrics.loss_sum / metrics.num_tokens)
+    return np.array(losses)
+
+
+def split_of_balance(name: str, model: CausalLM, chosen: Chosen) -> Result:
+    """How far two splits of the step are apart when the balance loss is a micro-batch's. Never a failure: it says so."""
+    ids, samples = np.arange(len(chosen.samples)), chosen.samples
+    found = []
+    for token_budget in (int(samples.lengths.sum()), 1):
+        share = share_of(samples, ids, token_budget=token_budget)
+        found.append(
+            gradient_of_step(
+                model,
+                share.micro_batches,
+                num_tokens=share.num_tokens,
+                num_routed=share.num_routed,
+                precision=Precision("float64", torch.device("cpu")),
+            )
+        )
+    result = Result.judge(name, "float64", EXACT, compare(found[1], found[0]), "one micro-batch against many")
+    return dataclasses.replace(result, verdict="differs") if result.verdict == "failed" else result
+
+
+CLASSES: dict[str, Callable[[str, Case], Result]] = {
+    "one sample per micro-batch": one_by_one,
+    "one micro-batch": all_at_once,
+    "shuffled": shuffled,
+    "accumulation": accumulation,
+    "reference loss": reference_loss,
+    "activation checkpointing": activation_checkpointing,
+    "short last step": short_last_step,
+    "clipping under a loss scale": clipping,
+    "float32": float32,
+    "compiled": compiled,
+    "resume in mid-epoch": resume,
+    "bfloat16, 20 steps": bfloat16,
+}

@@ -1,0 +1,80 @@
+"""transformers' own model of the same architecture, on padded batches, as its users train it."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pertoken.data.batch import Sample
+from pertoken.model.hf import save_folder
+from pertoken.prove.classes import Case
+from pertoken.prove.reference import reference_gradient
+from pertoken.prove.report import Gradient, Result, compare
+
+__all__ = ["transformers_padded"]
+
+_FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
+
+
+def transformers_padded(name: str, case: Case) -> Result:
+    """The class is read from the folder that we save, so the names and shapes in it are proved with it."""
+    from transformers import AutoModelForCausalLM
+
+    samples = [case.chosen.samples[i] for i in range(len(case.chosen.samples))]
+    reference = case.reference
+    if case.aux_loss_coef:  # transformers' balance loss is another one; the cross entropy is compared
+        reference = reference_gradient(case.model, samples)
+    with tempfile.TemporaryDirectory() as folder:
+        save_folder(copy.deepcopy(case.model).float(), folder, eos_token_id=None)
+        model = AutoModelForCausalLM.from_pretrained(Path(folder), dtype=torch.float32).train()
+    num_tokens = float(sum(sample.loss_mask.sum() for sample in samples))
+    loss = 0.0
+    for batch in (samples[::2], samples[1::2]):
+        input_ids, labels, attention_mask = _padded(batch)
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        loss_sum = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+        (loss_sum / num_tokens).backward()
+        loss += float(loss_sum.detach()) / num_tokens
+    gradients = _under_our_names({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    if case.aux_loss_coef:  # a router that sends every token to one expert has no gradient but the balance loss's
+        gradients = {n: torch.zeros_like(g) for n, g in reference.gradients.items() if ".mlp.gate." in n} | gradients
+    padding = 1 - sum(map(len, samples)) / sum(max(map(len, b)) * len(b) for b in (samples[::2], samples[1::2]))
+    note = f"{type(model).__name__}, {padding:.0%} padding"
+    return Result.judge(name, "float32", case.float32_tolerance, compare(Gradient(loss, gradients), reference), note)
+
+
+def _padded(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+    """[S, T] each, padded on the right; -100 where nobody supervises."""
+    width = max(map(len, samples))
+    input_ids = torch.zeros(len(samples), width, dtype=torch.int64)
+    labels = torch.full((len(samples), width), -100)
+    attention_mask = torch.zeros(len(samples), width, dtype=torch.int64)
+    for row, sample in enumerate(samples):
+        n = len(sample.tokens) - 1
+        tokens = torch.from_numpy(sample.tokens.astype("int64"))
+        input_ids[row, :n], attention_mask[row, :n] = tokens[:-1], 1
+        labels[row, :n] = torch.where(torch.from_numpy(sample.loss_mask), tokens[1:], -100)
+    return input_ids, labels, attention_mask
+
+
+def _under_our_names(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers 5 holds a layer's experts in one tensor each: [E, 2 I, D] for gate and up, [E, D, I] for down."""
+    named: dict[str, Any] = {}
+    for name, gradient in gradients.items():
+        match = _FUSED.match(name)
+        if match is None:
+            named[name] = gradient
+            continue
+        for expert, part in enumerate(gradient):
+            parts = {"down_proj": part}
+            if match[2] == "gate_up_proj":
+                parts = dict(zip(("gate_proj", "up_proj"), part.chunk(2), strict=True))
+            named |= {f"{match[1]}.{expert}.{key}.weight": value for key, value in parts.items()}
+    return named

@@ -1,0 +1,167 @@
+"""The classes of several processes. Three are started once, and compute the step in every way together.
+
+    python -m pertoken.prove.ranks FOLDER RANK
+
+`FOLDER` holds the model, the samples, the reference gradient and `job.json`; rank 0 leaves `results.json` there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from pertoken.config import ResolvedModelConfig
+from pertoken.data.batch import MicroBatch, Sample, collate
+from pertoken.data.share import share_of
+from pertoken.model.hf import save_folder
+from pertoken.model.transformer import CausalLM
+from pertoken.prove.classes import EXACT, Case, gradient_of_step
+from pertoken.prove.report import Comparison, Gradient, Result, compare
+from pertoken.prove.samples import InMemory
+from pertoken.training.checkpoint import load_model
+from pertoken.training.parallel import World, leave, parallelise
+from pertoken.training.precision import Precision
+
+__all__ = ["RANK_CLASSES", "run_ranks"]
+
+_MOST = 3
+RANK_CLASSES: dict[str, tuple[Literal["ddp", "fsdp"], int]] = {
+    "DDP, 2 ranks": ("ddp", 2),
+    "DDP, 3 ranks": ("ddp", 3),
+    "FSDP2, 2 ranks": ("fsdp", 2),
+    "FSDP2, 3 ranks": ("fsdp", 3),
+}
+COMMAND = (sys.executable, "-m", "pertoken.prove.ranks")
+_TIMEOUT_S = 600
+
+
+def run_ranks(names: Sequence[str], case: Case) -> list[Result]:
+    """The results of the named classes. A process that dies fails them all, with its last words."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_job(folder, names, case)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        processes = [
+            subprocess.Popen([*COMMAND, name, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
+            for rank in range(_MOST)
+        ]
+        try:
+            said = [process.communicate(timeout=_TIMEOUT_S)[1] for process in processes]
+        except subprocess.TimeoutExpired:
+            said = [f"no answer within {_TIMEOUT_S} s"]
+        finally:
+            for process in processes:
+                process.kill()
+        written = folder / "results.json"
+        results = [Result(**values) for values in json.loads(written.read_text())] if written.exists() else []
+    done = {result.name for result in results}
+    last_words = " ".join(next((text for text in said if text.strip()), "ended without a word").split()[-30:])
+    return results + [Result(n, "float64", "failed", EXACT, note=last_words) for n in names if n not in done]
+
+
+def _write_job(folder: Path, names: Sequence[str], case: Case) -> None:
+    save_folder(case.model, folder / "model", eos_token_id=None)
+    save_file({name: g.contiguous() for name, g in case.reference.gradients.items()}, folder / "reference.safetensors")
+    samples = case.chosen.samples
+    arrays = {}
+    for i in range(len(samples)):
+        arrays |= {f"tokens{i}": samples[i].tokens, f"mask{i}": samples[i].loss_mask}
+    np.savez(folder / "samples.npz", **arrays)
+    job = {
+        "classes": list(names),
+        "config": case.model.config.model_dump(),
+        "loss": case.reference.loss,
+        "samples": len(samples),
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+
+
+def rank_main(folder: Path, rank: int) -> None:
+    """What each of the processes does."""
+    job = json.loads((folder / "job.json").read_text())
+    with np.load(folder / "samples.npz") as arrays:
+        samples = InMemory([Sample(arrays[f"tokens{i}"], arrays[f"mask{i}"]) for i in range(job["samples"])])
+    reference = Gradient(job["loss"], load_file(folder / "reference.safetensors"))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=_MOST,
+        timeout=timedelta(seconds=_TIMEOUT_S),
+    )
+    groups = {size: dist.new_group(list(range(size))) for size in range(2, _MOST + 1)}
+    results = []
+    for name in job["classes"]:
+        how, size = RANK_CLASSES[name]
+        if rank < size:
+            world = World(rank, size, rank, groups[size])
+            model = load_model(folder / "model", dtype=torch.float64)
+            model.config = ResolvedModelConfig.model_validate(job["config"])
+            results.append(_class(name, how, world, model, samples, reference))
+    if rank == 0:
+        (folder / "results.json").write_text(json.dumps([asdict(result) for result in results]))
+    leave(World(rank, _MOST, rank))
+
+
+def _class(
+    name: str, how: Literal["ddp", "fsdp"], world: World, model: CausalLM, samples: InMemory, reference: Gradient
+) -> Result:
+    """Dealt by the plan, and dealt as unevenly as can be; the worse of the two."""
+    device = torch.device("cpu")
+    wrapped = parallelise(model, how, world, device=device, layers=list(model.model.layers))
+    shares = [
+        share_of(
+            samples,
+            np.arange(len(samples)),
+            token_budget=int(samples.lengths.max()),
+            rank=world.rank,
+            world_size=world.size,
+        ).micro_batches,
+        _unevenly(samples, world),
+    ]
+    found: list[Comparison] = []
+    for micro_batches in shares:
+        got = gradient_of_step(
+            model,
+            micro_batches,
+            num_tokens=float(samples.num_tokens.sum()),
+            num_routed=float(samples.lengths.sum()),
+            precision=Precision("float64", device),
+            world=world,
+            wrapped=wrapped,
+        )
+        found.append(compare(got, reference))
+    worse = max(found, key=lambda c: c.gradient_error)
+    return Result.judge(name, "float64", EXACT, worse, "a rank without a supervised token; empty micro-batches")
+
+
+def _unevenly(samples: InMemory, world: World) -> tuple[MicroBatch, ...]:
+    """The last rank gets the sample that nobody supervises, the one before it (of three) one more, rank 0 the others.
+
+    Two micro-batches each, of which all but rank 0's second are empty.
+    """
+    last = len(samples) - 1
+    mine = {world.size - 1: [last], world.size - 2: [0]}.get(world.rank, [])
+    if world.rank == 0:
+        mine = list(range(0 if world.size == 2 else 1, last))
+        parts = [mine[:1], mine[1:]]
+    else:
+        parts = [mine, []]
+    return tuple(collate([samples[i] for i in part]) for part in parts)
+
+
+if __name__ == "__main__":
+    rank_main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,119 @@
+"""`prove`: everything together."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from pertoken.config import Recipe
+from pertoken.errors import RecipeError
+from pertoken.model.transformer import CausalLM
+from pertoken.prove.checks import every_sample_once, who_is_supervised
+from pertoken.prove.classes import CLASSES, Case, split_of_balance
+from pertoken.prove.other import transformers_padded
+from pertoken.prove.ranks import RANK_CLASSES, run_ranks
+from pertoken.prove.reference import reference_gradient
+from pertoken.prove.report import Proof, Result, largest_error
+from pertoken.prove.samples import Chosen, choose
+from pertoken.training.metrics import Listener
+from pertoken.training.parallel import World
+from pertoken.training.precision import Precision
+from pertoken.training.run import build_model, load_data
+
+__all__ = ["NAMES", "prove"]
+
+_EPOCH, _SUPERVISED = "every sample once an epoch", "who is supervised"
+_TRANSFORMERS, _BALANCE = "transformers, padded", "balance loss per micro-batch"
+NAMES = (_EPOCH, _SUPERVISED, *CLASSES, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
+_LEAST_TOKENS = 40
+
+
+def prove(
+    recipe: Recipe,
+    *,
+    tokens: int = 600,
+    only: Sequence[str] = NAMES,
+    on_result: Callable[[Result], None] = lambda result: None,
+    listener: Listener | None = None,
+) -> Proof:
+    """Compute the gradient of real samples of `recipe` in every way that training may, and compare.
+
+    About `tokens` inputs of the first step's samples are used, on the CPU, with the weights that the recipe starts
+    from. `only` names classes of NAMES; `on_result` is told each result as it comes. A class that raises has failed.
+    Raises what training itself would raise before its first step.
+    """
+    if unknown := [name for name in only if name not in NAMES]:
+        raise RecipeError(f"--only {unknown[0]!r}: no such class; there are {', '.join(NAMES)}")
+    if tokens < _LEAST_TOKENS:
+        raise RecipeError(f"--tokens {tokens}: must be at least {_LEAST_TOKENS}")
+    started = time.perf_counter()
+    data = load_data(recipe, listener or Listener(), World())
+    model = build_model(recipe, data, None, Precision("float32", torch.device("cpu")), for_training=False)
+    chosen = choose(data.train, tokens=tokens, batch_size=recipe.train.batch_size, seed=recipe.train.seed)
+    samples = [chosen.samples[i] for i in range(len(chosen.samples))]
+    results: list[Result] = []
+
+    def run(name: str, work: Callable[[], Result]) -> None:
+        if name not in only:
+            return
+        try:
+            add(work())
+        except Exception as error:  # whatever a mistake leads to, it is this class that has it
+            add(Result(name, "", "failed", note=f"{type(error).__name__}: {error}"))
+
+    def add(result: Result) -> None:
+        results.append(result)
+        on_result(result)
+
+    run(_EPOCH, lambda: every_sample_once(_EPOCH, data.train, recipe))
+    run(_SUPERVISED, lambda: who_is_supervised(_SUPERVISED, data.train, chosen, recipe, data.tokenizer))
+    per_micro_batch = model.config.use_moe and model.config.aux_loss == "micro_batch"
+    if per_micro_batch:
+        run(_BALANCE, lambda: split_of_balance(_BALANCE, copy.deepcopy(model).double(), chosen))
+        # What depends on the split by its definition is left out of what must not.
+        model.config = model.config.model_copy(update={"aux_loss": "none"})
+    case = _case(recipe, model, chosen, data.tokenizer)
+    for name, of_class in CLASSES.items():
+        run(name, lambda of_class=of_class, name=name: of_class(name, case))  # type: ignore[misc]
+    run(_TRANSFORMERS, lambda: transformers_padded(_TRANSFORMERS, case))
+    if ranks := [name for name in RANK_CLASSES if name in only]:
+        for result in run_ranks(ranks, case):
+            add(result)
+    return Proof(
+        results=tuple(results),
+        model=f"{model.config.family}, {model.num_parameters:,} parameters",
+        samples=chosen.sources,
+        cut=chosen.cut,
+        tokens=sum(map(len, samples)),
+        supervised=int(chosen.samples.num_tokens.sum()),
+        notes=(_PER_MICRO_BATCH,) if per_micro_batch else (),
+        seconds=time.perf_counter() - started,
+    )
+
+
+_PER_MICRO_BATCH = (
+    'model.aux_loss="micro_batch": this balance loss is defined over the tokens of a micro-batch, so the objective '
+    'depends on the split; it is left out of the comparisons. "sequence" is the same however the step is split.'
+)
+
+
+def _case(recipe: Recipe, model: CausalLM, chosen: Chosen, tokenizer: object) -> Case:
+    """The reference in float64, and how far the same plain computation is off in float32."""
+    samples = [chosen.samples[i] for i in range(len(chosen.samples))]
+    config = model.config
+    coefficient = config.aux_loss_coef if config.use_moe and config.aux_loss == "sequence" else 0.0
+    in_float32 = reference_gradient(model, samples, aux_loss_coef=coefficient)
+    model = model.double()
+    reference = reference_gradient(model, samples, aux_loss_coef=coefficient)
+    return Case(
+        model=model,
+        chosen=chosen,
+        aux_loss_coef=coefficient,
+        train=recipe.train,
+        tokenizer=tokenizer,
+        reference=reference,
+        float32_error=largest_error(in_float32, reference),
+    )
