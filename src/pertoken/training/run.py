@@ -18,6 +18,7 @@ from pertoken.data.tokenizer import end_of_turn_id, load_tokenizer
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.model.hf import resize_embeddings
 from pertoken.model.transformer import CausalLM
+from pertoken.model_config import MOE_KEYS
 from pertoken.training.checkpoint import (
     Checkpoint,
     load_model,
@@ -40,6 +41,7 @@ _MAY_CHANGE = {
     *("train.epochs", "train.max_steps", "train.eval_interval"),
     *("train.micro_batch_tokens", "train.device", "train.compile", "train.activation_checkpointing"),
 }
+_BALANCE_LOSS = ("aux_loss", "aux_loss_coef")
 _SECTIONS_MAY_CHANGE = ("log.", "checkpoint.")
 _OUR_FILES = ("recipe.toml", "metrics.jsonl", "checkpoints", "tensorboard", "wandb")
 
@@ -201,6 +203,7 @@ def _build_model(recipe: Recipe, data: _Data, checkpoint: Checkpoint | None, pre
     train, dtype = recipe.train, precision.parameter_dtype
     if checkpoint is not None:
         model = load_model(checkpoint.folder, dtype=dtype)
+        _set_balance_loss(model, recipe)
     elif recipe.init_from is None:
         model = CausalLM(recipe.model.resolve(len(data.tokenizer)), seed=train.seed, dtype=dtype)
     else:
@@ -225,11 +228,20 @@ def _load_initial(recipe: Recipe, init_from: str, num_tokens: int, dtype: torch.
     model = load_model(init_from, dtype=dtype)
     for key in sorted(recipe.model.model_fields_set - {"vocab_size"}):
         asked, has = getattr(recipe.model, key), getattr(model.config, key)
-        if asked is not None and asked != has:
+        if asked is not None and key in MOE_KEYS and not model.config.use_moe:
+            raise RecipeError(f"model.{key}={asked}: the model at {init_from} has no experts; leave the key out")
+        if asked is not None and asked != has and key not in _BALANCE_LOSS:
             raise RecipeError(f"model.{key}={asked}: the model at {init_from} has {has}; leave the key out")
+    _set_balance_loss(model, recipe)
     if num_tokens > model.config.vocab_size:
         resize_embeddings(model, num_tokens)
     return model
+
+
+def _set_balance_loss(model: CausalLM, recipe: Recipe) -> None:
+    """Part of the objective, not of the architecture: the recipe's, or where it says nothing the loaded model's own."""
+    asked = {key: value for key in _BALANCE_LOSS if (value := getattr(recipe.model, key)) is not None}
+    model.config = model.config.model_copy(update=asked)
 
 
 def _assemble(

@@ -31,6 +31,7 @@ class Summary:
     device: str
     dtype: str
     num_parameters: int
+    num_active_parameters: int  # what one token's way leads through: fewer only where there are experts
     family: str
     num_samples: int
     num_eval_samples: int
@@ -73,6 +74,7 @@ def summarise(
         device=str(precision.device),
         dtype=precision.dtype,
         num_parameters=model.num_parameters,
+        num_active_parameters=model.num_active_parameters,
         family=model.config.family,
         num_samples=len(store),
         num_eval_samples=len(eval_store) if eval_store is not None else 0,
