@@ -78,8 +78,7 @@ class MixtureOfExperts(nn.Module):
         logits_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
         probs_NE = logits_NE.softmax(-1)
         top_Nk, chosen_Nk = logits_NE.topk(self.num_chosen)
-        # A softmax over the chosen ones alone is their renormalised probability. For k = 1 its gradient is exactly 0,
-        # where that of p / p would be rounding, which an optimiser that divides by its size takes for a signal.
+        # A softmax over the chosen ones alone is their renormalised probability.
         weights_Nk = top_Nk.softmax(-1) if self.norm_topk_prob else probs_NE.gather(1, chosen_Nk)
         counts_SE = self._count(chosen_Nk, documents)
         num_choices_E = counts_SE.sum(0)
@@ -105,36 +104,73 @@ class MixtureOfExperts(nn.Module):
         return counts.scatter_add_(0, cells_Nk.flatten(), torch.ones_like(cells_Nk).flatten()).view(rows, num_experts)
 
     def _mix(self, x_ND: Tensor, chosen_Nk: Tensor, weights_Nk: Tensor, num_choices: list[int]) -> Tensor:
-        """Pairs sorted by expert, each expert over its own rows, and the outputs back at their tokens."""
-        order_P = chosen_Nk.flatten().argsort(stable=True)
-        inverse_P = torch.empty_like(order_P)
-        inverse_P[order_P] = torch.arange(len(order_P), device=order_P.device)
-        parts = _Reorder.apply(x_ND, order_P, inverse_P, self.num_chosen).split(num_choices)  # type: ignore[no-untyped-call]
+        """Pairs laid out by expert, each expert over its own rows, and the outputs back at their tokens."""
+        num_rows = [_num_rows(n, x_ND) for n in num_choices]
+        expert_P = chosen_Nk.flatten()
+        pairs_P = torch.arange(len(expert_P), device=expert_P.device)
+        order_P = expert_P.argsort(stable=True)
+        padding_E = torch.tensor(num_rows) - torch.tensor(num_choices)
+        padding_before_E = (padding_E.cumsum(0) - padding_E).to(expert_P.device, non_blocking=True)
+        row_P = torch.empty_like(order_P)
+        row_P[order_P] = pairs_P + padding_before_E[expert_P[order_P]]
+        token_of_row = order_P.new_zeros(sum(num_rows))  # a padding row computes token 0 once more, and nobody reads it
+        token_of_row[row_P] = pairs_P // self.num_chosen
+
+        parts = _Dispatch.apply(x_ND, token_of_row, row_P, self.num_chosen).split(num_rows)  # type: ignore[no-untyped-call]
         # An expert without tokens still gets a gradient, of zeros, from its empty part; where none is wanted, skip it.
-        all_of_them = torch.is_grad_enabled() or not len(order_P)
+        all_of_them = torch.is_grad_enabled() or not len(pairs_P)
         outputs = [expert(x) for expert, x in zip(self.experts, parts, strict=True) if all_of_them or len(x)]
-        out_PD = _Reorder.apply(torch.cat(outputs), inverse_P, order_P, 1)  # type: ignore[no-untyped-call]
-        out_NkD: Tensor = out_PD.view(*chosen_Nk.shape, x_ND.shape[1])
-        return (out_NkD * weights_Nk[..., None]).sum(1)
+        out_PD: Tensor = _Combine.apply(torch.cat(outputs), row_P)  # type: ignore[no-untyped-call]
+        if self.num_chosen == 1 and self.norm_topk_prob:
+            return out_PD  # the weight is 1, and a constant
+        return torch.bmm(
+            weights_Nk[:, None], out_PD.view(*chosen_Nk.shape, x_ND.shape[1]).to(weights_Nk.dtype)
+        ).squeeze(1)
 
 
-class _Reorder(torch.autograd.Function):
-    """`x.repeat_interleave(copies, 0)[order]`, `order` a permutation: its gradient is gathered by the inverse, where
-    autograd would add row by row, slower and on CUDA in no fixed order."""
+def _num_rows(num_choices: int, x: Tensor) -> int:
+    """Rows to compute for so many tokens: as many, but in low precision on a CPU one of eight sizes to a doubling, and
+    from 512 on a multiple of 64.
+
+    There every new shape of a matrix product has code generated for it first, which for an expert's few rows can take
+    longer than the product, and an expert meets a new number of tokens in every micro-batch.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return num_choices
+    multiple = min(64, max(1, 1 << max(0, num_choices.bit_length() - 4)))
+    return -(-num_choices // multiple) * multiple
+
+
+class _Dispatch(torch.autograd.Function):
+    """`x[token_of_row]`; `row` [P] says at which row each of the N k pairs is, and its gradient is gathered from there.
+    Autograd would add row by row, which is slower and on CUDA in no fixed order."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.copies = copies
-        return x.index_select(0, order if copies == 1 else order // copies)
+    def forward(ctx: Any, x: Tensor, token_of_row: Tensor, row: Tensor, num_chosen: int) -> Tensor:
+        ctx.save_for_backward(row)
+        ctx.shape = (x.shape[0], num_chosen, x.shape[1])
+        return x.index_select(0, token_of_row)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        grad = grads[0].index_select(0, inverse)
-        if ctx.copies > 1:
-            grad = grad.view(len(inverse) // ctx.copies, ctx.copies, grad.shape[1]).sum(1)
-        return grad, None, None, None
+        (row,) = ctx.saved_tensors
+        grad = grads[0].index_select(0, row).view(ctx.shape)
+        return grad.squeeze(1) if ctx.shape[1] == 1 else grad.sum(1), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """`x[row]` for distinct rows; those that nobody asks for have a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(row)
+        ctx.num_rows = x.shape[0]
+        return x.index_select(0, row)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (row,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.num_rows, grads[0].shape[1]).index_copy_(0, row, grads[0]), None
 
 
 def with_balance_loss(
@@ -156,6 +192,8 @@ def with_balance_loss(
     load_LE = torch.stack([load.num_choices for load in loads])
     return replace(
         out,
+        # Without a balance loss a router with one choice would have no gradient, not even zeros, which wrappers wait for.
+        loss_sum=out.loss_sum + 0 * aux_sum if config.aux_loss == "none" else out.loss_sum,
         metrics=out.metrics | {"aux_loss": (aux_sum.detach(), tokens), "expert_load": (load_LE, chosen * tokens)},
         aux_sum=None if config.aux_loss == "none" else config.aux_loss_coef * aux_sum,
     )
