@@ -5,7 +5,6 @@ Every message is one line that names the key, the value and the remedy.
 
 from __future__ import annotations
 
-import math
 import tomllib
 import types
 import typing
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pertoken.errors import RecipeError
 from pertoken.explain import explain
+from pertoken.model_config import ModelConfig, ResolvedModelConfig, Section
 
 __all__ = [
     "CheckpointConfig",
@@ -31,80 +31,11 @@ __all__ = [
 ]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class ModelConfig(_Section):
-    """The architecture, in Hugging Face's names. Keys left out are derived by `resolve`."""
-
-    family: Literal["qwen3", "llama"] = "qwen3"
-    hidden_size: int = Field(default=512, ge=1)
-    num_hidden_layers: int = Field(default=8, ge=1)
-    num_attention_heads: int = Field(default=8, ge=1)
-    num_key_value_heads: int | None = Field(default=None, ge=1)
-    head_dim: int | None = Field(default=None, ge=2)
-    intermediate_size: int | None = Field(default=None, ge=1)
-    vocab_size: int | None = Field(default=None, ge=2)
-    max_position_embeddings: int = Field(default=32768, ge=2)
-    rope_theta: float | None = Field(default=None, gt=0)
-    rms_norm_eps: float = Field(default=1e-6, gt=0)
-    tie_word_embeddings: bool = True
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ModelConfig:
-        heads, kv = self.num_attention_heads, self.num_key_value_heads
-        if self.head_dim is None and self.hidden_size % heads:
-            raise ValueError(
-                f"model.num_attention_heads={heads}: does not divide model.hidden_size={self.hidden_size}; "
-                "choose a divisor, or set model.head_dim"
-            )
-        if kv is not None and heads % kv:
-            raise ValueError(
-                f"model.num_key_value_heads={kv}: does not divide model.num_attention_heads={heads}; choose a divisor"
-            )
-        head_dim = self.head_dim or self.hidden_size // heads
-        if head_dim % 2:
-            raise ValueError(f"model.head_dim={head_dim}: must be even, rotary embeddings turn pairs")
-        return self
-
-    def resolve(self, vocab_size: int) -> ResolvedModelConfig:
-        """All keys filled in. `vocab_size` counts where `model.vocab_size` is not given.
-
-        The feed-forward width defaults to MiniMind's `ceil(hidden_size * pi / 64) * 64`, the rotary base to the
-        family's own.
-        """
-        return ResolvedModelConfig(
-            family=self.family,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads or self.num_attention_heads,
-            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
-            intermediate_size=self.intermediate_size or math.ceil(self.hidden_size * math.pi / 64) * 64,
-            vocab_size=self.vocab_size or vocab_size,
-            max_position_embeddings=self.max_position_embeddings,
-            rope_theta=self.rope_theta or {"qwen3": 1e6, "llama": 1e4}[self.family],
-            rms_norm_eps=self.rms_norm_eps,
-            tie_word_embeddings=self.tie_word_embeddings,
-        )
-
-
-class ResolvedModelConfig(ModelConfig):
-    """A `ModelConfig` with nothing left to derive: what a model is built from."""
-
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    rope_theta: float
-
-
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where the samples come from and how they are made."""
 
     path: tuple[str, ...] = Field(min_length=1)
@@ -118,7 +49,7 @@ class DataConfig(_Section):
     tokenizer: str | None = None
     add_tokens: tuple[str, ...] = ()
     chat_template: str | None = None
-    template_kwargs: dict[str, Any] = {}
+    template_kwargs: dict[str, Any] = Field(default={})
     max_seq_len: int = Field(default=1024, ge=2)
     overlong: Literal["drop", "truncate", "error"] = "drop"
     on_bad_row: Literal["error", "skip"] = "error"
@@ -138,7 +69,7 @@ class DataConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The objective's optimisation, and the plan it is computed by."""
 
     epochs: int = Field(default=1, ge=1)
@@ -178,7 +109,7 @@ class TrainConfig(_Section):
         return value
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """What is kept of a run, and how often."""
 
     save_interval: int | None = Field(default=None, ge=1)
@@ -186,7 +117,7 @@ class CheckpointConfig(_Section):
     keep_best: bool = True
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     """What is shown and tracked."""
 
     log_interval: int = Field(default=10, ge=1)
@@ -200,7 +131,7 @@ class LogConfig(_Section):
         return _as_tuple(value)
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """What is learned (data, model, objective, schedule) and how it is computed. See README.md for every key."""
 
     stage: Literal["pretrain", "sft"]
@@ -234,6 +165,8 @@ class Recipe(_Section):
                 f"data.max_seq_len={self.data.max_seq_len}: longer than "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}; lower one or raise the other"
             )
+        if self.init_from is None:
+            self.model.check_without_a_model()
         if self.stage == "pretrain" and self.data.format not in ("auto", "text"):
             raise ValueError(
                 f'data.format="{self.data.format}": stage = "pretrain" reads raw text; use "text" or stage = "sft"'

@@ -120,9 +120,11 @@ def _summary_text(s: Summary) -> Text:
     steps = f"{s.total_steps:,} over {s.epochs} epoch{'s' if s.epochs > 1 else ''}"
     if s.start_step:
         steps += f", going on after step {s.start_step:,}"
+    is_mixture = s.num_active_parameters < s.num_parameters
+    active = f" ({_millions(s.num_active_parameters)} active for a token)" if is_mixture else ""
     rows = [
         ("run", f"{s.stage} into {s.out_dir}"),
-        ("model", f"{s.family}, {_millions(s.num_parameters)} parameters, {s.dtype} on {s.device}"),
+        ("model", f"{s.family}, {_millions(s.num_parameters)} parameters{active}, {s.dtype} on {s.device}"),
         ("samples", f"{s.num_samples:,} to train on, {s.num_eval_samples:,} to evaluate on"),
         ("supervised", f"{s.num_tokens:,} of {s.total_tokens:,} tokens ({share:.1%})"),
         *(("", note) for note in s.data_notes),

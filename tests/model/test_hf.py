@@ -12,13 +12,8 @@ from pertoken.config import ModelConfig
 from pertoken.data.batch import MicroBatch
 from pertoken.errors import ModelError
 from pertoken.generate import generate
-from pertoken.model.hf import (
-    load_folder,
-    load_minimind,
-    resize_embeddings,
-    save_folder,
-    save_minimind,
-)
+from pertoken.model.hf import load_folder, resize_embeddings, save_folder
+from pertoken.model.minimind import load_minimind, save_minimind
 from pertoken.model.transformer import CausalLM
 
 SHARED = {
@@ -311,7 +306,9 @@ def test_what_a_minimind_file_cannot_carry_is_refused(keys, named, tmp_path):
 def broken_minimind(tensors, case):
     match case:
         case "moe":
-            return tensors | {"model.layers.0.mlp.experts.0.up_proj.weight": torch.zeros(2, 2)}, "mixture of experts"
+            return tensors | {
+                "model.layers.0.mlp.experts.0.up_proj.weight": torch.zeros(2, 2)
+            }, r"experts\.0\.up_proj\.weight: no place"
         case "old":
             return {n: t for n, t in tensors.items() if "q_norm" not in n}, "q_norm.weight: missing"
         case "layer":

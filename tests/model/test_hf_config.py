@@ -3,7 +3,7 @@ from transformers import LlamaConfig, Qwen3Config
 
 from pertoken.config import ModelConfig
 from pertoken.errors import ModelError
-from pertoken.model.hf import config_from_hf, config_to_hf
+from pertoken.model.hf_config import config_from_hf, config_to_hf
 
 SHARED = {
     "vocab_size": 97,

@@ -1,4 +1,4 @@
-"""A dense decoder on flat tokens: Qwen3, Llama or MiniMind, by configuration.
+"""A decoder on flat tokens: Qwen3, Llama or MiniMind, dense or with experts (Qwen3-MoE, Mixtral), by configuration.
 
 Parameters carry Hugging Face's names, so that state dicts map one to one. Shape suffixes: N flat tokens, D hidden
 size or head dimension, H query heads, K key-value heads, V vocabulary.
@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pertoken.config import ResolvedModelConfig
 from pertoken.data.batch import MicroBatch
 from pertoken.loss import LossOutput, linear_cross_entropy
 from pertoken.model.attention import AttentionLayout, KVCache, attention, cached_attention
+from pertoken.model.mlp import MLP
+from pertoken.model.moe import Documents, Load, MixtureOfExperts, with_balance_loss
+from pertoken.model_config import ResolvedModelConfig
 
 __all__ = ["CausalLM"]
 
@@ -80,10 +82,19 @@ class CausalLM(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
+    @property
+    def num_active_parameters(self) -> int:
+        """Those that one token's way leads through: of a layer's experts, as many as it chooses."""
+        idle = 0
+        if self.config.use_moe:
+            expert = 3 * self.config.hidden_size * self.config.moe_intermediate_size
+            idle = (self.config.num_experts - self.config.num_experts_per_tok) * expert * self.config.num_hidden_layers
+        return self.num_parameters - idle
+
     def compile_layers(self) -> None:
         """Let `torch.compile` fuse the token-wise part of every layer, once for any number of tokens.
 
-        Attention stays as it is: its rectangles differ from one micro-batch to the next.
+        Attention stays as it is, and so do experts: their shapes differ from one micro-batch to the next.
         """
         for layer in self.model.layers:
             layer.compile(dynamic=True)
@@ -91,16 +102,20 @@ class CausalLM(nn.Module):
     def forward(self, micro_batch: MicroBatch, *, impl: Literal["auto", "chunked", "reference"] = "auto") -> LossOutput:
         """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number.
 
-        An empty micro-batch gives zeros, and every parameter a zero gradient. `impl` is `linear_cross_entropy`'s.
+        Experts add their balance loss. An empty micro-batch gives zeros, and every parameter a zero gradient. `impl` is
+        `linear_cross_entropy`'s.
         """
-        hidden = self.hidden_states(micro_batch)
-        return linear_cross_entropy(hidden, self.head_weight, micro_batch.labels, micro_batch.loss_mask, impl=impl)
+        documents, num_tokens = None, sum(micro_batch.lengths)
+        if self.config.use_moe:
+            lengths = (num_tokens,) if self.config.aux_loss == "micro_batch" else micro_batch.lengths
+            documents = Documents.of(lengths, micro_batch.input_ids.device)
+        hidden, loads = self._run_flat(micro_batch, documents)
+        out = linear_cross_entropy(hidden, self.head_weight, micro_batch.labels, micro_batch.loss_mask, impl=impl)
+        return with_balance_loss(out, loads, self.config, num_tokens) if self.config.use_moe else out
 
     def hidden_states(self, micro_batch: MicroBatch) -> Tensor:
         """[N, D], after the final norm. Each sample sees itself alone."""
-        layout = AttentionLayout.of(micro_batch.lengths, micro_batch.input_ids.device)
-        attend = partial(attention, layout=layout)
-        return self._run(micro_batch.input_ids, micro_batch.position_ids, [attend] * self.config.num_hidden_layers)
+        return self._run_flat(micro_batch, None)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]"""
@@ -122,21 +137,32 @@ class CausalLM(nn.Module):
         start, end = cache.length, cache.length + input_ids.shape[0]
         position_ids = torch.arange(start, end, device=input_ids.device)
         attends = [partial(cached_attention, cache=cache, layer=i) for i in range(self.config.num_hidden_layers)]
-        hidden = self._run(input_ids, position_ids, attends)
+        hidden, _ = self._run(input_ids, position_ids, attends, None)
         cache.length = end
         return self.logits(hidden[-1])
 
-    def _run(self, input_ids: Tensor, position_ids: Tensor, attends: list[partial[Tensor]]) -> Tensor:
+    def _run_flat(self, micro_batch: MicroBatch, documents: Documents | None) -> tuple[Tensor, list[Load]]:
+        layout = AttentionLayout.of(micro_batch.lengths, micro_batch.input_ids.device)
+        attends = [partial(attention, layout=layout)] * self.config.num_hidden_layers
+        return self._run(micro_batch.input_ids, micro_batch.position_ids, attends, documents)
+
+    def _run(
+        self, input_ids: Tensor, position_ids: Tensor, attends: list[partial[Tensor]], documents: Documents | None
+    ) -> tuple[Tensor, list[Load]]:
+        """Hidden states [N, D] after the final norm, and what each layer's experts were given, if `documents` are."""
         hidden: Tensor = self.model.embed_tokens(input_ids)
         rope = _rope(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        loads: list[Load] = []
         for layer, attend in zip(self.model.layers, attends, strict=True):
-            if recompute:
-                hidden = checkpoint(layer, hidden, rope, attend, use_reentrant=False)
+            run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
+            out = run(hidden, rope, attend, documents)
+            if isinstance(out, Tensor):
+                hidden = out
             else:
-                hidden = layer(hidden, rope, attend)
-        normed: Tensor = self.model.norm(hidden)
-        return normed
+                hidden, load = out
+                loads.append(load)
+        return self.model.norm(hidden), loads
 
 
 class _Decoder(nn.Module):
@@ -155,14 +181,23 @@ class _Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = _Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = _MLP(config)
+        self.mlp = MixtureOfExperts(config) if config.use_moe else MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, hidden: Tensor, rope: Rope, attend: Attend) -> Tensor:
+    def forward(
+        self, hidden: Tensor, rope: Rope, attend: Attend, documents: Documents | None
+    ) -> Tensor | tuple[Tensor, Load]:
+        """The hidden states, and with `documents` the load of the experts, if there are any."""
         # Cast once here, not once in every linear layer that reads it.
         dtype = _compute_dtype(hidden)
         hidden = hidden + self.self_attn(self.input_layernorm(hidden).to(dtype), rope, attend)
-        update: Tensor = self.mlp(self.post_attention_layernorm(hidden).to(dtype))
-        return hidden + update
+        normed = self.post_attention_layernorm(hidden)
+        if isinstance(self.mlp, MixtureOfExperts):
+            update, load = self.mlp(normed, dtype, documents)
+            hidden = hidden + update
+            return hidden if load is None else (hidden, load)
+        update = self.mlp(normed.to(dtype))
+        out: Tensor = hidden + update
+        return out
 
 
 class _Attention(nn.Module):
@@ -197,20 +232,6 @@ class _Attention(nn.Module):
             return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_NHD.dtype)
         turned: Tensor = _Rotate.apply(wide, *rope)  # type: ignore[no-untyped-call]
         return turned.to(x_NHD.dtype)
-
-
-class _MLP(nn.Module):
-    """SwiGLU (Shazeer, "GLU Variants Improve Transformer")."""
-
-    def __init__(self, config: ResolvedModelConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

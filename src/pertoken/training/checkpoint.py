@@ -30,7 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pertoken.errors import CheckpointError, ModelError
-from pertoken.model.hf import load_folder, load_minimind, save_folder
+from pertoken.model.hf import load_folder, save_folder
+from pertoken.model.minimind import load_minimind
 from pertoken.model.transformer import CausalLM
 from pertoken.training.parallel import World, shard_like, whole
 

@@ -8,7 +8,8 @@ import torch
 
 from pertoken.data.tokenizer import load_tokenizer
 from pertoken.errors import ModelError, RecipeError
-from pertoken.model.hf import save_folder, save_minimind
+from pertoken.model.hf import save_folder
+from pertoken.model.minimind import save_minimind
 from pertoken.training.checkpoint import load_model, resolve_model_folder
 
 __all__ = ["export_model"]
@@ -29,7 +30,8 @@ def export_model(path: str, out: Path, *, format_: str, dtype: str | None) -> li
     source = resolve_model_folder(path)
     model = load_model(source)
     if format_ == "minimind":
-        file = out if out.suffix == ".pth" else out / f"pertoken_{model.config.hidden_size}.pth"
+        name = f"pertoken_{model.config.hidden_size}{'_moe' if model.config.use_moe else ''}.pth"  # MiniMind's pattern
+        file = out if out.suffix == ".pth" else out / name
         _must_be_new(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         save_minimind(model, file, dtype=_DTYPES[dtype or "float16"])

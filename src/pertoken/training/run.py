@@ -18,6 +18,7 @@ from pertoken.data.tokenizer import end_of_turn_id, load_tokenizer
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.model.hf import resize_embeddings
 from pertoken.model.transformer import CausalLM
+from pertoken.model_config import MOE_KEYS
 from pertoken.training.checkpoint import (
     Checkpoint,
     load_model,
@@ -41,6 +42,7 @@ _MAY_CHANGE = {
     *("train.epochs", "train.max_steps", "train.eval_interval"),
     *("train.micro_batch_tokens", "train.device", "train.compile", "train.activation_checkpointing", "train.parallel"),
 }
+_BALANCE_LOSS = ("aux_loss", "aux_loss_coef")
 _SECTIONS_MAY_CHANGE = ("log.", "checkpoint.")
 _OUR_FILES = ("recipe.toml", "metrics.jsonl", "checkpoints", "tensorboard", "wandb")
 
@@ -226,6 +228,7 @@ def build_model(
     train, dtype = recipe.train, precision.parameter_dtype
     if checkpoint is not None:
         model = load_model(checkpoint.folder, dtype=dtype)
+        _set_balance_loss(model, recipe)
     elif recipe.init_from is None:
         model = CausalLM(recipe.model.resolve(len(data.tokenizer)), seed=train.seed, dtype=dtype)
     else:
@@ -251,11 +254,20 @@ def _load_initial(recipe: Recipe, init_from: str, num_tokens: int, dtype: torch.
     model = load_model(init_from, dtype=dtype)
     for key in sorted(recipe.model.model_fields_set - {"vocab_size"}):
         asked, has = getattr(recipe.model, key), getattr(model.config, key)
-        if asked is not None and asked != has:
+        if asked is not None and key in MOE_KEYS and not model.config.use_moe:
+            raise RecipeError(f"model.{key}={asked}: the model at {init_from} has no experts; leave the key out")
+        if asked is not None and asked != has and key not in _BALANCE_LOSS:
             raise RecipeError(f"model.{key}={asked}: the model at {init_from} has {has}; leave the key out")
+    _set_balance_loss(model, recipe)
     if num_tokens > model.config.vocab_size:
         resize_embeddings(model, num_tokens)
     return model
+
+
+def _set_balance_loss(model: CausalLM, recipe: Recipe) -> None:
+    """Part of the objective, not of the architecture: the recipe's, or where it says nothing the loaded model's own."""
+    asked = {key: value for key in _BALANCE_LOSS if (value := getattr(recipe.model, key)) is not None}
+    model.config = model.config.model_copy(update=asked)
 
 
 def _assemble(
@@ -270,7 +282,6 @@ def _assemble(
 ) -> Run:
     """Optimiser, scaler and files around the model, as they stood at the checkpoint or at the start."""
     train, out_dir = recipe.train, Path(recipe.out_dir)
-    num_parameters = model.num_parameters
     wrapped = parallelise(model, train.parallel, world, device=precision.device, layers=list(model.model.layers))
     optimizer = build_adamw(model, weight_decay=train.weight_decay, betas=train.betas)
     scaler = precision.new_scaler()
@@ -289,9 +300,8 @@ def _assemble(
         data.train,
         data.eval,
         data.tokenizer,
+        model,
         state,
-        family=model.config.family,
-        num_parameters=num_parameters,
         token_budget=token_budget,
         start_step=start_step,
         total_steps=total_steps,

@@ -16,6 +16,7 @@ from pertoken.data.batch import Sample, collate, plan
 from pertoken.data.order import step_at, steps_per_epoch
 from pertoken.data.store import Store
 from pertoken.data.view import supervised_pieces
+from pertoken.model.transformer import CausalLM
 from pertoken.training.parallel import synchronised
 from pertoken.training.step import TrainState
 
@@ -31,6 +32,7 @@ class Summary:
     device: str
     dtype: str
     num_parameters: int
+    num_active_parameters: int  # what one token's way leads through: fewer only where there are experts
     family: str
     num_samples: int
     num_eval_samples: int
@@ -53,10 +55,9 @@ def summarise(
     store: Store,
     eval_store: Store | None,
     tokenizer: Any,
+    model: CausalLM,
     state: TrainState,
     *,
-    family: str,
-    num_parameters: int,
     token_budget: int,
     start_step: int,
     total_steps: int,
@@ -73,8 +74,9 @@ def summarise(
         out_dir=Path(recipe.out_dir),
         device=str(state.precision.device),
         dtype=state.precision.dtype,
-        num_parameters=num_parameters,
-        family=family,
+        num_parameters=model.num_parameters,
+        num_active_parameters=model.num_active_parameters,
+        family=model.config.family,
         num_samples=len(store),
         num_eval_samples=len(eval_store) if eval_store is not None else 0,
         num_tokens=int(store.num_tokens.sum()),
