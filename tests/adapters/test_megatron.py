@@ -1,0 +1,186 @@
+"""The adapter inside the real Megatron-Core, on a CPU: its schedule, its DDP, its finalize_model_grads, its GPTModel.
+
+megatron-core is imported as it is, through `megatron_cpu`, with no `importorskip`: where it is missing these tests are
+an error, never a skip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from megatron_cpu import (
+    Float16Module,
+    Result,
+    from_megatron,
+    megatron_model,
+    megatron_step,
+    on_cpu,
+    our_model,
+    our_step,
+    padded,
+    ranks,
+    single,
+    tiny,
+    to_megatron,
+    worst,
+    wrap,
+)
+from megatron_two_ranks import MODELS, splits, unchecked, work
+
+from pertoken.adapters.megatron import forward_step
+from pertoken.errors import RecipeError
+
+FAMILIES = [("qwen3", False), ("qwen3", True), ("llama", False), ("llama", True)]
+TOLERANCE = 1e-6  # of the largest entry of each parameter's gradient
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with ranks(tmp_path_factory.mktemp("one-rank")):
+        yield
+
+
+@pytest.fixture
+def one_rank(group: None) -> Iterator[None]:
+    with on_cpu():
+        yield
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank found."""
+    folder = tmp_path_factory.mktemp("two-ranks")
+    torch.multiprocessing.spawn(work, args=(folder,), nprocs=2)
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1)]
+
+
+def assert_equal_steps(result: Result, reference: Result) -> None:
+    assert result.loss == pytest.approx(reference.loss, rel=TOLERANCE)
+    error, name = worst(result, reference)
+    assert error < TOLERANCE, name
+
+
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+def test_weights_go_to_megatron_and_come_back(family, tied):
+    config = tiny(family, tied, layers=2)
+    weights = {name: p.detach() for name, p in our_model(config).named_parameters()}
+    back = from_megatron(to_megatron(weights, config), config)
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+ONE_RANK_SPLITS = {
+    "all at once": ([[0, 1, 2, 3, 4, 5, 6]], 1),
+    "unequal counts, one empty": ([[0, 1], [2], [3, 4, 5], [6]], 4),
+    "one by one": ([[i] for i in range(7)], 7),
+    "the iterator ends early": ([[0, 1, 2], [3, 4, 5, 6]], 5),
+}
+
+
+@pytest.mark.parametrize("split", ONE_RANK_SPLITS)
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+def test_megatron_takes_our_own_step(one_rank, family, tied, split):
+    """The same samples and weights in GPTModel and in our decoder: the same loss and the same gradients."""
+    ours = our_model(tiny(family, tied))
+    chosen, num_micro_batches = ONE_RANK_SPLITS[split]
+    batches = [single(some[0]) if len(some) == 1 else padded(some, mask_dtype=torch.float32) for some in chosen]
+    result = megatron_step(wrap(megatron_model(ours)), ours.config, batches, num_micro_batches)
+    assert_equal_steps(result, our_step(ours))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_two_layers_are_as_near_to_float64_as_our_own_step(one_rank, family):
+    """Deeper, the rounding of either engine alone comes near 1e-6, so both are held against the exact gradient."""
+    ours = our_model(tiny(family, False, layers=2))
+    result = megatron_step(wrap(megatron_model(ours)), ours.config, [padded([0, 1, 2]), padded([3, 4, 5, 6])], 2)
+    reference = our_step(ours)
+    exact = our_step(our_model(ours.config).double())
+    assert result.loss == pytest.approx(exact.loss, rel=TOLERANCE)
+    assert worst(result, exact)[0] < 4 * worst(reference, exact)[0]
+
+
+@pytest.mark.parametrize("split", splits())
+@pytest.mark.parametrize("model", MODELS)
+def test_two_ranks_take_our_own_step(two_ranks, model, split):
+    reference = our_step(our_model(tiny(*MODELS[model])))
+    for rank in two_ranks:
+        assert_equal_steps(Result(**rank[f"{model}: {split}"]), reference)
+
+
+def test_the_default_is_refused_and_would_have_been_wrong(one_rank):
+    ours = our_model(tiny("llama", True))
+    batches = [padded([0, 1]), single(2), padded([3, 4, 5]), single(6)]
+    ddp = wrap(megatron_model(ours, per_token=False))
+    with pytest.raises(RecipeError, match=r"^calculate_per_token_loss=False: .*; set it to True in the Transformer"):
+        megatron_step(ddp, ours.config, batches, 4)
+    reference = our_step(ours)
+    with unchecked():
+        error, _ = worst(megatron_step(ddp, ours.config, batches, 4), reference)
+    assert error > 1e-2
+    assert worst(megatron_step(wrap(megatron_model(ours)), ours.config, batches, 4), reference)[0] < TOLERANCE
+
+
+def test_the_default_is_refused_on_every_rank_and_would_have_been_wrong(two_ranks):
+    reference = our_step(our_model(tiny(*MODELS["llama"])))
+    for rank in two_ranks:
+        assert rank["default: message"].startswith("calculate_per_token_loss=False: ")
+        assert worst(Result(**rank["default: unchecked"]), reference)[0] > 1e-2
+
+
+def test_a_flag_set_after_wrapping_is_refused_and_would_have_halved_the_gradient(two_ranks):
+    reference = our_step(our_model(tiny(*MODELS["llama"])))
+    for rank in two_ranks:
+        assert "was set after DistributedDataParallel had been built" in rank["late: message"]
+        late = Result(**rank["late: unchecked"])
+        assert late.loss == pytest.approx(reference.loss, rel=TOLERANCE)  # the loss would not have told
+        doubled = Result(late.loss, {name: 2 * gradient for name, gradient in late.gradients.items()})
+        assert worst(doubled, reference)[0] < TOLERANCE
+
+
+def test_a_step_without_supervised_tokens_is_finite_and_zero(one_rank):
+    ours = our_model(tiny("qwen3", False))
+    result = megatron_step(wrap(megatron_model(ours)), ours.config, [padded([2, 5]), single(2)], 3)
+    assert torch.equal(torch.stack(result.reports), torch.zeros(3, 2))
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in result.gradients.values())
+
+
+@pytest.mark.parametrize("batches", [[], [{"input_ids": [], "labels": [], "loss_mask": []}]], ids=["none", "no tokens"])
+def test_an_exhausted_iterator_gives_every_parameter_a_zero_gradient(one_rank, batches):
+    model = megatron_model(our_model(tiny("qwen3", False)))
+    rows = iter([{key: torch.tensor(value, dtype=torch.int64) for key, value in b.items()} for b in batches])
+    output, loss = forward_step(rows, model)
+    loss_sum, num_tokens, _ = loss(output)
+    loss_sum.backward()
+    assert (float(loss_sum.detach()), int(num_tokens)) == (0.0, 0)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
+
+
+def test_wrappers_of_low_precision_are_seen_through(one_rank):
+    """DDP(Float16Module(GPTModel)): the flag is found, and the sum is in float32."""
+    ours = our_model(tiny("llama", False))
+    theirs = megatron_model(ours)
+    theirs.config.bf16 = True
+    ddp = wrap(Float16Module(theirs.config, theirs))
+    result = megatron_step(ddp, ours.config, [padded([0, 1, 2, 3]), padded([4, 5, 6])], 2)
+    assert result.reports[0].dtype == torch.float32
+    assert result.loss == pytest.approx(our_step(ours).loss, rel=1e-2)
+    theirs.config.calculate_per_token_loss = False
+    with pytest.raises(RecipeError, match="calculate_per_token_loss=False"):
+        forward_step(iter([padded([0])]), ddp)
+
+
+def test_an_explicit_causal_mask_changes_nothing_and_a_narrower_one_does(one_rank):
+    model = megatron_model(our_model(tiny("qwen3", False)))
+    batch = padded([0, 3])
+    length = batch["input_ids"].shape[1]
+    causal = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    itself_alone = ~torch.eye(length, dtype=torch.bool).expand(2, 1, length, length)
+    plain, same, other = (
+        forward_step(iter([batch | mask]), model)[0]
+        for mask in ({}, {"attention_mask": causal}, {"attention_mask": itself_alone})
+    )
+    assert torch.equal(plain, same)
+    assert not torch.allclose(plain, other)
