@@ -1,4 +1,4 @@
-"""Drives the real Megatron-Core on a CPU, and takes weights and gradients from our names to its names and back.
+"""Drives the real Megatron-Core on a CPU.
 
 Megatron names the device in its code and has no option for it. Inside `on_cpu()` `torch.cuda.current_device()` and the
 literal `device="cuda"` stand for the CPU; nothing of Megatron itself is replaced.
@@ -7,7 +7,7 @@ literal `device="cuda"` stand for the CPU; nothing of Megatron itself is replace
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from megatron_names import cut, from_megatron, of_stage, to_megatron
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -41,6 +42,7 @@ def _what_megatron_warns_of() -> Iterator[None]:
             "`torch.jit.script",
             "MLP requires ffn_hidden_size, but it was not provided",
             "Warning: tp_group is None, using default tp group",
+            "When using async grad allreduce it is recommended to set the environment variable CUDA_DEVICE",
         ):
             warnings.filterwarnings("ignore", message=r"\s*" + message)
         yield
@@ -54,13 +56,11 @@ with _what_megatron_warns_of():
         finalize_model_grads,
     )
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
     from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-__all__ = ["Float16Module"]  # for the test, which must not import it before the filters above
 
 Batch = dict[str, Tensor]
 VOCAB = 96
@@ -93,14 +93,19 @@ def ranks(folder: Path, rank: int = 0, world_size: int = 1) -> Iterator[None]:
         timeout=timedelta(seconds=60),
     )
     try:
-        parallel_state.initialize_model_parallel()
-        # Nothing draws from the tracker, as there is no dropout and weights are copied in.
-        initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+        regroup()
         yield
         torch.distributed.barrier()
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+def regroup(tensor: int = 1, pipeline: int = 1) -> None:
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor, pipeline)
+    # Nothing draws from the tracker, as there is no dropout and weights are copied in.
+    initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
 
 
 # The samples of one step: of unequal lengths, with unequal shares of supervised tokens, two without any.
@@ -162,8 +167,10 @@ def our_model(config: ResolvedModelConfig) -> CausalLM:
     return model
 
 
-def megatron_model(ours: CausalLM, *, per_token: bool = True) -> GPTModel:
-    """Megatron's GPTModel with our weights."""
+def megatron_model(
+    ours: CausalLM, *, per_token: bool = True, tensor: int = 1, pipeline: int = 1, **more: Any
+) -> GPTModel:
+    """Megatron's GPTModel with our weights: this rank's part of it. `more` goes into its configuration."""
     c = ours.config
     config = TransformerConfig(
         num_layers=c.num_hidden_layers,
@@ -183,78 +190,36 @@ def megatron_model(ours: CausalLM, *, per_token: bool = True) -> GPTModel:
         use_cpu_initialization=True,
         cuda_graph_scope=[],  # its own default is deprecated
         calculate_per_token_loss=per_token,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        pipeline_dtype=torch.float32,
+        batch_p2p_comm=False,  # it would wait for a CUDA device
+        **more,
     )
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=c.family == "qwen3")
+    predict_more = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
     model = GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=c.family == "qwen3"),
+        spec,
         vocab_size=c.vocab_size,
         max_sequence_length=max(LENGTHS),
         position_embedding_type="rope",
         rotary_base=c.rope_theta,
         share_embeddings_and_output_weights=c.tie_word_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        mtp_block_spec=predict_more,
     )
-    theirs = dict(model.named_parameters())
     weights = to_megatron({name: p.detach() for name, p in ours.named_parameters()}, c)
-    assert theirs.keys() == weights.keys(), theirs.keys() ^ weights.keys()
+    weights = of_stage(weights, parallel_state.get_pipeline_model_parallel_rank(), c.num_hidden_layers // pipeline)
+    rank = parallel_state.get_tensor_model_parallel_rank()
     with torch.no_grad():
-        for name, weight in weights.items():
-            assert theirs[name].shape == weight.shape, name
-            theirs[name].copy_(weight)
+        for name, parameter in model.named_parameters():
+            if not name.startswith("mtp."):  # ours has no such layers
+                weight = cut(name, weights[name], tensor)[rank]
+                assert parameter.shape == weight.shape, name
+                parameter.copy_(weight)
     return model
-
-
-_WHOLE = {  # ours -> Megatron's
-    "model.embed_tokens": "embedding.word_embeddings",
-    "model.norm": "decoder.final_layernorm",
-    "lm_head": "output_layer",
-}
-_WHOLE_IN_LAYER = {
-    "input_layernorm": "input_layernorm",
-    "self_attn.q_norm": "self_attention.q_layernorm",
-    "self_attn.k_norm": "self_attention.k_layernorm",
-    "self_attn.o_proj": "self_attention.linear_proj",
-    "post_attention_layernorm": "pre_mlp_layernorm",
-    "mlp.down_proj": "mlp.linear_fc2",
-}
-
-
-def _pairs(config: ResolvedModelConfig) -> dict[str, str]:
-    pairs = dict(_WHOLE)
-    for i in range(config.num_hidden_layers):
-        pairs |= {f"model.layers.{i}.{a}": f"decoder.layers.{i}.{b}" for a, b in _WHOLE_IN_LAYER.items()}
-    return {f"{a}.weight": f"{b}.weight" for a, b in pairs.items()}
-
-
-def to_megatron(ours: Mapping[str, Tensor], config: ResolvedModelConfig) -> dict[str, Tensor]:
-    """Our tensors (weights, gradients) under Megatron's names: q, k, v in one matrix, gate and up in another.
-
-    The rows of `linear_qkv` go by key-value head: its query heads, its key, its value.
-    """
-    theirs = {b: ours[a] for a, b in _pairs(config).items() if a in ours}
-    groups, head_dim = config.num_key_value_heads, config.head_dim
-    for i in range(config.num_hidden_layers):
-        layer, there = f"model.layers.{i}", f"decoder.layers.{i}"
-        qkv = [ours[f"{layer}.self_attn.{x}_proj.weight"].unflatten(0, (groups, -1, head_dim)) for x in "qkv"]
-        theirs[f"{there}.self_attention.linear_qkv.weight"] = torch.cat(qkv, 1).flatten(0, 2)
-        gate_up = [ours[f"{layer}.mlp.{x}_proj.weight"] for x in ("gate", "up")]
-        theirs[f"{there}.mlp.linear_fc1.weight"] = torch.cat(gate_up)
-    return theirs
-
-
-def from_megatron(theirs: Mapping[str, Tensor], config: ResolvedModelConfig) -> dict[str, Tensor]:
-    """The inverse of `to_megatron`."""
-    ours = {a: theirs[b] for a, b in _pairs(config).items() if b in theirs}
-    groups, head_dim = config.num_key_value_heads, config.head_dim
-    queries = config.num_attention_heads // groups
-    for i in range(config.num_hidden_layers):
-        layer, there = f"model.layers.{i}", f"decoder.layers.{i}"
-        qkv = theirs[f"{there}.self_attention.linear_qkv.weight"].unflatten(0, (groups, queries + 2, head_dim))
-        for x, part in zip("qkv", qkv.split((queries, 1, 1), 1), strict=True):
-            ours[f"{layer}.self_attn.{x}_proj.weight"] = part.flatten(0, 2)
-        gate_up = theirs[f"{there}.mlp.linear_fc1.weight"].chunk(2)
-        for x, part in zip(("gate", "up"), gate_up, strict=True):
-            ours[f"{layer}.mlp.{x}_proj.weight"] = part
-    return ours
 
 
 @dataclass(frozen=True)
@@ -262,7 +227,7 @@ class Result:
     """Of one step."""
 
     loss: float
-    gradients: dict[str, Tensor]  # by our names
+    gradients: dict[str, Tensor]  # by our names, or Megatron's own
     reports: list[Tensor] = field(default_factory=list)  # of this rank's micro-batches
 
 
@@ -288,7 +253,7 @@ def our_step(model: CausalLM) -> Result:
     return Result(metrics.loss_sum / metrics.num_tokens, gradients)
 
 
-def wrap(model: GPTModel, *, overlap: bool = False) -> DistributedDataParallel:
+def wrap(model: GPTModel | Float16Module, *, overlap: bool = False) -> DistributedDataParallel:
     """Megatron's DDP; `overlap` reduces buckets during the backward pass, which needs every parameter's gradient."""
     model.config.finalize_model_grads_func = finalize_model_grads
     settings = DistributedDataParallelConfig(
@@ -299,29 +264,32 @@ def wrap(model: GPTModel, *, overlap: bool = False) -> DistributedDataParallel:
     return ddp
 
 
+def in_bfloat16(model: GPTModel) -> Float16Module:
+    model.config.bf16 = True
+    return Float16Module(model.config, model)
+
+
 def megatron_step(
-    ddp: torch.nn.Module,
-    config: ResolvedModelConfig,
-    mine: Iterable[Batch],
-    num_micro_batches: int,
+    ddp: torch.nn.Module, config: ResolvedModelConfig | None, mine: Iterable[Batch], num_micro_batches: int
 ) -> Result:
-    """One step of Megatron's own schedule over this rank's micro-batches, reported as its training loop does it."""
+    """One step of Megatron's own schedule over this rank's micro-batches, reported as its training loop does it.
+
+    Gradients go by our names; without `config` they are this rank's, by Megatron's names.
+    """
     ddp.zero_grad_buffer()
-    reports = [
-        report["lm loss"]
-        for report in get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(mine),
-            model=[ddp],
-            num_microbatches=num_micro_batches,
-            seq_length=max(LENGTHS),
-            micro_batch_size=1,
-        )
-    ]
-    total = torch.stack(reports).sum(0)
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(mine),
+        model=[ddp],
+        num_microbatches=num_micro_batches,
+        seq_length=max(LENGTHS),
+        micro_batch_size=1,
+    )
+    sums = [report["lm loss"] for report in reports]  # empty before the last pipeline stage
+    total = torch.stack([torch.zeros(2), *sums]).sum(0)
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     gradients = {name.removeprefix("module."): p.main_grad.clone() for name, p in ddp.module.named_parameters()}
-    return Result(float(total[0] / total[1]), from_megatron(gradients, config), reports)
+    return Result(float(total[0] / total[1]), from_megatron(gradients, config) if config else gradients, sums)
 
 
 def worst(result: Result, reference: Result) -> tuple[float, str]:

@@ -9,7 +9,20 @@ from typing import Any
 from unittest import mock
 
 import torch
-from megatron_cpu import Batch, megatron_model, megatron_step, on_cpu, our_model, padded, ranks, single, tiny, wrap
+from megatron_cpu import (
+    LENGTHS,
+    Batch,
+    megatron_model,
+    megatron_step,
+    on_cpu,
+    our_model,
+    padded,
+    ranks,
+    regroup,
+    single,
+    tiny,
+    wrap,
+)
 
 from pertoken.adapters import megatron as adapter
 from pertoken.errors import PertokenError
@@ -47,19 +60,33 @@ def work(rank: int, folder: Path) -> None:
     warnings.simplefilter("error")
     results: dict[str, Any] = {}
     with ranks(folder, rank, 2), on_cpu():
-        for name, (family, tied) in MODELS.items():
-            ours = our_model(tiny(family, tied))
-            for split, (first, second, num_micro_batches, overlap) in splits().items():
-                ddp = wrap(megatron_model(ours), overlap=overlap)
-                mine = second if rank else first
-                results[f"{name}: {split}"] = asdict(megatron_step(ddp, ours.config, mine, num_micro_batches))
-        mine = splits()["unequal counts"][rank]
-        ddp = wrap(megatron_model(ours, per_token=False))
-        results["default: message"] = _refusal(ddp, ours.config, mine)
-        with unchecked():
-            results["default: unchecked"] = asdict(megatron_step(ddp, ours.config, mine, 2))
-        ddp.module.config.calculate_per_token_loss = True
-        results["late: message"] = _refusal(ddp, ours.config, mine)
-        with unchecked():
-            results["late: unchecked"] = asdict(megatron_step(ddp, ours.config, mine, 2))
+        _data_parallel(rank, results)
+        whole = padded(list(range(len(LENGTHS))))
+        rows = [{key: value[i : i + 1] for key, value in whole.items()} for i in range(len(LENGTHS))]
+        regroup(tensor=2)
+        ours = our_model(tiny("llama", True))
+        ddp = wrap(megatron_model(ours, tensor=2))
+        results["tensor parallel"] = asdict(megatron_step(ddp, None, rows, len(rows) + 1))  # one more than there are
+        regroup(pipeline=2)
+        ours = our_model(tiny("qwen3", False, layers=2))
+        ddp = wrap(megatron_model(ours, pipeline=2))
+        results["pipeline parallel"] = asdict(megatron_step(ddp, None, rows, len(rows)))
     torch.save(results, folder / f"rank-{rank}.pt")
+
+
+def _data_parallel(rank: int, results: dict[str, Any]) -> None:
+    for name, (family, tied) in MODELS.items():
+        ours = our_model(tiny(family, tied))
+        for split, (first, second, num_micro_batches, overlap) in splits().items():
+            ddp = wrap(megatron_model(ours), overlap=overlap)
+            mine = second if rank else first
+            results[f"{name}: {split}"] = asdict(megatron_step(ddp, ours.config, mine, num_micro_batches))
+    mine = splits()["unequal counts"][rank]
+    ddp = wrap(megatron_model(ours, per_token=False))
+    results["default: message"] = _refusal(ddp, ours.config, mine)
+    with unchecked():
+        results["default: unchecked"] = asdict(megatron_step(ddp, ours.config, mine, 2))
+    ddp.module.config.calculate_per_token_loss = True
+    results["late: message"] = _refusal(ddp, ours.config, mine)
+    with unchecked():
+        results["late: unchecked"] = asdict(megatron_step(ddp, ours.config, mine, 2))

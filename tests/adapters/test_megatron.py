@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from megatron_cpu import (
-    Float16Module,
     Result,
-    from_megatron,
+    in_bfloat16,
     megatron_model,
     megatron_step,
     on_cpu,
@@ -24,10 +23,10 @@ from megatron_cpu import (
     ranks,
     single,
     tiny,
-    to_megatron,
     worst,
     wrap,
 )
+from megatron_names import from_megatron, join, to_megatron
 from megatron_two_ranks import MODELS, splits, unchecked, work
 
 from pertoken.adapters.megatron import forward_step
@@ -110,6 +109,33 @@ def test_two_ranks_take_our_own_step(two_ranks, model, split):
         assert_equal_steps(Result(**rank[f"{model}: {split}"]), reference)
 
 
+def test_two_tensor_parallel_ranks_take_our_own_step(two_ranks):
+    """With an iterator that ends before the schedule does."""
+    config = tiny("llama", True)
+    parts = [Result(**rank["tensor parallel"]) for rank in two_ranks]
+    whole = {name: join(name, [part.gradients[name] for part in parts]) for name in parts[0].gradients}
+    for part in parts:
+        assert_equal_steps(Result(part.loss, from_megatron(whole, config)), our_step(our_model(config)))
+
+
+def test_two_pipeline_stages_take_our_own_step(two_ranks):
+    config = tiny("qwen3", False, layers=2)
+    first, last = (Result(**rank["pipeline parallel"]) for rank in two_ranks)
+    second_layer = {name.replace("layers.0.", "layers.1."): gradient for name, gradient in last.gradients.items()}
+    reference = our_step(our_model(config))
+    assert_equal_steps(Result(last.loss, from_megatron(first.gradients | second_layer, config)), reference)
+
+
+def test_multi_token_prediction_does_not_learn_padding(one_rank):
+    """Its further losses are computed inside of the model, which is why the mask has to go in: how the samples are
+    split, and so padded, must not matter."""
+    ddp = wrap(megatron_model(our_model(tiny("qwen3", False)), mtp_num_layers=1))
+    split = megatron_step(ddp, None, [single(i) for i in range(7)], 8)
+    together = megatron_step(ddp, None, [padded([0, 1, 2]), padded([3, 4, 5, 6])], 2)
+    assert "mtp.layers.0.eh_proj.weight" in split.gradients
+    assert_equal_steps(together, split)
+
+
 def test_the_default_is_refused_and_would_have_been_wrong(one_rank):
     ours = our_model(tiny("llama", True))
     batches = [padded([0, 1]), single(2), padded([3, 4, 5]), single(6)]
@@ -161,13 +187,11 @@ def test_an_exhausted_iterator_gives_every_parameter_a_zero_gradient(one_rank, b
 def test_wrappers_of_low_precision_are_seen_through(one_rank):
     """DDP(Float16Module(GPTModel)): the flag is found, and the sum is in float32."""
     ours = our_model(tiny("llama", False))
-    theirs = megatron_model(ours)
-    theirs.config.bf16 = True
-    ddp = wrap(Float16Module(theirs.config, theirs))
+    ddp = wrap(in_bfloat16(megatron_model(ours)))
     result = megatron_step(ddp, ours.config, [padded([0, 1, 2, 3]), padded([4, 5, 6])], 2)
     assert result.reports[0].dtype == torch.float32
     assert result.loss == pytest.approx(our_step(ours).loss, rel=1e-2)
-    theirs.config.calculate_per_token_loss = False
+    ddp.module.config.calculate_per_token_loss = False
     with pytest.raises(RecipeError, match="calculate_per_token_loss=False"):
         forward_step(iter([padded([0])]), ddp)
 
