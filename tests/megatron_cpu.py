@@ -58,6 +58,7 @@ with _what_megatron_warns_of():
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+    from megatron.core.rerun_state_machine import RerunDataIterator
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
     from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -270,7 +271,11 @@ def in_bfloat16(model: GPTModel) -> Float16Module:
 
 
 def megatron_step(
-    ddp: torch.nn.Module, config: ResolvedModelConfig | None, mine: Iterable[Batch], num_micro_batches: int
+    ddp: torch.nn.Module,
+    config: ResolvedModelConfig | None,
+    mine: Iterable[Batch],
+    num_micro_batches: int,
+    step: Any = forward_step,
 ) -> Result:
     """One step of Megatron's own schedule over this rank's micro-batches, reported as its training loop does it.
 
@@ -278,8 +283,8 @@ def megatron_step(
     """
     ddp.zero_grad_buffer()
     reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(mine),
+        forward_step_func=step,
+        data_iterator=RerunDataIterator(iter(mine)),  # as Megatron's own loaders wrap it: it has no __iter__
         model=[ddp],
         num_microbatches=num_micro_batches,
         seq_length=max(LENGTHS),

@@ -6,11 +6,15 @@ an error, never a skip.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron_cpu import (
     Result,
     in_bfloat16,
@@ -208,3 +212,35 @@ def test_an_explicit_causal_mask_changes_nothing_and_a_narrower_one_does(one_ran
     )
     assert torch.equal(plain, same)
     assert not torch.allclose(plain, other)
+
+
+def test_the_page_s_code_runs_as_it_stands(one_rank):
+    """docs/megatron.md, block by block; what is the user's own is given here."""
+    page = (Path(__file__).parents[2] / "docs" / "megatron.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    ours = our_model(tiny("llama", False))
+    model = megatron_model(ours)
+    cfg = SimpleNamespace(model=SimpleNamespace(), ddp=SimpleNamespace())
+    given: dict[str, Any] = {}
+
+    def pretrain(config: Any, forward_step_func: Any) -> None:
+        given["step"] = forward_step_func
+
+    names: dict[str, Any] = {"model": model, "cfg": cfg, "pretrain": pretrain}
+    for block in blocks:
+        exec(block, names)
+    assert cfg.model.calculate_per_token_loss
+    assert not cfg.ddp.average_in_collective
+
+    batch = names["batch"]
+    counted = batch["loss_mask"]
+    with torch.no_grad():
+        logits = megatron_model(ours)(batch["input_ids"], torch.arange(4).expand(2, 4), None)
+    wanted = F.cross_entropy(logits[counted], batch["labels"][counted])
+    assert float(names["loss_sum"] / names["num_tokens"]) == pytest.approx(float(wanted), rel=TOLERANCE)
+    gradients = {name: p.main_grad.clone() for name, p in model.named_parameters()}
+
+    batch["tokens"] = batch.pop("input_ids")  # as Megatron's data sets have it
+    again = megatron_step(names["ddp"], None, [batch], 2, given["step"])
+    assert all(torch.equal(again.gradients[name], gradient) for name, gradient in gradients.items())
