@@ -254,11 +254,14 @@ def our_step(model: CausalLM) -> Result:
     return Result(metrics.loss_sum / metrics.num_tokens, gradients)
 
 
-def wrap(model: GPTModel | Float16Module, *, overlap: bool = False) -> DistributedDataParallel:
+def wrap(model: GPTModel | Float16Module, *, overlap: bool = False, average: bool = False) -> DistributedDataParallel:
     """Megatron's DDP; `overlap` reduces buckets during the backward pass, which needs every parameter's gradient."""
     model.config.finalize_model_grads_func = finalize_model_grads
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, bucket_size=4000 if overlap else None
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        bucket_size=4000 if overlap else None,
+        average_in_collective=average,
     )
     ddp = DistributedDataParallel(model.config, settings, model)
     model.config.no_sync_func = ddp.no_sync

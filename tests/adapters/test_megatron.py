@@ -170,6 +170,14 @@ def test_a_flag_set_after_wrapping_is_refused_and_would_have_halved_the_gradient
         assert worst(doubled, reference)[0] < TOLERANCE
 
 
+def test_a_flag_set_after_wrapping_is_refused_where_the_collective_averages(one_rank):
+    ours = our_model(tiny("llama", True))
+    ddp = wrap(megatron_model(ours, per_token=False), average=True)
+    ddp.config.calculate_per_token_loss = True
+    with pytest.raises(RecipeError, match="was set after DistributedDataParallel had been built"):
+        megatron_step(ddp, ours.config, [padded([0, 1])], 1)
+
+
 def test_a_step_without_supervised_tokens_is_finite_and_zero(one_rank):
     ours = our_model(tiny("qwen3", False))
     result = megatron_step(wrap(megatron_model(ours)), ours.config, [padded([2, 5]), single(2)], 3)

@@ -210,6 +210,28 @@ def test_a_configuration_without_the_flag_is_refused(config):
         forward_step(iter([rows()]), model)
 
 
+class Wrapper(nn.Module):
+    """Has no configuration of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.module(*args, **kwargs)
+
+
+def test_configuration_and_vocabulary_are_found_inside_of_wrappers():
+    model = OnCPU()
+    wrapped = Wrapper(Wrapper(model))
+    forward_step(iter([rows()]), wrapped)
+    with pytest.raises(DataError, match=r"vocabulary of 10"):
+        forward_step(iter([rows(input_ids=torch.full((2, 3), 10))]), wrapped)
+    model.config.calculate_per_token_loss = False
+    with pytest.raises(RecipeError, match=r"^calculate_per_token_loss=False: "):
+        forward_step(iter([rows()]), wrapped)
+
+
 def test_the_adapter_needs_no_megatron():
     """With the package out of reach both functions still work."""
     code = """
