@@ -21,6 +21,7 @@ from pertoken.errors import ModelError
 from pertoken.model.transformer import CausalLM
 
 __all__ = [
+    "NotCovered",
     "config_from_hf",
     "config_to_hf",
     "load_folder",
@@ -56,6 +57,14 @@ _MINIMIND_ROPE_THETA, _MINIMIND_RMS_NORM_EPS = 1e6, 1e-6
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|^model\.freqs_(cos|sin)$")
 
 
+class NotCovered(ModelError):
+    """An architecture that the decoder lacks. Transformers may have it (`pertoken.model.folder`)."""
+
+    def __init__(self, message: str, model_type: object) -> None:
+        super().__init__(message)
+        self.model_type = model_type
+
+
 def config_from_hf(values: dict[str, Any]) -> ResolvedModelConfig:
     """The architecture that a Hugging Face `config.json` describes, in the fields of transformers 4 or 5.
 
@@ -64,7 +73,8 @@ def config_from_hf(values: dict[str, Any]) -> ResolvedModelConfig:
     """
     model_type = values.get("model_type")
     if model_type not in _FAMILIES:
-        raise ModelError(f"model_type={model_type!r}: pertoken has {', '.join(_FAMILIES)}; choose a model of these")
+        known = ", ".join(_FAMILIES)
+        raise NotCovered(f"model_type={model_type!r}: pertoken has {known}; choose a model of these", model_type)
     values = _DEFAULTS[model_type] | {key: value for key, value in values.items() if value is not None}
     _refuse_what_is_missing(values)
     for key in _REQUIRED:
@@ -91,7 +101,7 @@ def config_from_hf(values: dict[str, Any]) -> ResolvedModelConfig:
 
 def _refuse_what_is_missing(values: dict[str, Any]) -> None:
     def refuse(key: str, reason: str) -> None:
-        raise ModelError(f"{key}={values[key]!r}: {reason}")
+        raise NotCovered(f"{key}={values[key]!r}: {reason}", values["model_type"])
 
     for key in ("rope_parameters", "rope_scaling"):
         rope = values.get(key, {})

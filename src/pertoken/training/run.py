@@ -16,7 +16,7 @@ from pertoken.data.order import steps_per_epoch
 from pertoken.data.store import Store, build_store
 from pertoken.data.tokenizer import end_of_turn_id, load_tokenizer
 from pertoken.errors import CheckpointError, RecipeError
-from pertoken.model.hf import resize_embeddings
+from pertoken.model.folder import resize_embeddings
 from pertoken.model.transformer import CausalLM
 from pertoken.training.checkpoint import (
     Checkpoint,
@@ -224,7 +224,7 @@ def _load_initial(recipe: Recipe, init_from: str, num_tokens: int, dtype: torch.
     """The model to fine-tune, with room for the tokenizer's new tokens."""
     model = load_model(init_from, dtype=dtype)
     for key in sorted(recipe.model.model_fields_set - {"vocab_size"}):
-        asked, has = getattr(recipe.model, key), getattr(model.config, key)
+        asked, has = getattr(recipe.model, key), getattr(model.config, key, None)
         if asked is not None and asked != has:
             raise RecipeError(f"model.{key}={asked}: the model at {init_from} has {has}; leave the key out")
     if num_tokens > model.config.vocab_size:
