@@ -262,7 +262,9 @@ def test_a_checkpoint_opens_in_transformers_with_equal_logits(world, run):
     ours, theirs = load_model(run), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.arange(20)
     micro_batch = collate([Sample(np.arange(21), np.ones(20, bool))])
-    assert torch.allclose(ours.logits(ours.hidden_states(micro_batch)), theirs(input_ids=ids[None]).logits[0], atol=1e-5)
+    assert torch.allclose(
+        ours.logits(ours.hidden_states(micro_batch)), theirs(input_ids=ids[None]).logits[0], atol=1e-5
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == tokenizer.convert_tokens_to_ids(
         "<|im_end|>"

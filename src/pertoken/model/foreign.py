@@ -109,10 +109,12 @@ class ForeignLM(nn.Module):
             raise RecipeError(
                 f"train.activation_checkpointing=true: {self.config.family} does not offer it; set it to false"
             )
-        if on:
-            self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        elif self._checkpointing:
-            self.hf.gradient_checkpointing_disable()
+        if on != self._checkpointing:  # transformers renames these from gradient_ to activation_
+            do = "enable" if on else "disable"
+            switch = getattr(
+                self.hf, f"activation_checkpointing_{do}", getattr(self.hf, f"gradient_checkpointing_{do}")
+            )
+            switch(*([{"use_reentrant": False}] if on else []))
         self._checkpointing = on
 
     def compile_layers(self) -> None:
@@ -132,7 +134,9 @@ class ForeignLM(nn.Module):
         positions, so no mask is needed, and positions count from 0 by themselves."""
         lengths = micro_batch.lengths or (1,)  # a token that nobody asks for lets an empty micro-batch run as any other
         longest = max(lengths)
-        rows = torch.cat([torch.arange(n) + i * longest for i, n in enumerate(micro_batch.lengths)] or [torch.arange(0)])
+        rows = torch.cat(
+            [torch.arange(n) + i * longest for i, n in enumerate(micro_batch.lengths)] or [torch.arange(0)]
+        )
         rows = rows.to(micro_batch.input_ids.device)
         padded = micro_batch.input_ids.new_zeros(len(lengths) * longest)
         padded[rows] = micro_batch.input_ids

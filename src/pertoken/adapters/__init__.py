@@ -1,0 +1,1 @@
+"""The same objective inside other engines."""
