@@ -18,7 +18,7 @@ LAYERS = [
     {"data"},
     {"model", "loss"},
     {"training"},
-    {"generate", "inspection", "chatting", "trigram"},
+    {"generate", "inspection", "chatting", "trigram", "adapters"},
     {"console", "demo"},
     {"cli", "__main__"},
 ]

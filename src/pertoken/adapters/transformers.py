@@ -30,6 +30,7 @@ __all__ = ["PerTokenLoss", "fuse_loss"]
 Model = TypeVar("Model")
 
 _IGNORED = -100  # the label that transformers' losses skip
+_OWN_LOSSES = ("transformers.trainer", "trl.trainer.sft_trainer")  # the modules whose loss PerTokenLoss stands in for
 _FOR_LOGITS = ("logits_to_keep", "skip_logits", "return_dict")  # what the head's part of a forward pass takes
 
 
@@ -46,7 +47,7 @@ def fuse_loss(model: Model) -> Model:
     soft cap), and, when called, for a mixture of experts that is asked for its balance loss.
     """
     target: Any = model
-    if hasattr(target, "peft_config"):
+    if hasattr(target, "get_base_model"):  # PEFT's wrapper, which calls the model within
         target = target.get_base_model()
     check_logits(target)
     plain_forward = target.forward
@@ -107,7 +108,7 @@ class PerTokenLoss:
     go through the model's own forward pass, a batch at a time. SFTTrainer's `entropy`, `mean_token_accuracy` and
     `num_tokens` are not logged.
 
-    Raises ModelError as `fuse_loss` does, and RecipeError for settings that change the loss.
+    Raises ModelError as `fuse_loss` does, and RecipeError for settings, and for trainers, that have another loss.
     """
 
     model: Any
@@ -116,7 +117,7 @@ class PerTokenLoss:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         parent: Any = super()
         parent.__init__(*args, **kwargs)
-        _refuse_other_losses(self)
+        _refuse_other_losses(self, parent.compute_loss)
         fuse_loss(self.model)
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
@@ -175,8 +176,11 @@ class PerTokenLoss:
         return output
 
 
-def _refuse_other_losses(trainer: Any) -> None:
+def _refuse_other_losses(trainer: Any, compute_loss: Any) -> None:
+    """`compute_loss` is the one that the trainer would have without the adapter."""
     args = trainer.args
+    if compute_loss.__module__ not in _OWN_LOSSES:
+        raise RecipeError(f"{compute_loss.__qualname__}: is a loss of its own, which PerTokenLoss would replace")
     if args.label_smoothing_factor:
         raise RecipeError(f"label_smoothing_factor={args.label_smoothing_factor}: needs all logits; set it to 0")
     if trainer.compute_loss_func is not None:

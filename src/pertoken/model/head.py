@@ -34,7 +34,8 @@ def linear_head(model: Any) -> tuple[nn.Module, nn.Linear]:
     if base is model or not isinstance(base, nn.Module):
         raise ModelError(f"{name}: has no base model beside its head; choose a causal language model that has")
     if not isinstance(head, nn.Linear):
-        raise ModelError(f"{name}: its head is a {type(head).__name__}, not a linear layer; leave the head as it is")
+        kind = f"{type(head).__module__}.{type(head).__name__}"
+        raise ModelError(f"{name}: its head is a {kind}, not torch.nn.Linear; leave the head as it is")
     if head.bias is not None:
         raise ModelError(f"{name}: its head has a bias, which pertoken's loss lacks; choose a model without")
     return base, head
