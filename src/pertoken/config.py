@@ -204,8 +204,12 @@ class Recipe(Section):
             raise RecipeError("\n".join(explain(error, cls))) from None
 
     def to_toml(self) -> str:
-        """The resolved recipe: every key that has a value."""
-        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+        """The resolved recipe: every key that has a value. Where `init_from` is given, it says what the model is, so
+        of the model's keys only those that were set."""
+        values = self.model_dump(mode="json")
+        if self.init_from is not None:
+            values["model"] = self.model.model_dump(mode="json", exclude_unset=True)
+        return tomli_w.dumps(_without_none(values))
 
     def flat(self) -> dict[str, Any]:
         """Dotted key -> value, for comparing two recipes."""

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pertoken.errors import ModelError
 from pertoken.model_config import MOE_KEYS, ModelConfig, ResolvedModelConfig
 
-__all__ = ["config_from_hf", "config_to_hf"]
+__all__ = ["NotCovered", "config_from_hf", "config_to_hf"]
 
 _FAMILIES = {"qwen3": "qwen3", "qwen3_moe": "qwen3", "llama": "llama", "mixtral": "llama", "minimind": "qwen3"}
 _MODEL_TYPES = {  # (family, use_moe) -> model_type, class
@@ -62,6 +62,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+class NotCovered(ModelError):
+    """An architecture that the decoder lacks. Transformers may have it (`pertoken.model.folder`)."""
+
+    def __init__(self, message: str, model_type: object) -> None:
+        super().__init__(message)
+        self.model_type = model_type
+
+
 def config_from_hf(values: dict[str, Any]) -> ResolvedModelConfig:
     """The architecture that a Hugging Face `config.json` describes, in the fields of transformers 4 or 5.
 
@@ -71,7 +79,8 @@ def config_from_hf(values: dict[str, Any]) -> ResolvedModelConfig:
     """
     model_type = values.get("model_type")
     if model_type not in _FAMILIES:
-        raise ModelError(f"model_type={model_type!r}: pertoken has {', '.join(_FAMILIES)}; choose a model of these")
+        known = ", ".join(_FAMILIES)
+        raise NotCovered(f"model_type={model_type!r}: pertoken has {known}; choose a model of these", model_type)
     values = _DEFAULTS[model_type] | {key: value for key, value in values.items() if value is not None}
     _refuse_what_is_missing(values)
     for key in _REQUIRED:
@@ -118,7 +127,7 @@ def _experts(values: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_what_is_missing(values: dict[str, Any]) -> None:
     def refuse(key: str, reason: str) -> NoReturn:
-        raise ModelError(f"{key}={values[key]!r}: {reason}")
+        raise NotCovered(f"{key}={values[key]!r}: {reason}", values["model_type"])
 
     for key in ("rope_parameters", "rope_scaling"):
         rope = values.get(key, {})

@@ -91,6 +91,11 @@ class CausalLM(nn.Module):
             idle = (self.config.num_experts - self.config.num_experts_per_tok) * expert * self.config.num_hidden_layers
         return self.num_parameters - idle
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder's blocks, for what treats them one by one."""
+        return list(self.model.layers)
+
     def compile_layers(self) -> None:
         """Let `torch.compile` fuse the token-wise part of every layer, once for any number of tokens.
 

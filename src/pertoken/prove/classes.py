@@ -72,7 +72,7 @@ class Case:
 
 
 def gradient_of_step(
-    model: nn.Module,
+    model: CausalLM,
     micro_batches: Sequence[MicroBatch],
     *,
     num_tokens: float,
@@ -82,7 +82,7 @@ def gradient_of_step(
     wrapped: nn.Module | None = None,
 ) -> Gradient:
     """What `train_step` would update by. `wrapped` is called in `model`'s place, which holds the parameters."""
-    vocab_size = model.config.vocab_size  # type: ignore[union-attr]
+    vocab_size = model.config.vocab_size
     for micro_batch in micro_batches:
         labels = micro_batch.labels
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
@@ -322,7 +322,7 @@ def _curve(case: Case, dtype: str, share: Share) -> np.ndarray:
 
 
 def split_of_balance(name: str, model: CausalLM, chosen: Chosen) -> Result:
-    """How far two splits of the step are apart when the balance loss is a micro-batch's. Never a failure: it says so."""
+    """How far two splits of the step are apart where the balance loss is a micro-batch's; no failure, it says so."""
     ids, samples = np.arange(len(chosen.samples)), chosen.samples
     found = []
     for token_budget in (int(samples.lengths.sum()), 1):

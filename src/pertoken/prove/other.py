@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pertoken.data.batch import Sample
-from pertoken.model.hf import save_folder
+from pertoken.model.folder import save_folder
 from pertoken.prove.classes import Case
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient, Result, compare
@@ -40,7 +40,7 @@ def transformers_padded(name: str, case: Case) -> Result:
         input_ids, labels, attention_mask = _padded(batch)
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         loss_sum = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
-        (loss_sum / num_tokens).backward()
+        torch.autograd.backward(loss_sum / num_tokens)
         loss += float(loss_sum.detach()) / num_tokens
     gradients = _under_our_names({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     if case.aux_loss_coef:  # a router that sends every token to one expert has no gradient but the balance loss's

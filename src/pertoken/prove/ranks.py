@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from pertoken.config import ResolvedModelConfig
 from pertoken.data.batch import MicroBatch, Sample, collate
 from pertoken.data.share import share_of
-from pertoken.model.hf import save_folder
+from pertoken.model.folder import save_folder
 from pertoken.model.transformer import CausalLM
+from pertoken.model_config import ResolvedModelConfig
 from pertoken.prove.classes import EXACT, Case, gradient_of_step
 from pertoken.prove.report import Comparison, Gradient, Result, compare
 from pertoken.prove.samples import InMemory
@@ -76,7 +76,7 @@ def _write_job(folder: Path, names: Sequence[str], case: Case) -> None:
     save_folder(case.model, folder / "model", eos_token_id=None)
     save_file({name: g.contiguous() for name, g in case.reference.gradients.items()}, folder / "reference.safetensors")
     samples = case.chosen.samples
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for i in range(len(samples)):
         arrays |= {f"tokens{i}": samples[i].tokens, f"mask{i}": samples[i].loss_mask}
     np.savez(folder / "samples.npz", **arrays)
@@ -121,7 +121,7 @@ def _class(
 ) -> Result:
     """Dealt by the plan, and dealt as unevenly as can be; the worse of the two."""
     device = torch.device("cpu")
-    wrapped = parallelise(model, how, world, device=device, layers=list(model.model.layers))
+    wrapped = parallelise(model, how, world, device=device, layers=model.layers)
     shares = [
         share_of(
             samples,

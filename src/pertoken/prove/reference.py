@@ -37,9 +37,9 @@ def reference_gradient(model: CausalLM, samples: Sequence[Sample], *, aux_loss_c
         nll_sum = (nll * mask.to(nll.dtype)).sum()
         objective = nll_sum / num_tokens
         if aux_loss_coef:
-            balance = sum(_balance(router, model.config.num_experts_per_tok) for router in routers)
+            balance = torch.stack([_balance(router, model.config.num_experts_per_tok) for router in routers]).sum()
             objective = objective + aux_loss_coef * len(inputs) * balance / num_routed
-        objective.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(objective)
         loss_sum += float(nll_sum.detach())
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pertoken.errors import CheckpointError, ModelError
-from pertoken.model.hf import load_folder, save_folder
+from pertoken.model.folder import load_folder, save_folder
 from pertoken.model.minimind import load_minimind
 from pertoken.model.transformer import CausalLM
 from pertoken.training.parallel import World, shard_like, whole
@@ -304,7 +304,7 @@ def recipe_of(folder: Path) -> dict[str, Any] | None:
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> CausalLM:
     """A model from a run, a checkpoint, a Hugging Face folder or a MiniMind `.pth`, with parameters in `dtype`.
 
-    Raises ModelError where the path is none of these or the architecture is not one pertoken implements.
+    Raises ModelError where the path is none of these, or neither pertoken nor transformers has the architecture.
     """
     folder = resolve_model_folder(path)
     return load_minimind(folder, dtype=dtype) if folder.suffix == ".pth" else load_folder(folder, dtype=dtype)

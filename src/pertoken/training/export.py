@@ -8,7 +8,7 @@ import torch
 
 from pertoken.data.tokenizer import load_tokenizer
 from pertoken.errors import ModelError, RecipeError
-from pertoken.model.hf import save_folder
+from pertoken.model.folder import save_folder
 from pertoken.model.minimind import save_minimind
 from pertoken.training.checkpoint import load_model, resolve_model_folder
 

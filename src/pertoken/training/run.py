@@ -16,7 +16,7 @@ from pertoken.data.order import steps_per_epoch
 from pertoken.data.store import Store, build_store
 from pertoken.data.tokenizer import end_of_turn_id, load_tokenizer
 from pertoken.errors import CheckpointError, RecipeError
-from pertoken.model.hf import resize_embeddings
+from pertoken.model.folder import resize_embeddings
 from pertoken.model.transformer import CausalLM
 from pertoken.model_config import MOE_KEYS
 from pertoken.training.checkpoint import (
@@ -253,7 +253,7 @@ def _load_initial(recipe: Recipe, init_from: str, num_tokens: int, dtype: torch.
     """The model to fine-tune, with room for the tokenizer's new tokens."""
     model = load_model(init_from, dtype=dtype)
     for key in sorted(recipe.model.model_fields_set - {"vocab_size"}):
-        asked, has = getattr(recipe.model, key), getattr(model.config, key)
+        asked, has = getattr(recipe.model, key), getattr(model.config, key, None)
         if asked is not None and key in MOE_KEYS and not model.config.use_moe:
             raise RecipeError(f"model.{key}={asked}: the model at {init_from} has no experts; leave the key out")
         if asked is not None and asked != has and key not in _BALANCE_LOSS:
@@ -266,6 +266,8 @@ def _load_initial(recipe: Recipe, init_from: str, num_tokens: int, dtype: torch.
 
 def _set_balance_loss(model: CausalLM, recipe: Recipe) -> None:
     """Part of the objective, not of the architecture: the recipe's, or where it says nothing the loaded model's own."""
+    if not model.config.use_moe:
+        return
     asked = {key: value for key in _BALANCE_LOSS if (value := getattr(recipe.model, key)) is not None}
     model.config = model.config.model_copy(update=asked)
 
@@ -282,7 +284,7 @@ def _assemble(
 ) -> Run:
     """Optimiser, scaler and files around the model, as they stood at the checkpoint or at the start."""
     train, out_dir = recipe.train, Path(recipe.out_dir)
-    wrapped = parallelise(model, train.parallel, world, device=precision.device, layers=list(model.model.layers))
+    wrapped = parallelise(model, train.parallel, world, device=precision.device, layers=model.layers)
     optimizer = build_adamw(model, weight_decay=train.weight_decay, betas=train.betas)
     scaler = precision.new_scaler()
     token_budget = train.micro_batch_tokens
