@@ -18,7 +18,7 @@ LAYERS = [
     {"data"},
     {"model", "loss"},
     {"training"},
-    {"adapters", "generate", "inspection", "chatting", "trigram"},
+    {"adapters", "prove", "generate", "inspection", "chatting", "trigram"},
     {"console", "demo"},
     {"cli", "__main__"},
 ]

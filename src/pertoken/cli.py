@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pertoken.errors import PertokenError, RecipeError
+from pertoken.errors import CheckFailed, PertokenError, RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -136,6 +136,47 @@ def _say_what_is_in(console: Console, name: str, store: Store) -> None:
         console.print(f"  {note}", highlight=False, markup=False)
 
 
+@app.command(name="prove")
+def prove_command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE")],
+    overrides: Overrides = None,
+    tokens: Annotated[int, typer.Option(help="About how many tokens of the first step's samples to use")] = 600,
+    only: Annotated[list[str] | None, typer.Option(metavar="CLASS", help="This class alone; may be repeated")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Prove that no split changes the gradient, on this recipe's model and data; exit 1 if one does."""
+    from pertoken.config import Recipe
+
+    parsed = Recipe.load(recipe, overrides or ())
+
+    from pertoken.console import ConsoleListener, show_proof, show_proof_header, show_result
+    from pertoken.prove.run import NAMES, prove
+
+    console = _console()
+    listener = ConsoleListener(console, log_interval=1)
+    show_proof_header(console)
+    proof = prove(
+        parsed,
+        tokens=tokens,
+        only=only or NAMES,
+        on_result=lambda result: show_result(console, result),
+        listener=listener,
+    )
+    show_proof(console, proof)
+    _write_json(json_file, proof.to_json())
+    if not proof.holds:
+        raise CheckFailed("the promise does not hold: see the classes that failed")
+
+
+def _write_json(path: Path | None, text: str) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"--json {path}: cannot be written ({error.strerror})") from None
+
+
 @app.command(name="eval")
 def evaluate_command(
     model: ModelPath,
@@ -167,11 +208,7 @@ def evaluate_command(
     }
     for name in ("loss", "perplexity", "bits_per_byte"):
         console.print(f"{name:<14} {figures[name]:.4f}", highlight=False)
-    if json_file is not None:
-        try:
-            json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise RecipeError(f"--json {json_file}: cannot be written ({error.strerror})") from None
+    _write_json(json_file, json.dumps(figures, indent=1))
 
 
 @app.command()

@@ -22,7 +22,7 @@ from pertoken.errors import ModelError, RecipeError
 from pertoken.loss import LossOutput, linear_cross_entropy
 from pertoken.model.head import check_logits, linear_head, smallest_vocabulary
 
-__all__ = ["ForeignCache", "ForeignConfig", "ForeignLM", "load_foreign"]
+__all__ = ["ForeignCache", "ForeignConfig", "ForeignLM", "load_foreign", "quiet"]
 
 _NO_LIMIT = 2**31 - 1
 # Their angles change once a sequence is longer than the original limit, and then depend on the longest one beside it.
@@ -187,7 +187,7 @@ class ForeignLM(nn.Module):
         self.hf.generation_config = GenerationConfig(eos_token_id=eos_token_id, **special)
         own = self.hf.state_dict() if weights is None else weights
         tensors = {name.removeprefix("hf."): tensor.detach().to("cpu", dtype) for name, tensor in own.items()}
-        with _quiet():
+        with quiet():
             self.hf.save_pretrained(folder, state_dict=tensors)
         self.hf.config.dtype = dtype  # transformers has noted the type of the parameters, not of what it was given
         self.hf.config.save_pretrained(folder)
@@ -218,7 +218,7 @@ def load_foreign(folder: Path, *, dtype: torch.dtype) -> ForeignLM:
         _switch_off_dropout(config)
         if getattr(config, "quantization_config", None):
             raise ModelError("quantization_config: pertoken trains floating-point weights; write it out dequantised")
-        with _quiet():
+        with quiet():
             hf, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -247,7 +247,7 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars: nothing below the console prints."""
     from transformers.utils import logging
 

@@ -192,7 +192,7 @@ def with_balance_loss(
     load_LE = torch.stack([load.num_choices for load in loads])
     return replace(
         out,
-        # Without a balance loss a router with one choice would have no gradient, not even zeros, which wrappers wait for.
+        # Without a balance loss a router of one choice would have no gradient, not even zeros, which wrappers wait for.
         loss_sum=out.loss_sum + 0 * aux_sum if config.aux_loss == "none" else out.loss_sum,
         metrics=out.metrics | {"aux_loss": (aux_sum.detach(), tokens), "expert_load": (load_LE, chosen * tokens)},
         aux_sum=None if config.aux_loss == "none" else config.aux_loss_coef * aux_sum,

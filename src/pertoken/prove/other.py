@@ -27,13 +27,16 @@ def transformers_padded(name: str, case: Case) -> Result:
     """The class is read from the folder that we save, so the names and shapes in it are proved with it."""
     from transformers import AutoModelForCausalLM
 
+    from pertoken.model.foreign import quiet
+
     samples = [case.chosen.samples[i] for i in range(len(case.chosen.samples))]
     reference = case.reference
     if case.aux_loss_coef:  # transformers' balance loss is another one; the cross entropy is compared
         reference = reference_gradient(case.model, samples)
     with tempfile.TemporaryDirectory() as folder:
         save_folder(copy.deepcopy(case.model).float(), folder, eos_token_id=None)
-        model = AutoModelForCausalLM.from_pretrained(Path(folder), dtype=torch.float32).train()
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(Path(folder), dtype=torch.float32).train()
     num_tokens = float(sum(sample.loss_mask.sum() for sample in samples))
     loss = 0.0
     for batch in (samples[::2], samples[1::2]):
@@ -60,7 +63,7 @@ def _padded(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
         n = len(sample.tokens) - 1
         tokens = torch.from_numpy(sample.tokens.astype("int64"))
         input_ids[row, :n], attention_mask[row, :n] = tokens[:-1], 1
-        labels[row, :n] = torch.where(torch.from_numpy(sample.loss_mask), tokens[1:], -100)
+        labels[row, :n] = torch.where(torch.from_numpy(sample.loss_mask.copy()), tokens[1:], -100)
     return input_ids, labels, attention_mask
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ def _write_job(folder: Path, names: Sequence[str], case: Case) -> None:
     save_folder(case.model, folder / "model", eos_token_id=None)
     save_file({name: g.contiguous() for name, g in case.reference.gradients.items()}, folder / "reference.safetensors")
     samples = case.chosen.samples
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for i in range(len(samples)):
         arrays |= {f"tokens{i}": samples[i].tokens, f"mask{i}": samples[i].loss_mask}
     np.savez(folder / "samples.npz", **arrays)

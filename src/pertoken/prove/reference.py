@@ -29,7 +29,7 @@ def reference_gradient(model: CausalLM, samples: Sequence[Sample], *, aux_loss_c
     loss_sum = 0.0
     for sample in samples:
         tokens = torch.from_numpy(sample.tokens.astype("int64")).to(model.head_weight.device)
-        mask = torch.from_numpy(sample.loss_mask).to(model.head_weight.device)
+        mask = torch.from_numpy(sample.loss_mask.copy()).to(model.head_weight.device)
         inputs, labels = tokens[:-1], tokens[1:]
         with _router_logits(model) as routers:
             logits = model.logits(model.hidden_states(_alone(inputs, mask)))

@@ -40,7 +40,7 @@ class Summary:
     total_tokens: int  # all inputs, in an epoch
     data_notes: tuple[str, ...]  # what was skipped, dropped or cut while preparing
     batch_size: int
-    micro_batches: int  # of the first step
+    micro_batches: int  # of the first step, on each rank
     world_size: int
     epochs: int
     start_step: int  # the last step already done
@@ -83,7 +83,7 @@ def summarise(
         total_tokens=int(store.lengths.sum()),
         data_notes=tuple(store.report.notes()),
         batch_size=train.batch_size,
-        micro_batches=sum(map(len, plan(lengths, world_size=state.world.size, token_budget=token_budget))),
+        micro_batches=len(plan(lengths, world_size=state.world.size, token_budget=token_budget)[0]),
         world_size=state.world.size,
         epochs=-(-total_steps // steps_per_epoch(len(store), train.batch_size)),
         start_step=start_step,
