@@ -17,6 +17,7 @@ import torch.distributed as dist
 import pertoken.training.loop as loop
 from pertoken import Recipe, train
 from pertoken.data.share import Share
+from pertoken.training.parallel import end_process
 
 
 def _note_samples(out_dir: Path) -> None:
@@ -41,7 +42,7 @@ def main(folder: Path) -> None:
         _note_samples(Path(recipe.out_dir))
         train(recipe, resume=job["resume"])
     dist.barrier()
-    dist.destroy_process_group()
+    end_process(0)
 
 
 if __name__ == "__main__":

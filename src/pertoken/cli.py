@@ -41,6 +41,15 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 
 def main() -> None:
     """Run the command line; a user's error becomes one message on stderr and its exit code."""
+    if _is_a_rank():
+        from pertoken.training.parallel import end_process
+
+        end_process(_run())
+    sys.exit(_run())
+
+
+def _run() -> int:
+    """The exit code of the command that was asked for."""
     try:
         app(prog_name="pertoken")
     except PertokenError as error:
@@ -48,16 +57,24 @@ def main() -> None:
 
         if _speaks():
             print(plain(f"error: {error}"), file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
     except Exception:
         if _speaks():
             raise
-        sys.exit(1)  # in the wake of another rank, which has said why
+        return 1  # in the wake of another rank, which has said why
+    return 0
+
+
+def _is_a_rank() -> bool:
+    """Whether torchrun has started this process with others."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _speaks() -> bool:
     """Whether no other rank has failed, and said why, before this process."""
-    if "WORLD_SIZE" not in os.environ:
+    if not _is_a_rank():
         return True
     from pertoken.training.parallel import first_to_fail
 

@@ -288,7 +288,7 @@ def resume(name: str, case: Case) -> Result:
 def bfloat16(name: str, case: Case) -> Result:
     """Twenty steps of training by one micro-batch and by many: no drift beyond rounding."""
     one = _curve(case, "bfloat16", case.share(token_budget=case.num_inputs))
-    many = _curve(case, "bfloat16", case.share(token_budget=1))
+    many = _curve(case, "bfloat16", case.split())
     difference = many - one
     mean = float(difference.mean())
     steps = np.arange(_BF16_STEPS) - (_BF16_STEPS - 1) / 2

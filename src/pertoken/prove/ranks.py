@@ -32,7 +32,7 @@ from pertoken.prove.classes import EXACT, Case, gradient_of_step
 from pertoken.prove.report import Comparison, Gradient, Result, compare
 from pertoken.prove.samples import InMemory
 from pertoken.training.checkpoint import load_model
-from pertoken.training.parallel import World, leave, parallelise
+from pertoken.training.parallel import World, end_process, leave, parallelise
 from pertoken.training.precision import Precision
 
 __all__ = ["RANK_CLASSES", "run_ranks"]
@@ -114,6 +114,7 @@ def rank_main(folder: Path, rank: int) -> None:
     if rank == 0:
         (folder / "results.json").write_text(json.dumps([asdict(result) for result in results]))
     leave(World(rank, _MOST, rank))
+    end_process(0)
 
 
 def _class(

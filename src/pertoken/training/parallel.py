@@ -9,11 +9,12 @@ Gradients and weights travel over NCCL on CUDA and gloo on CPUs; the few numbers
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from pertoken.loss import LossOutput
 
 __all__ = [
     "World",
+    "end_process",
     "first_to_fail",
     "join_world",
     "leave",
@@ -124,6 +126,18 @@ def leave(world: World) -> None:
     """
     world.barrier()
     dist.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """End this rank, with what it has said flushed and nothing else done.
+
+    About one in thirty interpreters that had used gloo on three ranks aborted on their way out, after all was done and
+    the process group destroyed ("terminate called without an active exception", no Python frame), and torchrun then
+    calls the run failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def first_to_fail() -> bool:

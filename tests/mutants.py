@@ -1,0 +1,222 @@
+"""Known mistakes, each planted by patching a production function. `prove` must find every one of them.
+
+A mutant is a function that takes a `pytest.MonkeyPatch`, so that ranks, which are processes of their own, can plant it
+as well: `python mutants.py NAME FOLDER RANK`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pertoken.data.chat
+import pertoken.data.order
+import pertoken.data.samples
+import pertoken.data.share
+import pertoken.model.attention
+import pertoken.model.transformer
+import pertoken.prove.checks
+import pertoken.prove.classes
+import pertoken.prove.ranks
+from pertoken.data.batch import MicroBatch, Sample
+from pertoken.data.chat import Marked
+from pertoken.loss import LossOutput
+from pertoken.training.step import TrainState
+
+Patch = pytest.MonkeyPatch
+
+
+def _counting_micro_batches(patch: Patch) -> Callable[[], int]:
+    """How many micro-batches the step under way has."""
+    train_step, count = pertoken.prove.classes.train_step, [1]
+
+    def counted(state: TrainState, micro_batches: Any, **settings: Any) -> Any:
+        count[0] = len(micro_batches)
+        return train_step(state, micro_batches, **settings)
+
+    patch.setattr(pertoken.prove.classes, "train_step", counted)
+    return lambda: count[0]
+
+
+def mean_of_micro_batch_means(patch: Patch) -> None:
+    count = _counting_micro_batches(patch)
+
+    def objective(self: LossOutput, num_tokens: float, num_routed: float) -> torch.Tensor:
+        return self.loss_sum / self.num_tokens.clamp(min=1) / count()
+
+    patch.setattr(LossOutput, "objective", objective)
+
+
+def world_size_missing(patch: Patch) -> None:
+    backward = TrainState.backward
+    patch.setattr(TrainState, "backward", lambda self, objective: backward(self, objective / self.world.size))
+
+
+def world_size_twice(patch: Patch) -> None:
+    backward = TrainState.backward
+    patch.setattr(TrainState, "backward", lambda self, objective: backward(self, objective * self.world.size))
+
+
+def labels_not_shifted(patch: Patch) -> None:
+    patch.setattr(Sample, "labels", property(lambda self: self.tokens[:-1]))
+
+
+def labels_shifted_twice(patch: Patch) -> None:
+    patch.setattr(Sample, "labels", property(lambda self: np.roll(self.tokens[1:], -1)))
+
+
+def _padded(samples: Any) -> list[Sample]:
+    longest = max((len(sample) for sample in samples), default=0)
+    return [
+        Sample(
+            np.pad(s.tokens, (0, longest - len(s))), np.pad(s.loss_mask, (0, longest - len(s)), constant_values=True)
+        )
+        for s in samples
+    ]
+
+
+def padding_supervised(patch: Patch) -> None:
+    collate = pertoken.data.share.collate
+    patch.setattr(pertoken.data.share, "collate", lambda samples: collate(_padded(samples)))
+
+
+def padding_in_the_count(patch: Patch) -> None:
+    """The mean is over padded rows: the sums are right, N is not."""
+    objective = LossOutput.objective
+    patch.setattr(LossOutput, "objective", lambda self, tokens, routed: objective(self, 1.3 * tokens, routed))
+
+
+def tail_of_the_epoch_dropped(patch: Patch) -> None:
+    for module in (pertoken.data.order, pertoken.prove.checks):
+        patch.setattr(module, "steps_per_epoch", lambda num_samples, batch_size: num_samples // batch_size)
+
+
+def tail_under_scaled(patch: Patch) -> None:
+    """Divided by the accumulation that a whole step has, however few micro-batches the last one has."""
+    count = _counting_micro_batches(patch)
+    backward = TrainState.backward
+    patch.setattr(TrainState, "backward", lambda self, objective: backward(self, objective * min(1.0, count() / 2)))
+
+
+def balance_loss_times_accumulation(patch: Patch) -> None:
+    count = _counting_micro_batches(patch)
+
+    def objective(self: LossOutput, num_tokens: float, num_routed: float) -> torch.Tensor:
+        assert self.aux_sum is not None
+        return self.loss_sum / num_tokens + self.aux_sum / num_routed * count()
+
+    patch.setattr(LossOutput, "objective", objective)
+
+
+def balance_loss_by_supervised_tokens(patch: Patch) -> None:
+    objective = LossOutput.objective
+    patch.setattr(LossOutput, "objective", lambda self, tokens, routed: objective(self, tokens, tokens))
+
+
+def router_dead(patch: Patch) -> None:
+    """No gradient of the balance loss reaches the routers; they are a hundredth of the parameters."""
+    objective = LossOutput.objective
+
+    def detached(self: LossOutput, num_tokens: float, num_routed: float) -> torch.Tensor:
+        assert self.aux_sum is not None
+        return objective(dataclasses.replace(self, aux_sum=self.aux_sum * 0), num_tokens, num_routed)
+
+    patch.setattr(LossOutput, "objective", detached)
+
+
+def clipping_before_unscaling(patch: Patch) -> None:
+    clip_and_step = TrainState.clip_and_step
+
+    def wrong(self: TrainState, lr: float, max_norm: float, on_gradients: Any = None) -> Any:
+        if max_norm:
+            nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], max_norm)
+        return clip_and_step(self, lr, 0.0, on_gradients)
+
+    patch.setattr(TrainState, "clip_and_step", wrong)
+
+
+def a_sample_twice_in_a_step(patch: Patch) -> None:
+    plan = pertoken.data.share.plan
+
+    def twice(*args: Any, **settings: Any) -> Any:
+        cut = plan(*args, **settings)
+        cut[0][0] = [*cut[0][0], cut[0][0][0]]
+        return cut
+
+    patch.setattr(pertoken.data.share, "plan", twice)
+
+
+def a_sample_twice_in_an_epoch(patch: Patch) -> None:
+    permute = pertoken.data.order.permute
+    patch.setattr(pertoken.data.order, "permute", lambda positions, **key: permute(np.maximum(positions, 1), **key))
+
+
+def attention_across_documents(patch: Patch) -> None:
+    of = pertoken.model.attention.AttentionLayout.of
+
+    def one_document(lengths: Any, device: torch.device) -> Any:
+        return of([sum(lengths)] if lengths else [], device)
+
+    patch.setattr(pertoken.model.transformer.AttentionLayout, "of", one_document)
+
+
+def prompt_supervised(patch: Patch) -> None:
+    rendered = pertoken.data.samples.rendered_chat
+
+    def everything(*args: Any) -> Marked:
+        text = rendered(*args).text
+        return Marked(text, [(0, len(text))])
+
+    patch.setattr(pertoken.data.samples, "rendered_chat", everything)
+
+
+def end_of_turn_unsupervised(patch: Patch) -> None:
+    rendered = pertoken.data.samples.rendered_chat
+
+    def shorter(chat: Any, template: Any) -> Marked:
+        marked = rendered(chat, template)
+        return Marked(marked.text, [(start, end - len(template.end_of_turn)) for start, end in marked.spans])
+
+    patch.setattr(pertoken.data.samples, "rendered_chat", shorter)
+
+
+def _relabelled(patch: Patch, mask_too: bool) -> None:
+    collate = pertoken.data.share.collate
+
+    def with_ignore_index(samples: Any) -> MicroBatch:
+        micro_batch = collate(samples)
+        labels = micro_batch.labels.masked_fill(~micro_batch.loss_mask, -100)
+        mask = torch.ones_like(micro_batch.loss_mask) if mask_too else micro_batch.loss_mask
+        return dataclasses.replace(micro_batch, labels=labels, loss_mask=mask)
+
+    patch.setattr(pertoken.data.share, "collate", with_ignore_index)
+
+
+def ignore_index_as_a_label(patch: Patch) -> None:
+    _relabelled(patch, mask_too=False)
+
+
+def ignore_index_learned(patch: Patch) -> None:
+    _relabelled(patch, mask_too=True)
+
+
+def optimizer_state_lost(patch: Patch) -> None:
+    patch.setattr(pertoken.prove.classes, "load_optimizer", lambda checkpoint, model, optimizer: None)
+
+
+def main(name: str, folder: Path, rank: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        globals()[name](patch)
+        pertoken.prove.ranks.rank_main(folder, rank)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
