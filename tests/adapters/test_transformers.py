@@ -132,6 +132,7 @@ def make(name: str, ours: Any, out: Path, model: Any = None, base: type | None =
 @pytest.mark.parametrize("name", ["Trainer", "SFTTrainer"])
 def test_ten_accumulated_steps_are_those_of_our_own_loop(ours, tmp_path, name):
     trainer = make(name, ours, tmp_path)
+    trainer.model.get_output_embeddings().register_forward_hook(lambda *a: pytest.fail("logits were made"))
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     assert len(history) == STEPS
@@ -141,31 +142,51 @@ def test_ten_accumulated_steps_are_those_of_our_own_loop(ours, tmp_path, name):
         assert entry["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-5)
 
 
-def test_two_processes_take_the_same_steps(ours, tmp_path):
-    """Labels are counted over both, and one of them may have far fewer than the other."""
+def test_a_plain_trainer_takes_a_fused_model_too(ours, tmp_path):
+    from transformers import Trainer
+
+    trainer = make("Trainer", ours, tmp_path, model=fuse_loss(open_model(ours[1])), base=Trainer, max_steps=3)
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    for row, entry in zip(ours[0][:3], history, strict=True):
+        assert entry["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-5)
+
+
+def test_two_processes_take_the_same_steps_and_the_same_evaluation(ours, tmp_path):
+    """Labels are counted over both, and one of them may have far fewer than the other.
+
+    Transformers 5.23 leaves out DDP, so that both train on their own, where `evaluate` came first: that is refused.
+    """
     code = f"""
-import sys
+import json, sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
-import json, test_transformers as t
-ours = (None, t.Path({str(ours[1])!r}), *json.loads(t.Path({str(tmp_path / "data.json")!r}).read_text()), None)
-trainer = t.make("Trainer", ours, t.Path({str(tmp_path)!r}), gradient_accumulation_steps=2, ddp_backend="gloo")
+import test_transformers as t
+folder = t.Path({str(tmp_path)!r})
+ours = (None, t.Path({str(ours[1])!r}), *json.loads((folder / "data.json").read_text()), None)
+settings = dict(gradient_accumulation_steps=2, per_device_eval_batch_size=3, ddp_backend="gloo")
+trainer = t.make("Trainer", ours, folder, **settings)
+assert trainer.args.world_size == 2
 trainer.train()
+after = trainer.evaluate()["eval_loss"]
 if trainer.args.process_index == 0:
-    assert trainer.args.world_size == 2
-    t.Path({str(tmp_path / "history.json")!r}).write_text(json.dumps(trainer.state.log_history))
-import torch.distributed
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
+    (folder / "found.json").write_text(json.dumps([after, trainer.state.log_history]))
+other = t.make("Trainer", ours, folder, **settings)
+other.evaluate()
+with t.pytest.raises(t.RecipeError, match="evaluate: was called before train"):
+    other.train()
+t.torch.distributed.barrier()
+t.torch.distributed.destroy_process_group()
 """
     (tmp_path / "data.json").write_text(json.dumps([ours[2], ours[3]]))
     (tmp_path / "script.py").write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run([*command, tmp_path / "script.py"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    history = [e for e in json.loads((tmp_path / "history.json").read_text()) if "grad_norm" in e]
-    for row, entry in zip(ours[0], history, strict=True):
+    after, history = json.loads((tmp_path / "found.json").read_text())
+    for row, entry in zip(ours[0], [entry for entry in history if "grad_norm" in entry], strict=True):
         assert entry["loss"] == pytest.approx(row["loss"], rel=1e-5)
         assert entry["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-5)
+    assert after == pytest.approx(ours[0][-1]["eval_loss"], rel=1e-5)  # 12 samples: two batches of three for each
 
 
 @pytest.mark.parametrize("name", ["Trainer", "SFTTrainer"])

@@ -153,7 +153,9 @@ def test_a_soft_cap_far_above_an_untrained_models_logits_is_found(world, tmp_pat
 
     folder = make_folder(world, tmp_path, "Gemma2", {**SIZES, "final_logit_softcapping": 50.0})
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert model(input_ids=torch.arange(8)[None]).logits.abs().max() < 10
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e-3)
+    assert model(input_ids=torch.arange(8)[None]).logits.abs().max() < 0.1
     with pytest.raises(ModelError, match=r"Gemma2ForCausalLM: final_logit_softcapping=50\.0"):
         check_logits(model)
     model.config.final_logit_softcapping = None
@@ -168,6 +170,17 @@ def test_a_model_that_still_drops_out_is_refused(folders, monkeypatch):
     monkeypatch.setattr(foreign, "_switch_off_dropout", lambda config: None)
     with pytest.raises(ModelError, match="something drops out"):
         load_model(folders["gemma"])
+
+
+def test_dropout_that_is_not_in_the_configuration_is_switched_off_too(folders):
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(folders["gpt2"])
+    assert hf.transformer.drop.p == 0.1
+    model = ForeignLM(hf)
+    assert hf.transformer.drop.p == 0.0
+    micro_batch = collate(random_samples([40, 9], model.config.vocab_size))
+    assert torch.equal(model.train()(micro_batch).loss_sum, model.eval()(micro_batch).loss_sum)
 
 
 @pytest.mark.parametrize("name", TRAINS)

@@ -137,6 +137,11 @@ class PerTokenLoss:
 
         if not self.model.training:
             num_items_in_batch = None  # the batch's own mean, which prediction_step turns back into a sum
+        elif model is self.model and _needs_ddp(self):
+            raise RecipeError(
+                "evaluate: was called before train on several processes, after which transformers trains each on its "
+                "own, gradients unsynchronised; call train first, or make a new trainer"
+            )
         # Trainer's own, past SFTTrainer's, which has a fused loss too and would not see this model's
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
@@ -174,6 +179,12 @@ class PerTokenLoss:
         if num_tokens:
             output.metrics[f"{metric_key_prefix}_loss"] = loss_sum / num_tokens
         return output
+
+
+def _needs_ddp(trainer: Any) -> bool:
+    """Several processes, and neither FSDP nor DeepSpeed nor the model itself sees to the gradients."""
+    by_itself = getattr(trainer, "is_distributed_loading_by_transformers", False)
+    return trainer.accelerator.distributed_type.value.startswith("MULTI_") and not by_itself
 
 
 def _refuse_other_losses(trainer: Any, compute_loss: Any) -> None:
