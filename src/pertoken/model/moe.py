@@ -86,7 +86,7 @@ class MixtureOfExperts(nn.Module):
         if documents is None:
             return out_ND, None
         scale = self.gate.out_features / self.num_chosen
-        f_SE = (scale * counts_SE / documents.lengths[:, None]).to(probs_NE.dtype)
+        f_SE = scale * counts_SE.to(probs_NE.dtype) / documents.lengths[:, None]
         # T_s P_i is a sum over tokens, so T_s aux_s is one too: no sum over documents has to be formed.
         aux_sum = (f_SE.index_select(0, documents.of_token) * probs_NE).sum()
         return out_ND, Load(aux_sum, num_choices_E)
@@ -192,7 +192,7 @@ def with_balance_loss(
     load_LE = torch.stack([load.num_choices for load in loads])
     return replace(
         out,
-        # Without a balance loss a router with one choice would have no gradient, not even zeros, which wrappers wait for.
+        # Without a balance loss a router with one choice would lack a gradient, even the zeros that wrappers wait for.
         loss_sum=out.loss_sum + 0 * aux_sum if config.aux_loss == "none" else out.loss_sum,
         metrics=out.metrics | {"aux_loss": (aux_sum.detach(), tokens), "expert_load": (load_LE, chosen * tokens)},
         aux_sum=None if config.aux_loss == "none" else config.aux_loss_coef * aux_sum,
