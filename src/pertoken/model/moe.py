@@ -123,9 +123,9 @@ class MixtureOfExperts(nn.Module):
         out_PD: Tensor = _Combine.apply(torch.cat(outputs), row_P)  # type: ignore[no-untyped-call]
         if self.num_chosen == 1 and self.norm_topk_prob:
             return out_PD  # the weight is 1, and a constant
-        return torch.bmm(
-            weights_Nk[:, None], out_PD.view(*chosen_Nk.shape, x_ND.shape[1]).to(weights_Nk.dtype)
-        ).squeeze(1)
+        out_NkD = out_PD.view(*chosen_Nk.shape, x_ND.shape[1]).to(weights_Nk.dtype)
+        with torch.autocast(x_ND.device.type, enabled=False):  # which would round the weights, and the sum
+            return torch.bmm(weights_Nk[:, None], out_NkD).squeeze(1)
 
 
 def _num_rows(num_choices: int, x: Tensor) -> int:
