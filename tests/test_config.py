@@ -38,6 +38,10 @@ REFUSED = {
     "model.num_attention_heads=7": "model.num_attention_heads=7: does not divide model.hidden_size=512",
     "model.num_key_value_heads=3": "model.num_key_value_heads=3: does not divide model.num_attention_heads=8",
     "model.head_dim=3": "model.head_dim=3: must be even",
+    "model.num_experts=8": "model.num_experts=8: model.use_moe is false; set it to true, or leave num_experts out",
+    "model.aux_loss=none": "model.aux_loss=none: model.use_moe is false",
+    "model.aux_loss=batch": "model.aux_loss='batch': must be one of",
+    "model.aux_loss_coef=-1": "model.aux_loss_coef=-1: must be at least 0",
     "model.tie_word_embeddings=yes": "model.tie_word_embeddings='yes': must be true or false",
     "data=3": "data=3: must be a section, [data]",
     "data.path=[]": "data.path=(): must not be empty",
@@ -138,6 +142,42 @@ def test_broken_toml_says_where(text, tmp_path):
 def test_a_recipe_that_is_not_there_says_what_prints_one(tmp_path):
     with pytest.raises(RecipeError, match="pertoken new sft"):
         Recipe.load(tmp_path / "none.toml")
+
+
+MIXTURES_REFUSED = {
+    ("model.num_experts_per_tok=5",): "model.num_experts_per_tok=5: more than model.num_experts=4",
+    (
+        "model.num_experts=2",
+        "model.num_experts_per_tok=3",
+    ): "model.num_experts_per_tok=3: more than model.num_experts=2",
+    ("model.family=llama", "model.norm_topk_prob=false"): "model.norm_topk_prob=False: model.family=",
+    (
+        "model.family=llama",
+        "model.intermediate_size=64",
+        "model.moe_intermediate_size=32",
+    ): "model.moe_intermediate_size=32: Mixtral",
+}
+
+
+@pytest.mark.parametrize("overrides", MIXTURES_REFUSED)
+def test_what_no_mixture_can_be_is_refused(overrides):
+    with pytest.raises(RecipeError) as refusal:
+        parse("model.use_moe=true", *overrides)
+    assert str(refusal.value).startswith(MIXTURES_REFUSED[overrides])
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_loaded_model_may_have_the_experts_that_a_recipe_only_mentions():
+    recipe = parse("init_from=runs/moe", "model.aux_loss=none", "model.num_experts_per_tok=8")
+    assert (recipe.model.aux_loss, recipe.model.num_experts_per_tok) == ("none", 8)
+
+
+def test_derived_keys_of_a_mixture():
+    config = parse("model.use_moe=true", "model.hidden_size=768").model.resolve(6400)
+    assert (config.num_experts, config.num_experts_per_tok, config.norm_topk_prob) == (4, 1, True)
+    assert (config.moe_intermediate_size, config.aux_loss, config.aux_loss_coef) == (2432, "sequence", 5e-4)
+    config = parse("model.use_moe=true", "model.family=llama", "model.moe_intermediate_size=64").model.resolve(6400)
+    assert (config.intermediate_size, config.moe_intermediate_size, config.rope_theta) == (64, 64, 1e6)
 
 
 def test_derived_model_keys():

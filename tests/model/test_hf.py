@@ -6,7 +6,17 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from pertoken.config import ModelConfig
 from pertoken.data.batch import MicroBatch
@@ -28,6 +38,7 @@ SHARED = {
     "tie_word_embeddings": True,
 }
 FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+MIXTURES = {"qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM), "mixtral": (MixtralConfig, MixtralForCausalLM)}
 VARIANTS = [
     pytest.param(family, keys, id=f"{family}-{'-'.join(map(str, keys)) or 'plain'}")
     for family in FAMILIES
@@ -37,12 +48,25 @@ VARIANTS = [
         {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 1234.5}},
         {"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "num_key_value_heads": 6},
     )
+] + [
+    pytest.param(family, keys, id=f"{family}-{'-'.join(map(str, keys.values()))}")
+    for family, keys in (
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True}),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": False}),
+        (
+            "qwen3_moe",
+            {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 24},
+        ),
+        ("qwen3_moe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": False, "head_dim": 20}),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1}),
+        ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
+    )
 ]
 
 
 def random_hf_model(family, **keys):
     """Every weight random, norms too, and large enough that each one shows in the logits."""
-    config_class, model_class = FAMILIES[family]
+    config_class, model_class = (FAMILIES | MIXTURES)[family]
     model = model_class(config_class(**SHARED | keys)).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -98,6 +122,8 @@ def test_a_saved_folder_opens_in_transformers_with_the_same_logits(family, keys,
     assert reopened.generation_config.eos_token_id == 5
     for name, weight in hf_model.state_dict().items():
         assert torch.equal(reopened.state_dict()[name], weight), name
+    theirs, ours = (load_file(tmp_path / name / "model.safetensors").keys() for name in ("theirs", "ours"))
+    assert ours == theirs, "every tensor under the name that transformers gives it on disk"
     (doc,) = documents([40])
     with torch.no_grad():
         assert torch.equal(reopened(doc[None]).logits, hf_model(doc[None]).logits)
@@ -118,6 +144,28 @@ def test_gradients_equal_those_of_transformers(family, tmp_path):
         ours = dict(model.named_parameters())[name].grad
         # transformers takes its rotary angles and its norms in float32 even here
         assert float((ours - parameter.grad).norm() / parameter.grad.norm()) < 1e-5, name
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_gradients_of_experts_equal_those_of_transformers(family, tmp_path):
+    hf_model = random_hf_model(family, num_experts=4, num_experts_per_tok=2).double()
+    hf_model.save_pretrained(tmp_path)
+    hf_model.set_experts_implementation("eager")  # the grouped one has no float64
+    model, docs = load_folder(tmp_path, dtype=torch.float64), documents([3, 30, 31])
+    model(flat(docs)).loss_sum.backward()
+    for doc in docs:
+        logits = hf_model(doc[None]).logits[0]
+        torch.nn.functional.cross_entropy(logits, doc, reduction="sum").backward()
+    for layer, hf_layer in zip(model.model.layers, hf_model.model.layers, strict=True):
+        ours, theirs = layer.mlp, hf_layer.mlp
+        pairs = [(ours.gate.weight.grad, theirs.gate.weight.grad)]
+        for i, expert in enumerate(ours.experts):
+            gate_up = torch.cat([expert.gate_proj.weight.grad, expert.up_proj.weight.grad])
+            pairs += [(gate_up, theirs.experts.gate_up_proj.grad[i])]
+            pairs += [(expert.down_proj.weight.grad, theirs.experts.down_proj.grad[i])]
+        for a, b in pairs:
+            # transformers takes its rotary angles, its norms and its router in float32 even here
+            assert float((a - b).norm() / b.norm()) < 1e-5
 
 
 def test_sharded_weights_load(tmp_path):
@@ -289,9 +337,32 @@ def test_a_saved_minimind_file_has_every_tensor_and_comes_back(dtype, tied, tmp_
         assert torch.equal(loaded.state_dict()[name], weight.to(dtype).float()), name
 
 
+MIXTURE = {"use_moe": True, "num_experts": 3, "moe_intermediate_size": 24, "intermediate_size": 24}
+MINIMIND = {"rope_theta": 1e6, "max_position_embeddings": 32768}
+
+
+def test_a_minimind_mixture_goes_out_and_comes_back_with_one_expert_a_token(tmp_path):
+    model = random_model(**MIXTURE, **MINIMIND)
+    save_minimind(model, tmp_path / "model.pth", dtype=torch.float32)
+    tensors = torch.load(tmp_path / "model.pth", weights_only=True)
+    # MiniMind's names, as its MOEFeedForward gives them
+    parts = ["gate.weight", *(f"experts.{i}.{x}_proj.weight" for i in range(3) for x in ("gate", "up", "down"))]
+    assert {name for name in tensors if ".mlp." in name} == {
+        f"model.layers.{i}.mlp.{x}" for i in range(2) for x in parts
+    }
+    loaded = load_minimind(tmp_path / "model.pth")
+    assert loaded.config == model.config
+    assert (loaded.config.num_experts_per_tok, loaded.config.norm_topk_prob) == (1, True)
+    docs = documents([1, 7, 40])
+    with torch.no_grad():
+        assert torch.equal(loaded.hidden_states(flat(docs)), model.hidden_states(flat(docs)))
+
+
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
+        ({**MIXTURE, **MINIMIND, "num_experts_per_tok": 2}, "num_experts_per_tok=2"),
+        ({**MIXTURE, **MINIMIND, "norm_topk_prob": False}, "norm_topk_prob=False"),
         ({"family": "llama", "rope_theta": 1e6}, "family"),
         ({"rope_theta": 1e4}, "rope_theta"),
         ({"rope_theta": 1e6, "rms_norm_eps": 1e-5}, "rms_norm_eps"),
@@ -309,6 +380,11 @@ def broken_minimind(tensors, case):
             return tensors | {
                 "model.layers.0.mlp.experts.0.up_proj.weight": torch.zeros(2, 2)
             }, r"experts\.0\.up_proj\.weight: no place"
+        case "no experts":
+            first = "model.layers.0.mlp."
+            tensors = {n: t for n, t in tensors.items() if not n.startswith(first)}
+            gate = torch.zeros(0, 48)
+            return tensors | {f"{first}gate.weight": gate, f"{first}experts.0.gate_proj.weight": gate}, "shapes that no"
         case "old":
             return {n: t for n, t in tensors.items() if "q_norm" not in n}, "q_norm.weight: missing"
         case "layer":
@@ -321,7 +397,7 @@ def broken_minimind(tensors, case):
             return tensors | {"model.vision.weight": torch.zeros(2)}, "model.vision.weight"
 
 
-@pytest.mark.parametrize("case", ["moe", "old", "layer", "resume", "extra"])
+@pytest.mark.parametrize("case", ["moe", "no experts", "old", "layer", "resume", "extra"])
 def test_a_foreign_minimind_file_is_refused_by_name(case, tmp_path):
     tensors, named = broken_minimind(minimind_tensors(random_hf_model("qwen3")), case)
     torch.save(tensors, tmp_path / "model.pth")

@@ -86,7 +86,7 @@ class MixtureOfExperts(nn.Module):
         if documents is None:
             return out_ND, None
         scale = self.gate.out_features / self.num_chosen
-        f_SE = (scale * counts_SE / documents.lengths[:, None]).to(probs_NE.dtype)
+        f_SE = scale * counts_SE.to(probs_NE.dtype) / documents.lengths[:, None]
         # T_s P_i is a sum over tokens, so T_s aux_s is one too: no sum over documents has to be formed.
         aux_sum = (f_SE.index_select(0, documents.of_token) * probs_NE).sum()
         return out_ND, Load(aux_sum, num_choices_E)
@@ -123,9 +123,9 @@ class MixtureOfExperts(nn.Module):
         out_PD: Tensor = _Combine.apply(torch.cat(outputs), row_P)  # type: ignore[no-untyped-call]
         if self.num_chosen == 1 and self.norm_topk_prob:
             return out_PD  # the weight is 1, and a constant
-        return torch.bmm(
-            weights_Nk[:, None], out_PD.view(*chosen_Nk.shape, x_ND.shape[1]).to(weights_Nk.dtype)
-        ).squeeze(1)
+        out_NkD = out_PD.view(*chosen_Nk.shape, x_ND.shape[1]).to(weights_Nk.dtype)
+        with torch.autocast(x_ND.device.type, enabled=False):  # which would round the weights, and the sum
+            return torch.bmm(weights_Nk[:, None], out_NkD).squeeze(1)
 
 
 def _num_rows(num_choices: int, x: Tensor) -> int:
@@ -192,7 +192,7 @@ def with_balance_loss(
     load_LE = torch.stack([load.num_choices for load in loads])
     return replace(
         out,
-        # Without a balance loss a router of one choice would have no gradient, not even zeros, which wrappers wait for.
+        # Without a balance loss a router with one choice would lack a gradient, even the zeros that wrappers wait for.
         loss_sum=out.loss_sum + 0 * aux_sum if config.aux_loss == "none" else out.loss_sum,
         metrics=out.metrics | {"aux_loss": (aux_sum.detach(), tokens), "expert_load": (load_LE, chosen * tokens)},
         aux_sum=None if config.aux_loss == "none" else config.aux_loss_coef * aux_sum,
