@@ -128,7 +128,7 @@ REFUSED = {
         {**{k: v for k, v in SIZES.items() if k != "head_dim"}, "logits_scaling": 8.0},
         "logits_scaling=8.0",
     ),
-    "Mixtral": ({**SIZES, "num_local_experts": 2}, "a mixture of experts"),
+    "Mixtral": ({**SIZES, "num_local_experts": 2, "sliding_window": 64}, "a mixture of experts"),  # covered without windows
     "Gemma3Text": ({**SIZES, "use_bidirectional_attention": True}, "depend on the tokens after it"),
 }
 

@@ -10,8 +10,9 @@ from pertoken import load_model, train
 from pertoken.errors import RecipeError
 from pertoken.generate import generate
 from pertoken.training.metrics import Listener
+from pertoken.training.parallel import World
 from pertoken.training.precision import Precision
-from pertoken.training.run import _build_model, _load_data
+from pertoken.training.run import build_model, load_data
 
 MOE = {"model__use_moe": True, "model__num_experts": 4, "model__moe_intermediate_size": 48}
 
@@ -73,7 +74,7 @@ def test_both_exports_compute_the_same(run, tmp_path):
 
 def built(recipe):
     """The model that a run of `recipe` would start from."""
-    return _build_model(recipe, _load_data(recipe, Listener()), None, Precision("float32", torch.device("cpu")))
+    return build_model(recipe, load_data(recipe, Listener(), World()), None, Precision("float32", torch.device("cpu")))
 
 
 def test_fine_tuning_may_set_the_balance_loss_of_a_loaded_model(world, run, tmp_path):

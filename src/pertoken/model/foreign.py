@@ -101,6 +101,11 @@ class ForeignLM(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
+    def num_active_parameters(self) -> int:
+        """Those that a token meets: all, in a dense model."""
+        return self.num_parameters
+
+    @property
     def layers(self) -> list[nn.Module]:
         """The decoder's blocks, for what treats them one by one: the longest list of modules there is."""
         lists = [list(module) for module in self.hf.base_model.modules() if isinstance(module, nn.ModuleList)]

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from pertoken.config import TrainConfig
 from pertoken.data.batch import MicroBatch, collate
 from pertoken.data.order import step_at, steps_per_epoch
 from pertoken.data.share import Share, share_of
+from pertoken.errors import RecipeError
 from pertoken.loss import LossOutput
 from pertoken.model.transformer import CausalLM
 from pertoken.prove.reference import reference_gradient
@@ -30,13 +31,24 @@ from pertoken.training.precision import Precision
 from pertoken.training.run import has_compiler
 from pertoken.training.step import TrainState, train_step
 
-__all__ = ["CLASSES", "EXACT", "Case", "gradient_of_step", "split_of_balance"]
+__all__ = [
+    "CLASSES",
+    "EXACT",
+    "Case",
+    "balance_loss_of",
+    "gradient_of_step",
+    "set_balance_loss",
+    "split_of_balance",
+]
 
 EXACT = (
     1e-10  # relative, in float64: a million times its rounding, a ten-millionth of the smallest mistake worth the name
 )
 _FLOAT32_FACTOR = 4.0  # a way may round four times as badly as the plain one does in the same precision
 _BF16_STEPS, _BF16_MEAN = 20, 1e-3  # nats
+# The same few samples over and over are learned fast, and a fast fall amplifies rounding: at 2e-5 a 30M model goes from
+# 8.9 to 3.0 nats in these steps, and its curves are 2e-3 nats apart by bfloat16 alone.
+_BF16_LR = 2e-6
 
 
 @dataclass
@@ -100,6 +112,18 @@ def gradient_of_step(
         state, micro_batches, num_tokens=num_tokens, num_routed=num_routed, lr=0.0, max_norm=0.0, on_gradients=keep
     )
     return Gradient(metrics.loss_sum / metrics.num_tokens, kept)
+
+
+def balance_loss_of(model: CausalLM) -> dict[str, Any]:
+    """What of a mixture's objective its saved configuration does not say; nothing for a dense model."""
+    config = model.config
+    return {"aux_loss": config.aux_loss, "aux_loss_coef": config.aux_loss_coef} if config.use_moe else {}
+
+
+def set_balance_loss(model: CausalLM, settings: dict[str, Any]) -> None:
+    """Give a model that was read back what `balance_loss_of` told."""
+    if settings:
+        model.config = model.config.model_copy(update=settings)
 
 
 def _exact(name: str, case: Case, share: Share, note: str = "", wrapped: nn.Module | None = None) -> Result:
@@ -237,7 +261,10 @@ def compiled(name: str, case: Case) -> Result:
     if not has_compiler():
         return Result(name, "float32", "skipped", note="no C++ compiler on this machine")
     model = copy.deepcopy(case.model).float()
-    model.compile_layers()
+    try:
+        model.compile_layers()
+    except RecipeError as refusal:  # not for a family that runs through transformers' own code
+        return Result(name, "float32", "skipped", note=str(refusal))
     return _in_float32(name, case, model, "layers fused by torch.compile")
 
 
@@ -273,7 +300,7 @@ def resume(name: str, case: Case) -> Result:
             Path(folder), step=2, model=model, tokenizer=case.tokenizer, eos_token_id=0, optimizer=optimizer, state={}
         )
         again = load_model(saved)
-        again.config = model.config
+        set_balance_loss(again, balance_loss_of(model))
         its_optimizer = build_adamw(again, **settings)  # type: ignore[arg-type]
         checkpoint = Checkpoint(saved)
         load_optimizer(checkpoint, again, its_optimizer)
@@ -290,19 +317,20 @@ def bfloat16(name: str, case: Case) -> Result:
     one = _curve(case, "bfloat16", case.share(token_budget=case.num_inputs))
     many = _curve(case, "bfloat16", case.split())
     difference = many - one
-    mean = float(difference.mean())
-    steps = np.arange(_BF16_STEPS) - (_BF16_STEPS - 1) / 2
-    slope = float(difference @ steps / (steps @ steps))
-    noise = float(np.std(difference - mean - slope * steps)) / float(np.sqrt(steps @ steps))
-    drift = slope * _BF16_STEPS
-    passed = abs(mean) < _BF16_MEAN and (abs(slope) < 3 * noise or abs(drift) < _BF16_MEAN)
-    note = f"mean difference of the loss {mean:+.1e} nats, drift {drift:+.1e}; bounds {_BF16_MEAN:g}, or 3 sigma"
-    verdict: Literal["passed", "failed"] = "passed" if passed else "failed"
-    return Result(name, "bfloat16", verdict, _BF16_MEAN, loss_difference=mean, note=note)
+    mean, drift = float(difference.mean()), float(np.polyfit(np.linspace(0, 1, _BF16_STEPS), difference, 1)[0])
+    passed = max(abs(mean), abs(drift)) < _BF16_MEAN
+    return Result(
+        name,
+        "bfloat16",
+        "passed" if passed else "failed",
+        _BF16_MEAN,
+        loss_difference=mean,
+        note=f"loss apart by {mean:+.1e} nats on average, by {drift:+.1e} more at the end; at most {_BF16_MEAN:g}",
+    )
 
 
 def _curve(case: Case, dtype: str, share: Share) -> np.ndarray:
-    """[steps] losses of training on the same samples over and over, as the recipe would."""
+    """[steps] losses of training on the same samples over and over, at `_BF16_LR` or the recipe's rate."""
     model = copy.deepcopy(case.model).float()
     precision = Precision(dtype, torch.device("cpu"))
     optimizer = build_adamw(model, weight_decay=case.train.weight_decay, betas=case.train.betas)
@@ -314,7 +342,7 @@ def _curve(case: Case, dtype: str, share: Share) -> np.ndarray:
             share.micro_batches,
             num_tokens=share.num_tokens,
             num_routed=share.num_routed,
-            lr=case.train.learning_rate or 0.0,
+            lr=min(case.train.learning_rate or 0.0, _BF16_LR),
             max_norm=case.train.grad_clip,
         )
         losses.append(metrics.loss_sum / metrics.num_tokens)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pertoken.data.batch import Sample
 from pertoken.model.folder import save_folder
+from pertoken.model.foreign import ForeignLM, quiet
 from pertoken.prove.classes import Case
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient, Result, compare
@@ -26,8 +27,6 @@ _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 def transformers_padded(name: str, case: Case) -> Result:
     """The class is read from the folder that we save, so the names and shapes in it are proved with it."""
     from transformers import AutoModelForCausalLM
-
-    from pertoken.model.foreign import quiet
 
     samples = [case.chosen.samples[i] for i in range(len(case.chosen.samples))]
     reference = case.reference
@@ -46,6 +45,8 @@ def transformers_padded(name: str, case: Case) -> Result:
         torch.autograd.backward(loss_sum / num_tokens)
         loss += float(loss_sum.detach()) / num_tokens
     gradients = _under_our_names({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    if isinstance(case.model, ForeignLM):  # which holds the model that this is a second copy of
+        gradients = {f"hf.{name}": gradient for name, gradient in gradients.items()}
     if case.aux_loss_coef:  # a router that sends every token to one expert has no gradient but the balance loss's
         gradients = {n: torch.zeros_like(g) for n, g in reference.gradients.items() if ".mlp.gate." in n} | gradients
     padding = 1 - sum(map(len, samples)) / sum(max(map(len, b)) * len(b) for b in (samples[::2], samples[1::2]))

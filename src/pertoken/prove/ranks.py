@@ -27,8 +27,7 @@ from pertoken.data.batch import MicroBatch, Sample, collate
 from pertoken.data.share import share_of
 from pertoken.model.folder import save_folder
 from pertoken.model.transformer import CausalLM
-from pertoken.model_config import ResolvedModelConfig
-from pertoken.prove.classes import EXACT, Case, gradient_of_step
+from pertoken.prove.classes import EXACT, Case, balance_loss_of, gradient_of_step, set_balance_loss
 from pertoken.prove.report import Comparison, Gradient, Result, compare
 from pertoken.prove.samples import InMemory
 from pertoken.training.checkpoint import load_model
@@ -68,7 +67,8 @@ def run_ranks(names: Sequence[str], case: Case) -> list[Result]:
         written = folder / "results.json"
         results = [Result(**values) for values in json.loads(written.read_text())] if written.exists() else []
     done = {result.name for result in results}
-    last_words = " ".join(next((text for text in said if text.strip()), "ended without a word").split()[-30:])
+    lines = (f"rank {rank}: {text.strip().splitlines()[-1]}" for rank, text in enumerate(said) if text.strip())
+    last_words = "; ".join(lines) or "the processes ended without a word"
     return results + [Result(n, "float64", "failed", EXACT, note=last_words) for n in names if n not in done]
 
 
@@ -82,7 +82,7 @@ def _write_job(folder: Path, names: Sequence[str], case: Case) -> None:
     np.savez(folder / "samples.npz", **arrays)
     job = {
         "classes": list(names),
-        "config": case.model.config.model_dump(),
+        "balance_loss": balance_loss_of(case.model),
         "loss": case.reference.loss,
         "samples": len(samples),
     }
@@ -109,10 +109,10 @@ def rank_main(folder: Path, rank: int) -> None:
         if rank < size:
             world = World(rank, size, rank, groups[size])
             model = load_model(folder / "model", dtype=torch.float64)
-            model.config = ResolvedModelConfig.model_validate(job["config"])
+            set_balance_loss(model, job["balance_loss"])
             results.append(_class(name, how, world, model, samples, reference))
-    if rank == 0:
-        (folder / "results.json").write_text(json.dumps([asdict(result) for result in results]))
+        if rank == 0:
+            (folder / "results.json").write_text(json.dumps([asdict(result) for result in results]))
     leave(World(rank, _MOST, rank))
     end_process(0)
 

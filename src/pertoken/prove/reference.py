@@ -74,6 +74,6 @@ def _balance(router_TE: Tensor, k: int) -> Tensor:
     total = probabilities.new_zeros(())
     chosen = probabilities.topk(k, dim=-1).indices
     for expert in range(experts):
-        share = (chosen == expert).sum() * experts / (k * tokens)
+        share = int((chosen == expert).sum()) * experts / (k * tokens)
         total = total + share * probabilities[:, expert].mean()
     return total

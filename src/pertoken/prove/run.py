@@ -62,7 +62,7 @@ def prove(
         try:
             add(work())
         except Exception as error:  # whatever a mistake leads to, it is this class that has it
-            add(Result(name, "", "failed", note=f"{type(error).__name__}: {error}"))
+            add(_raised(name, error))
 
     def add(result: Result) -> None:
         results.append(result)
@@ -80,7 +80,11 @@ def prove(
         run(name, lambda of_class=of_class, name=name: of_class(name, case))  # type: ignore[misc]
     run(_TRANSFORMERS, lambda: transformers_padded(_TRANSFORMERS, case))
     if ranks := [name for name in RANK_CLASSES if name in only]:
-        for result in run_ranks(ranks, case):
+        try:
+            of_ranks = run_ranks(ranks, case)
+        except Exception as error:
+            of_ranks = [_raised(name, error) for name in ranks]
+        for result in of_ranks:
             add(result)
     return Proof(
         results=tuple(results),
@@ -92,6 +96,10 @@ def prove(
         notes=(_PER_MICRO_BATCH,) if per_micro_batch else (),
         seconds=time.perf_counter() - started,
     )
+
+
+def _raised(name: str, error: Exception) -> Result:
+    return Result(name, "", "failed", note=f"{type(error).__name__}: {error}")
 
 
 _PER_MICRO_BATCH = (

@@ -1,0 +1,181 @@
+"""`pertoken prove` as its users see it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import mutants
+import pytest
+import torch
+from tiny import pertoken
+
+from pertoken import Recipe
+from pertoken.errors import RecipeError
+from pertoken.prove.report import Gradient, Result, compare
+from pertoken.prove.run import NAMES, prove
+from pertoken.prove.samples import choose
+from pertoken.training.run import prepare
+
+ROOT = Path(__file__).parents[2]
+MOE = {"model__use_moe": True, "model__num_experts": 4, "model__num_experts_per_tok": 2}
+IN_ONE_PROCESS = [name for name in NAMES if "ranks" not in name and name != "compiled"]
+
+
+# Both are of the compiler's own doing: what it imports, and that it looks at `.grad` of what it traces.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_every_class_passes_for_a_mixture_of_experts_and_the_table_says_so(world, tmp_path):
+    path = world.write_recipe(tmp_path / "run", **MOE)
+    code, out, err = pertoken("prove", path, "--json", tmp_path / "proof.json")
+    assert (code, err) == (0, ""), out
+    proof = json.loads((tmp_path / "proof.json").read_text())
+    assert proof["holds"] is True
+    names = [name for name in NAMES if name != "balance loss per micro-batch"]  # which this objective has not
+    assert [result["name"] for result in proof["results"]] == names
+    for result in proof["results"]:
+        assert result["verdict"] == "passed" or (result["name"], result["verdict"]) == ("compiled", "skipped"), result
+        assert any(line.startswith(result["name"]) and result["verdict"] in line for line in out.splitlines()), out
+    exact = [r for r in proof["results"] if r["dtype"] == "float64"]
+    assert len(exact) == 12
+    for result in exact:
+        assert result["gradient_error"] <= 1e-10
+        assert result["worst"].startswith("model.")
+    assert "every class passed" in out
+    assert 500 < proof["tokens"] < 700
+
+
+def test_a_balance_loss_of_micro_batches_is_said_to_depend_on_the_split(world, tmp_path):
+    path = world.write_recipe(tmp_path / "run", **MOE, model__aux_loss="micro_batch", model__aux_loss_coef=0.1)
+    names = ["accumulation", "balance loss per micro-batch"]
+    code, out, _ = pertoken("prove", path, *(x for name in names for x in ("--only", name)), "--json", tmp_path / "p")
+    assert code == 0
+    differing, accumulation = json.loads((tmp_path / "p").read_text())["results"]
+    assert (differing["verdict"], accumulation["verdict"]) == ("differs", "passed")
+    assert differing["gradient_error"] > 1e-3
+    assert 'model.aux_loss="micro_batch"' in out
+    assert "depends on the split" in out
+
+
+def test_a_failure_names_its_class_and_exits_with_1(world, tmp_path, monkeypatch):
+    mutants.mean_of_micro_batch_means(monkeypatch)
+    path = world.write_recipe(tmp_path / "run")
+    code, out, err = pertoken("prove", path, "--only", "accumulation", "--only", "one micro-batch")
+    assert code == 1
+    assert "FAILED" in out
+    assert err.startswith("error: the promise does not hold")
+    lines = {line.split("  ")[0]: line for line in out.splitlines()}
+    assert " failed " in lines["accumulation"]
+    assert " passed " in lines["one micro-batch"]  # with one, its mean is the step's
+
+
+def test_a_crash_inside_of_a_class_is_its_failure(world, tmp_path, monkeypatch):
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no kernel for this shape")
+
+    monkeypatch.setattr("pertoken.model.transformer.attention", broken)
+    monkeypatch.setattr("pertoken.prove.run.reference_gradient", lambda model, samples, aux_loss_coef: zeros(model))
+    proof = prove(world.recipe(tmp_path / "run"), only=["accumulation"])
+    (result,) = proof.results
+    assert result.verdict == "failed"
+    assert result.note == "RuntimeError: no kernel for this shape"
+
+
+def zeros(model: torch.nn.Module) -> Gradient:
+    return Gradient(1.0, {name: torch.ones_like(p) for name, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "acumulation"], "error: --only 'acumulation': no such class; there are every sample once an epoch"),
+        (["--tokens", "10"], "error: --tokens 10: must be at least 40"),
+        (["train.lr=1"], "error: train.lr: unknown key"),
+    ],
+)
+def test_wrong_arguments_are_refused(world, tmp_path, arguments, message):
+    code, _, err = pertoken("prove", world.write_recipe(tmp_path / "run"), *arguments)
+    assert code == 2
+    assert err.startswith(message)
+
+
+def test_pretraining_is_proved_too(tmp_path, text_file, bpe_folder):
+    recipe = Recipe.parse(
+        {
+            "stage": "pretrain",
+            "out_dir": str(tmp_path / "run"),
+            "model": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "family": "llama"},
+            "data": {"path": str(text_file), "tokenizer": str(bpe_folder), "max_seq_len": 32, "store": str(tmp_path)},
+            "train": {"dtype": "float32", "batch_size": 4},
+        }
+    )
+    only = [name for name in IN_ONE_PROCESS if name != "bfloat16, 20 steps"]
+    proof = prove(recipe, only=only, tokens=100)
+    assert [(r.name, r.note) for r in proof.results if r.verdict != "passed"] == []
+    assert len(proof.results) == len(only) - 1
+
+
+def test_a_family_of_transformers_own_is_proved_too(world, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=1024)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    recipe = world.recipe(tmp_path / "run", init_from=str(tmp_path / "gpt2"), model={})
+    names = ["accumulation", "one micro-batch", "float32", "resume in mid-epoch", "transformers, padded"]
+    proof = prove(recipe, only=[*names, "compiled", "DDP, 2 ranks", "FSDP2, 3 ranks"])
+    verdicts = {r.name: (r.verdict, r.note) for r in proof.results}
+    assert verdicts.pop("compiled")[0] == "skipped"
+    assert [name for name, (verdict, _) in verdicts.items() if verdict != "passed"] == [], verdicts
+
+
+def test_the_samples_are_the_first_steps_and_have_one_that_nobody_supervises(world, tmp_path):
+    store, _ = prepare(world.recipe(tmp_path / "run"))
+    chosen = choose(store, tokens=600, batch_size=16, seed=42)
+    from pertoken.data.order import step_at
+
+    first = step_at(1, num_samples=len(store), batch_size=16, seed=42).sample_ids.tolist()
+    assert set(chosen.ids) <= set(first)
+    assert len(chosen.ids) >= 5
+    assert chosen.samples.num_tokens.tolist()[-1] == 0
+    assert all(n > 0 for n in chosen.samples.num_tokens[:-1])
+    assert len(set(chosen.samples.num_tokens.tolist())) > 3  # skewed
+
+
+def test_errors_are_measured_by_parameter():
+    reference = Gradient(
+        2.0, {"big": torch.tensor([100.0, 1.0]), "small": torch.tensor([1e-6]), "none": torch.zeros(1)}
+    )
+    dead = Gradient(2.0, {"big": torch.tensor([100.0, 1.0]), "small": torch.zeros(1), "none": torch.zeros(1)})
+    found = compare(dead, reference)
+    assert (found.gradient_error, found.worst) == (1.0, "small")
+    assert found.norm_ratio == pytest.approx(1.0)
+    missing = Gradient(2.0, {"big": reference.gradients["big"], "none": torch.zeros(1)})
+    assert compare(missing, reference).gradient_error == math.inf
+    grown = Gradient(2.0, reference.gradients | {"none": torch.tensor([1.0])})
+    assert compare(grown, reference) == compare(grown, reference)
+    assert compare(grown, reference).gradient_error == pytest.approx(0.01)
+    broken = Gradient(math.nan, reference.gradients | {"small": torch.tensor([math.nan])})
+    assert Result.judge("x", "float64", 1e-10, compare(broken, reference)).verdict == "failed"
+
+
+def test_a_loss_or_norm_alone_that_is_off_fails():
+    gradients = {"w": torch.tensor([1.0, 2.0])}
+    reference = Gradient(2.0, gradients)
+    assert Result.judge("x", "float64", 1e-10, compare(Gradient(2.1, gradients), reference)).verdict == "failed"
+    assert Result.judge("x", "float64", 1e-10, compare(Gradient(2.0, gradients), reference)).verdict == "passed"
+
+
+def test_unknown_classes_raise(world, tmp_path):
+    with pytest.raises(RecipeError, match="no such class"):
+        prove(world.recipe(tmp_path / "run"), only=["nonsense"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["gsm8k-30m", "gsm8k-moe"])
+def test_the_recipes_pass_in_two_minutes(shared_data, tmp_path, monkeypatch, recipe):
+    monkeypatch.chdir(ROOT)
+    proof = prove(Recipe.load(ROOT / "recipes" / f"{recipe}.toml"))
+    assert [r for r in proof.results if r.verdict != "passed"] == []
+    assert proof.seconds < 120
