@@ -214,7 +214,7 @@ def show_proof(console: Console, proof: Proof) -> None:
         f"{proof.model}; {proof.tokens:,} tokens, {proof.supervised:,} supervised, of {', '.join(proof.samples)}{cut}",
         "gradient: max |g - reference| / max |reference|, of the worst parameter. The reference: one sample at a time,",
         "all logits, float64. Bounds: float64 1e-10; float32 four times the reference's own error in float32;",
-        "bfloat16 a loss apart by less than 1e-3 nats, on average over 20 steps and by its trend.",
+        "bfloat16 a loss apart by less than 1e-3 nats on average over the first 20 steps, and no trend.",
         *proof.notes,
         f"{'every class passed' if proof.holds else 'FAILED'}, {duration(proof.seconds)}",
     ]

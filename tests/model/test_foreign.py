@@ -128,7 +128,10 @@ REFUSED = {
         {**{k: v for k, v in SIZES.items() if k != "head_dim"}, "logits_scaling": 8.0},
         "logits_scaling=8.0",
     ),
-    "Mixtral": ({**SIZES, "num_local_experts": 2, "sliding_window": 64}, "a mixture of experts"),  # covered without windows
+    "Mixtral": (
+        {**SIZES, "num_local_experts": 2, "sliding_window": 64},
+        "a mixture of experts",
+    ),  # covered without windows
     "Gemma3Text": ({**SIZES, "use_bidirectional_attention": True}, "depend on the tokens after it"),
 }
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -103,14 +104,17 @@ def rank_main(folder: Path, rank: int) -> None:
         timeout=timedelta(seconds=_TIMEOUT_S),
     )
     groups = {size: dist.new_group(list(range(size))) for size in range(2, _MOST + 1)}
-    results = []
+    results: list[Result] = []
     for name in job["classes"]:
         how, size = RANK_CLASSES[name]
         if rank < size:
             world = World(rank, size, rank, groups[size])
             model = load_model(folder / "model", dtype=torch.float64)
             set_balance_loss(model, job["balance_loss"])
-            results.append(_class(name, how, world, model, samples, reference))
+            result = _class(name, how, world, model, samples, reference)
+            results += [result] if result is not None else []
+            del model
+            gc.collect()  # DDP and its model hold each other
         if rank == 0:
             (folder / "results.json").write_text(json.dumps([asdict(result) for result in results]))
     leave(World(rank, _MOST, rank))
@@ -119,8 +123,8 @@ def rank_main(folder: Path, rank: int) -> None:
 
 def _class(
     name: str, how: Literal["ddp", "fsdp"], world: World, model: CausalLM, samples: InMemory, reference: Gradient
-) -> Result:
-    """Dealt by the plan, and dealt as unevenly as can be; the worse of the two."""
+) -> Result | None:
+    """Dealt by the plan, and dealt as unevenly as can be; the worse of the two. None but on rank 0."""
     device = torch.device("cpu")
     wrapped = parallelise(model, how, world, device=device, layers=model.layers)
     shares = [
@@ -144,7 +148,10 @@ def _class(
             world=world,
             wrapped=wrapped,
         )
-        found.append(compare(got, reference))
+        if world.is_main:
+            found.append(compare(got, reference))
+    if not world.is_main:
+        return None
     worse = max(found, key=lambda c: c.gradient_error)
     return Result.judge(name, "float64", EXACT, worse, "a rank without a supervised token; empty micro-batches")
 

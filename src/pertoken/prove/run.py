@@ -13,6 +13,7 @@ from pertoken.errors import RecipeError
 from pertoken.model.transformer import CausalLM
 from pertoken.prove.checks import every_sample_once, who_is_supervised
 from pertoken.prove.classes import CLASSES, Case, split_of_balance
+from pertoken.prove.drift import STEPS, bfloat16
 from pertoken.prove.other import transformers_padded
 from pertoken.prove.ranks import RANK_CLASSES, run_ranks
 from pertoken.prove.reference import reference_gradient
@@ -26,8 +27,9 @@ from pertoken.training.run import build_model, load_data
 __all__ = ["NAMES", "prove"]
 
 _EPOCH, _SUPERVISED = "every sample once an epoch", "who is supervised"
-_TRANSFORMERS, _BALANCE = "transformers, padded", "balance loss per micro-batch"
-NAMES = (_EPOCH, _SUPERVISED, *CLASSES, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
+_TRANSFORMERS, _BFLOAT16 = "transformers, padded", f"bfloat16, {STEPS} steps"
+_BALANCE = "balance loss per micro-batch"
+NAMES = (_EPOCH, _SUPERVISED, *CLASSES, _BFLOAT16, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
 _LEAST_TOKENS = 40
 
 
@@ -52,7 +54,10 @@ def prove(
     started = time.perf_counter()
     data = load_data(recipe, listener or Listener(), World())
     model = build_model(recipe, data, None, Precision("float32", torch.device("cpu")), for_training=False)
-    chosen = choose(data.train, tokens=tokens, batch_size=recipe.train.batch_size, seed=recipe.train.seed)
+    chosen, *later = (
+        choose(data.train, tokens=tokens, batch_size=recipe.train.batch_size, seed=recipe.train.seed, step=step)
+        for step in range(1, STEPS + 2)
+    )
     samples = [chosen.samples[i] for i in range(len(chosen.samples))]
     results: list[Result] = []
 
@@ -75,9 +80,10 @@ def prove(
         run(_BALANCE, lambda: split_of_balance(_BALANCE, copy.deepcopy(model).double(), chosen))
         # What depends on the split by its definition is left out of what must not.
         model.config = model.config.model_copy(update={"aux_loss": "none"})
-    case = _case(recipe, model, chosen, data.tokenizer)
+    case = _case(recipe, model, chosen, later, data.tokenizer)
     for name, of_class in CLASSES.items():
         run(name, lambda of_class=of_class, name=name: of_class(name, case))  # type: ignore[misc]
+    run(_BFLOAT16, lambda: bfloat16(_BFLOAT16, case))
     run(_TRANSFORMERS, lambda: transformers_padded(_TRANSFORMERS, case))
     if ranks := [name for name in RANK_CLASSES if name in only]:
         try:
@@ -108,7 +114,7 @@ _PER_MICRO_BATCH = (
 )
 
 
-def _case(recipe: Recipe, model: CausalLM, chosen: Chosen, tokenizer: object) -> Case:
+def _case(recipe: Recipe, model: CausalLM, chosen: Chosen, later: Sequence[Chosen], tokenizer: object) -> Case:
     """The reference in float64, and how far the same plain computation is off in float32."""
     samples = [chosen.samples[i] for i in range(len(chosen.samples))]
     config = model.config
@@ -119,6 +125,7 @@ def _case(recipe: Recipe, model: CausalLM, chosen: Chosen, tokenizer: object) ->
     return Case(
         model=model,
         chosen=chosen,
+        later=tuple(other.samples for other in later),
         aux_loss_coef=coefficient,
         train=recipe.train,
         tokenizer=tokenizer,

@@ -46,14 +46,15 @@ class Chosen:
         return len(self.samples) - 1
 
 
-def choose(store: Store, *, tokens: int, batch_size: int, seed: int) -> Chosen:
-    """About `tokens` inputs of the first step's shortest samples, at least five where the store has them.
+def choose(store: Store, *, tokens: int, batch_size: int, seed: int, step: int = 1) -> Chosen:
+    """About `tokens` inputs of the shortest samples of step `step`, at least five where the store has them.
 
     Longer ones are cut around their first supervised token, for a piece of a sequence is a sequence.
     """
     ids: list[int] = []
-    for step in range(1, steps_per_epoch(len(store), batch_size) + 1):
-        ids += step_at(step, num_samples=len(store), batch_size=batch_size, seed=seed).sample_ids.tolist()
+    for number in range(step, step + steps_per_epoch(len(store), batch_size)):
+        drawn = step_at(number, num_samples=len(store), batch_size=batch_size, seed=seed).sample_ids
+        ids += [int(i) for i in drawn if i not in ids]
         if len(ids) >= _PIECES:
             break
     ids.sort(key=lambda i: (int(store.lengths[i]), i))
