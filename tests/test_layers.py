@@ -20,7 +20,7 @@ LAYERS = [
     {"training"},
     {"adapters", "prove", "generate", "inspection", "chatting", "trigram"},
     {"console", "demo"},
-    {"cli", "__main__"},
+    {"cli", "cli_talk", "__main__"},
 ]
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")  # which re-exports, lazily
 

@@ -244,6 +244,58 @@ def wait_for_rows(path: Path, count: int) -> None:
         time.sleep(0.1)
 
 
+OVERFLOW = """
+import sys
+import torch
+import torch.distributed as dist
+from pertoken.config import ModelConfig
+from pertoken.data.batch import MicroBatch, collate
+from pertoken.model.transformer import CausalLM
+from pertoken.training.optim import build_adamw
+from pertoken.training.parallel import end_process, join_world, parallelise, whole
+from pertoken.training.precision import Precision
+from pertoken.training.step import TrainState, train_step
+
+with join_world("cpu") as world:
+    config = ModelConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).resolve(64)
+    model = CausalLM(config)
+    precision = Precision("float16", torch.device("cpu"))
+    wrapped = parallelise(model, sys.argv[1], world, device=precision.device, layers=model.layers)
+    state = TrainState(wrapped, build_adamw(model, weight_decay=0.1, betas=(0.9, 0.95)), precision.new_scaler(),
+                       precision, world)
+    unscale = state.scaler.unscale_
+    def overflow(optimizer):
+        if world.rank == 1:  # in this rank's part of the gradient alone
+            gradient = model.model.layers[0].mlp.up_proj.weight.grad
+            getattr(gradient, "_local_tensor", gradient)[0, 0] = float("inf")
+        unscale(optimizer)
+    ids = torch.arange(9) + world.rank
+    batch = MicroBatch(ids[:-1], ids[1:], torch.ones(8, dtype=torch.bool), torch.arange(8),
+                       torch.tensor([0, 8], dtype=torch.int32), (8,))
+    seen = []
+    for step in range(3):
+        state.scaler.unscale_ = overflow if step == 1 and sys.argv[1] == "fsdp" else unscale
+        metrics = train_step(state, [batch], num_tokens=16.0, num_routed=16.0, lr=1e-3, max_norm=1.0)
+        total = float(sum(whole(p.detach()).double().sum() for p in model.parameters()))
+        seen.append((metrics.skipped, state.scaler.get_scale(), total))
+    everyone = world.gather(seen)
+    assert everyone[0] == everyone[1], everyone
+    skipped, scales, totals = zip(*everyone[0])
+    if sys.argv[1] == "fsdp":
+        assert skipped == (False, True, False), skipped
+        assert scales == (65536.0, 32768.0, 32768.0), scales
+        assert totals[1] == totals[0] != totals[2], totals
+end_process(0)
+"""
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_an_overflow_in_one_ranks_shard_halves_the_scale_on_all(tmp_path, how):
+    (tmp_path / "overflow.py").write_text(OVERFLOW)
+    done = run_ranks(2, tmp_path / "overflow.py", how)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -134,7 +134,8 @@ def _exact(name: str, case: Case, share: Share, note: str = "", wrapped: nn.Modu
         precision=Precision("float64", torch.device("cpu")),
         wrapped=wrapped,
     )
-    note = note or f"{len(share.micro_batches)} micro-batches"
+    count = len(share.micro_batches)
+    note = note or (f"{count} micro-batches" if count > 1 else "all samples in one")
     return Result.judge(name, "float64", EXACT, compare(got, case.reference), note)
 
 

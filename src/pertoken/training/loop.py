@@ -39,14 +39,20 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request while inside; a second one stops at once."""
+def stop_on_signals(*, echo_s: float = 0.0) -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a request while inside; a second one, more than `echo_s` later, stops at once.
+
+    torchrun passes on to its processes what they have had from the terminal already.
+    """
     stop = StopRequest()
+    first = 0.0
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.signal_number is not None:
+        nonlocal first
+        if stop.signal_number is None:
+            stop.signal_number, first = number, time.monotonic()
+        elif time.monotonic() - first >= echo_s:
             raise KeyboardInterrupt
-        stop.signal_number = number
 
     try:
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

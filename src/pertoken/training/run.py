@@ -107,7 +107,7 @@ def _train(recipe: Recipe, world: World, listener: Listener, *, resume: bool, ov
     run = _assemble(recipe, data, model, checkpoint, total_steps, precision, world, listener)
     try:
         listener.started(run.summary)
-        with stop_on_signals() as stop:
+        with stop_on_signals(echo_s=5.0 if world.size > 1 else 0.0) as stop:
             fit(run, stop)
     finally:
         if run.metrics is not None:
