@@ -80,11 +80,7 @@ class TrainState:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-        before = self.scaler.state_dict()
         self.scaler.update()
-        if not finite:  # a rank has seen its own shard of the gradient only, and the scale must be the same on all
-            backed_off = {"scale": before["scale"] * before["backoff_factor"], "_growth_tracker": 0}
-            self.scaler.load_state_dict(before | backed_off)
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm, not finite
 
