@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,9 @@ __all__ = [
     "split_of_balance",
 ]
 
-EXACT = (
-    1e-10  # relative, in float64: a million times its rounding, a ten-millionth of the smallest mistake worth the name
-)
+# Relative, in float64: a million times its rounding, and a ten-millionth of the smallest mistake worth the name.
+EXACT = 1e-10
+_FLOAT64 = Precision("float64", torch.device("cpu"))
 _FLOAT32_FACTOR = 4.0  # a way may round four times as badly as the plain one does in the same precision
 
 
@@ -82,17 +82,15 @@ class Case:
 
 def gradient_of_step(
     model: CausalLM,
-    micro_batches: Sequence[MicroBatch],
+    share: Share,
     *,
-    num_tokens: float,
-    num_routed: float,
     precision: Precision,
     world: World | None = None,
     wrapped: nn.Module | None = None,
 ) -> Gradient:
     """What `train_step` would update by (on rank 0 of several). `model` holds the parameters, `wrapped` is called."""
     vocab_size = model.config.vocab_size
-    for micro_batch in micro_batches:
+    for micro_batch in share.micro_batches:
         labels = micro_batch.labels
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
             raise ValueError(f"labels {int(labels.min())} to {int(labels.max())}: not all are tokens")
@@ -108,7 +106,13 @@ def gradient_of_step(
                     kept[name] = gradient.clone()
 
     metrics = train_step(
-        state, micro_batches, num_tokens=num_tokens, num_routed=num_routed, lr=0.0, max_norm=0.0, on_gradients=keep
+        state,
+        share.micro_batches,
+        num_tokens=share.num_tokens,
+        num_routed=share.num_routed,
+        lr=0.0,
+        max_norm=0.0,
+        on_gradients=keep,
     )
     return Gradient(metrics.loss_sum / metrics.num_tokens, kept)
 
@@ -126,14 +130,7 @@ def set_balance_loss(model: CausalLM, settings: dict[str, Any]) -> None:
 
 
 def _exact(name: str, case: Case, share: Share, note: str = "", wrapped: nn.Module | None = None) -> Result:
-    got = gradient_of_step(
-        case.model,
-        share.micro_batches,
-        num_tokens=share.num_tokens,
-        num_routed=share.num_routed,
-        precision=Precision("float64", torch.device("cpu")),
-        wrapped=wrapped,
-    )
+    got = gradient_of_step(case.model, share, precision=_FLOAT64, wrapped=wrapped)
     count = len(share.micro_batches)
     note = note or (f"{count} micro-batches" if count > 1 else "all samples in one")
     return Result.judge(name, "float64", EXACT, compare(got, case.reference), note)
@@ -198,13 +195,7 @@ def short_last_step(name: str, case: Case) -> Result:
     left = sorted(set(range(count)) - {int(i) for ids in drawn[:-1] for i in ids})
     reference = reference_gradient(case.model, [case.chosen.samples[i] for i in left], aux_loss_coef=case.aux_loss_coef)
     share = case.share(token_budget=case.num_inputs, ids=drawn[-1])
-    got = gradient_of_step(
-        case.model,
-        share.micro_batches,
-        num_tokens=share.num_tokens,
-        num_routed=share.num_routed,
-        precision=Precision("float64", torch.device("cpu")),
-    )
+    got = gradient_of_step(case.model, share, precision=_FLOAT64)
     note = f"{len(drawn[-1])} of {batch_size} samples"
     return Result.judge(name, "float64", EXACT, compare(got, reference), note)
 
@@ -216,7 +207,7 @@ def clipping(name: str, case: Case) -> Result:
     max_norm = norm / 2
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     optimizer = torch.optim.SGD(case.model.parameters(), lr=learning_rate)
-    state = TrainState(case.model, optimizer, scaler, Precision("float64", torch.device("cpu")))
+    state = TrainState(case.model, optimizer, scaler, _FLOAT64)
     before = {name: p.detach().clone() for name, p in case.model.named_parameters()}
     share = case.split()
     metrics = train_step(
@@ -241,13 +232,7 @@ def clipping(name: str, case: Case) -> Result:
 
 def _in_float32(name: str, case: Case, model: CausalLM, note: str) -> Result:
     share = case.split()
-    got = gradient_of_step(
-        model,
-        share.micro_batches,
-        num_tokens=share.num_tokens,
-        num_routed=share.num_routed,
-        precision=Precision("float32", torch.device("cpu")),
-    )
+    got = gradient_of_step(model, share, precision=Precision("float32", torch.device("cpu")))
     return Result.judge(name, "float32", case.float32_tolerance, compare(got, case.reference), note)
 
 
@@ -318,15 +303,7 @@ def split_of_balance(name: str, model: CausalLM, chosen: Chosen) -> Result:
     found = []
     for token_budget in (int(samples.lengths.sum()), 1):
         share = share_of(samples, ids, token_budget=token_budget)
-        found.append(
-            gradient_of_step(
-                model,
-                share.micro_batches,
-                num_tokens=share.num_tokens,
-                num_routed=share.num_routed,
-                precision=Precision("float64", torch.device("cpu")),
-            )
-        )
+        found.append(gradient_of_step(model, share, precision=_FLOAT64))
     result = Result.judge(name, "float64", EXACT, compare(found[1], found[0]), "one micro-batch against many")
     return dataclasses.replace(result, verdict="differs") if result.verdict == "failed" else result
 

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from pertoken.data.batch import MicroBatch, Sample, collate
-from pertoken.data.share import share_of
+from pertoken.data.batch import Sample, collate
+from pertoken.data.share import Share, share_of
 from pertoken.model.folder import save_folder
 from pertoken.model.transformer import CausalLM
 from pertoken.prove.classes import EXACT, Case, balance_loss_of, gradient_of_step, set_balance_loss
@@ -95,7 +95,7 @@ def rank_main(folder: Path, rank: int) -> None:
     job = json.loads((folder / "job.json").read_text())
     with np.load(folder / "samples.npz") as arrays:
         samples = InMemory([Sample(arrays[f"tokens{i}"], arrays[f"mask{i}"]) for i in range(job["samples"])])
-    reference = Gradient(job["loss"], load_file(folder / "reference.safetensors"))
+    reference = Gradient(job["loss"], load_file(folder / "reference.safetensors") if rank == 0 else {})
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'rendezvous'}",
@@ -134,29 +134,28 @@ def _class(
             token_budget=int(samples.lengths.max()),
             rank=world.rank,
             world_size=world.size,
-        ).micro_batches,
+        ),
         _unevenly(samples, world),
     ]
     found: list[Comparison] = []
-    for micro_batches in shares:
+    for share in shares:
         got = gradient_of_step(
             model,
-            micro_batches,
-            num_tokens=float(samples.num_tokens.sum()),
-            num_routed=float(samples.lengths.sum()),
+            share,
             precision=Precision("float64", device),
             world=world,
             wrapped=wrapped,
         )
         if world.is_main:
             found.append(compare(got, reference))
+        del got  # a whole gradient
     if not world.is_main:
         return None
     worse = max(found, key=lambda c: c.gradient_error)
     return Result.judge(name, "float64", EXACT, worse, "a rank without a supervised token; empty micro-batches")
 
 
-def _unevenly(samples: InMemory, world: World) -> tuple[MicroBatch, ...]:
+def _unevenly(samples: InMemory, world: World) -> Share:
     """The last rank gets the sample that nobody supervises, the one before it (of three) one more, rank 0 the others.
 
     Two micro-batches each, of which all but rank 0's second are empty.
@@ -168,7 +167,12 @@ def _unevenly(samples: InMemory, world: World) -> tuple[MicroBatch, ...]:
         parts = [mine[:1], mine[1:]]
     else:
         parts = [mine, []]
-    return tuple(collate([samples[i] for i in part]) for part in parts)
+    return Share(
+        micro_batches=tuple(collate([samples[i] for i in part]) for part in parts),
+        sample_ids=tuple(np.array(part, dtype=np.int64) for part in parts),
+        num_tokens=float(samples.num_tokens.sum()),
+        num_routed=float(samples.lengths.sum()),
+    )
 
 
 if __name__ == "__main__":
