@@ -17,6 +17,7 @@ weight_decay = {weight_decay}
 grad_clip = 1.0                 # 0: no clipping
 dtype = "bfloat16"              # float32 | bfloat16 | float16 | float64; weights and optimiser stay float32
 device = "auto"                 # cpu | cuda
+parallel = "ddp"                # ddp | fsdp: how several processes share the work (torchrun --nproc-per-node N ...)
 seed = 42
 # eval_interval = 200           # steps; left out: at the end of every epoch
 
@@ -39,6 +40,9 @@ num_attention_heads = 8
 num_key_value_heads = 4
 intermediate_size = 1664
 tie_word_embeddings = true
+# use_moe = true                # a mixture of experts:
+# num_experts = 4
+# num_experts_per_tok = 1
 """
 
 STARTERS = {

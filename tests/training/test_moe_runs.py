@@ -63,6 +63,16 @@ def test_generation_with_a_cache_equals_generation_without(run):
     assert len(with_cache) == 12
 
 
+def test_the_rows_say_how_the_experts_are_used(run):
+    for row in rows_of(run):
+        assert len(row["expert_load"]) == len(row["expert_max_share"]) == 4
+        assert sum(row["expert_load"]) == pytest.approx(1, abs=1e-4)
+        assert row["max_expert_share"] == pytest.approx(max(row["expert_max_share"]), abs=1e-5)
+        assert all(most >= mean for most, mean in zip(row["expert_max_share"], row["expert_load"], strict=True))
+        assert 1.9 < row["aux_loss"] < 8  # two layers: 2 when balanced, 8 if one expert had all
+    assert len({row["aux_loss"] for row in rows_of(run)}) > 1
+
+
 def test_both_exports_compute_the_same(run, tmp_path):
     for format_, out in (("hf", tmp_path / "hf"), ("minimind", tmp_path / "moe.pth")):
         code, _, err = pertoken("export", run, "--format", format_, "--dtype", "float32", "--out", out)

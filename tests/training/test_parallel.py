@@ -26,6 +26,9 @@ HOW = ("ddp", "fsdp")
 ONE_LEFT = {"train__batch_size": 50, "train__max_steps": 6}  # 101 samples: the last step of an epoch has one
 
 
+EXPERTS = {"model__use_moe": True, "model__aux_loss_coef": 0.1, "train__max_steps": 14}
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -58,6 +61,7 @@ def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     train(recipe_of(world, folder / "alone"))
     train(recipe_of(world, folder / "alone-idle", **ONE_LEFT))
+    train(recipe_of(world, folder / "experts", **EXPERTS))
     for ranks in (2, 3):
         jobs = []
         for how in HOW:
@@ -66,6 +70,7 @@ def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
             part = folder / f"{name}-part"
             jobs.append((recipe_of(world, part, train__parallel=how, train__max_steps=STOP_AT), False))
             jobs.append((recipe_of(world, folder / f"{name}-idle", train__parallel=how, **ONE_LEFT), False))
+        jobs.append((recipe_of(world, folder / f"experts{ranks}", **EXPERTS), False))
         run_jobs(ranks, folder, jobs)
     return folder
 
@@ -117,6 +122,14 @@ def test_a_rank_without_a_sample_takes_part(runs, how, ranks):
     for x, y in zip(rows_of(runs / "alone-idle"), rows_of(runs / name), strict=True):
         assert x["samples"] == (1 if x["step"] % 3 == 0 else 50)
         assert (y["loss"], y["grad_norm"]) == pytest.approx((x["loss"], x["grad_norm"]), rel=1e-5), x["step"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_mixtures_balance_and_load_are_sums_over_ranks(runs, ranks):
+    for x, y in zip(rows_of(runs / "experts"), rows_of(runs / f"experts{ranks}"), strict=True):
+        for key in ("loss", "grad_norm", "aux_loss", "max_expert_share"):
+            assert y[key] == pytest.approx(x[key], rel=1e-5), (x["step"], key)
+        assert y["expert_load"] == pytest.approx(x["expert_load"], abs=2e-5)
 
 
 def read_lists(path: Path) -> list[list[int]]:
