@@ -131,7 +131,7 @@ def leave(world: World) -> None:
 def end_process(code: int) -> NoReturn:
     """End this rank, with what it has said flushed and nothing else done.
 
-    About one in thirty interpreters that had used gloo on three ranks aborted on their way out, after all was done and
+    Of about fifty worlds of three gloo ranks, four had one interpreter that aborted on its way out, after all was done and
     the process group destroyed ("terminate called without an active exception", no Python frame), and torchrun then
     calls the run failed.
     """
