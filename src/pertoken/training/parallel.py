@@ -131,8 +131,8 @@ def leave(world: World) -> None:
 def end_process(code: int) -> NoReturn:
     """End this rank, with what it has said flushed and nothing else done.
 
-    Of about fifty worlds of three gloo ranks, four had one interpreter that aborted on its way out, after all was done and
-    the process group destroyed ("terminate called without an active exception", no Python frame), and torchrun then
+    Of about fifty worlds of three gloo ranks, four had one interpreter that aborted on its way out, after all was done
+    and the process group destroyed ("terminate called without an active exception", no Python frame); torchrun then
     calls the run failed.
     """
     sys.stdout.flush()
