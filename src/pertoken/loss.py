@@ -13,9 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LossOutput", "linear_cross_entropy"]
+from pertoken.kernels.build import CompilerError
+from pertoken.kernels.ops import Kernels
 
-_CHUNK_BYTES = 32 * 2**20  # of logits in float32
+__all__ = ["LossOutput", "TiedGradient", "linear_cross_entropy"]
+
+_CHUNK_BYTES = 32 * 2**20  # of logits in float32; by the kernels, in the dtype of activations
+_VOCAB_BLOCK = 8192  # of the weight's gradient at a time, by the kernels
 _MIN_CHUNK_ROWS = 512  # fewer add up the weight's gradient, [V, D], too often
 # float16 flushes probabilities below 6e-8; boosted by this the gradient keeps them, and stays far from 65,504.
 _FP16_BOOST = 2.0**8
@@ -40,13 +44,24 @@ class LossOutput:
         return objective if self.aux_sum is None else objective + self.aux_sum / num_routed
 
 
+@dataclass
+class TiedGradient:
+    """Brings the head's gradient of a tied embedding to where the embedding's own is added, in the same buffer.
+
+    Two gradients of [V, D] and the pass to add them are saved. The embedding's backward always comes after the head's.
+    """
+
+    of_head: Tensor | None = None  # [V, D]
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     loss_mask: Tensor,
     *,
-    impl: Literal["auto", "chunked", "reference"] = "auto",
+    impl: Literal["auto", "native", "chunked", "reference"] = "auto",
+    tied: TiedGradient | None = None,
 ) -> LossOutput:
     """Sum of negative log-likelihoods in nats over the supervised tokens, and their number.
 
@@ -60,7 +75,9 @@ def linear_cross_entropy(
     active, in `hidden`'s otherwise; soft-max, sums and the accumulation of the weight's gradient in at least float32
     (float64 for float64). No supervised token: sum 0, count 0, zero gradients.
 
-    `impl="reference"` is the plain code above, logits and all; `"auto"` and `"chunked"` hold at most one chunk of them.
+    `impl="reference"` is the plain code above, logits and all; `"chunked"` holds at most one chunk of them; `"native"`
+    too, through kernels compiled for this processor (bfloat16 and float32 on a CPU; raises CompilerError where they cannot
+    be compiled); `"auto"` is native where that can be. With `tied` the weight's gradient goes there and not to autograd.
     A label outside [0, V) at a supervised position is an error (IndexError or RuntimeError; a device assert on CUDA).
     """
     if loss_mask.dtype == torch.bool:
@@ -76,7 +93,8 @@ def linear_cross_entropy(
         weights = None if loss_mask.dtype == torch.bool else loss_mask
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        loss_sum = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype)  # type: ignore[no-untyped-call]
+        kernels = None if impl == "chunked" else _kernels(hidden.device.type, dtype, required=impl == "native")
+        loss_sum = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype, kernels, tied)  # type: ignore[no-untyped-call]
     return LossOutput(loss_sum, num_tokens, {"loss": (loss_sum.detach(), num_tokens)})
 
 
@@ -88,6 +106,18 @@ def _reference(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor
     return torch.where(loss_mask != 0, nll * loss_mask, 0).sum()
 
 
+def _kernels(device: str, dtype: torch.dtype, *, required: bool) -> Kernels | None:
+    if device != "cpu" or dtype not in (torch.bfloat16, torch.float32):
+        assert not required, (device, dtype)
+        return None
+    try:
+        return Kernels(dtype)
+    except CompilerError:
+        if required:
+            raise
+        return None
+
+
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -97,24 +127,34 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        dtype: torch.dtype,
+        kernels: Kernels | None,
+        tied: TiedGradient | None,
     ) -> Tensor:
+        ctx.tied = tied
         device = hidden.device.type
         with torch.autocast(device, enabled=False):
+            if kernels is not None:
+                return _native_forward(ctx, hidden, weight, labels, weights, kernels)
             return _forward(ctx, hidden, weight, labels, weights, dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad_outputs[0] / ctx.boost
         d_hidden, d_weight = ctx.saved_tensors
         # Scaled in the wide type first: a float16 gradient overflows only where its true, scaled value does.
-        return (
-            None if d_hidden is None else (d_hidden.to(grad.dtype) * grad).to(ctx.hidden_dtype),
-            None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-        )
+        if d_hidden is not None:
+            d_hidden = (d_hidden.to(grad.dtype) * grad).to(ctx.hidden_dtype)
+        if d_weight is not None:
+            d_weight = d_weight.mul_(grad).to(ctx.weight_dtype)  # in place: as large as the vocabulary
+        if ctx.tied is not None:
+            ctx.tied.of_head, d_weight = d_weight, None
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 def _forward(
@@ -150,4 +190,41 @@ def _forward(
             d_weight += torch.mm(d_low_CV.t(), x_CD)
     ctx.save_for_backward(d_hidden, d_weight)
     ctx.boost, ctx.hidden_dtype, ctx.weight_dtype = boost, hidden.dtype, weight.dtype
+    return loss_sum
+
+
+def _native_forward(
+    ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, kernels: Kernels
+) -> Tensor:
+    """What `_forward` does, through the kernels: logits become their own gradient in place, in two passes over them."""
+    dtype = kernels.dtype
+    num_rows, vocab_size = len(labels), weight.shape[0]
+    if num_rows and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
+        raise IndexError(f"labels from {int(labels.min())} to {int(labels.max())}: the vocabulary has {vocab_size}")
+    x_ND, w_VD = hidden.detach().to(dtype), weight.detach().to(dtype)
+    needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+    d_hidden = torch.empty_like(x_ND) if needs_hidden else None
+    d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+    weights = None if weights is None else weights.float().contiguous()
+    loss_sum = torch.zeros((), dtype=torch.float32)
+    # Every chunk but the first adds to the weight's gradient, so chunks may be half as large as that.
+    chunk_bytes = max(_CHUNK_BYTES, 2 * weight.numel())
+    chunk = max(1, chunk_bytes // (vocab_size * dtype.itemsize))
+    for start in range(0, num_rows, chunk):
+        rows = slice(start, min(start + chunk, num_rows))
+        x_CD, scale_C = x_ND[rows], None if weights is None else weights[rows]
+        logits_CV = torch.mm(x_CD, w_VD.t())
+        nll_C = kernels.cross_entropy(
+            logits_CV, labels[rows].contiguous(), scale_C, boost=1.0, gradient=needs_hidden or needs_weight
+        )
+        loss_sum += nll_C.sum() if scale_C is None else (nll_C * scale_C).sum()
+        if d_hidden is not None:
+            torch.mm(logits_CV, w_VD, out=d_hidden[rows])
+        if d_weight is not None:
+            x_DC = x_CD.t().contiguous()
+            for at in range(0, vocab_size, _VOCAB_BLOCK):
+                block = slice(at, at + _VOCAB_BLOCK)
+                kernels.widen_transposed(torch.mm(x_DC, logits_CV[:, block]), d_weight[block], add=start > 0)
+    ctx.save_for_backward(d_hidden, d_weight)
+    ctx.boost, ctx.hidden_dtype, ctx.weight_dtype = 1.0, hidden.dtype, weight.dtype
     return loss_sum

@@ -6,7 +6,8 @@ size or head dimension, H query heads, K key-value heads, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pertoken.data.batch import MicroBatch
-from pertoken.loss import LossOutput, linear_cross_entropy
+from pertoken.kernels.ops import Kernels
+from pertoken.loss import LossOutput, TiedGradient, linear_cross_entropy
 from pertoken.model.attention import AttentionLayout, KVCache, attention, cached_attention
 from pertoken.model.mlp import MLP
 from pertoken.model.moe import Documents, Load, MixtureOfExperts, with_balance_loss
+from pertoken.model.native import Casts, NativeBatch, attention_block, embed, final_norm, mlp_block
 from pertoken.model_config import ResolvedModelConfig
 
 __all__ = ["CausalLM"]
@@ -48,6 +51,8 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.native = False  # see `use_kernels`
+        self._casts: Casts | None = None
         with torch.device("meta"):  # the layers' own initialisation would draw from the global random state
             self.model = _Decoder(config)
             self.lm_head = (
@@ -96,6 +101,24 @@ class CausalLM(nn.Module):
         """The decoder's blocks, for what treats them one by one."""
         return list(self.model.layers)
 
+    def use_kernels(self, dtype: torch.dtype) -> None:
+        """Run on a CPU through the kernels: the same sums and gradients, several times faster.
+
+        They are compiled if they are not in the cache. Raises CompilerError where they cannot be for activations of
+        `dtype`. Other dtypes than bfloat16 and float32, and other devices, run as before.
+        """
+        Kernels(dtype)
+        self.native = NativeBatch.supports(self.config)
+
+    @contextmanager
+    def keeping_casts(self) -> Iterator[None]:
+        """Inside, weights are cast to low precision once and not in every forward pass: they must not change."""
+        self._casts = {}
+        try:
+            yield
+        finally:
+            self._casts = None
+
     def compile_layers(self) -> None:
         """Let `torch.compile` fuse the token-wise part of every layer, once for any number of tokens.
 
@@ -114,9 +137,36 @@ class CausalLM(nn.Module):
         if self.config.use_moe:
             lengths = (num_tokens,) if self.config.aux_loss == "micro_batch" else micro_batch.lengths
             documents = Documents.of(lengths, micro_batch.input_ids.device)
+        if self._runs_natively(micro_batch):
+            return self._native_loss(micro_batch, documents)
         hidden, loads = self._run_flat(micro_batch, documents)
         out = linear_cross_entropy(hidden, self.head_weight, micro_batch.labels, micro_batch.loss_mask, impl=impl)
         return with_balance_loss(out, loads, self.config, num_tokens) if self.config.use_moe else out
+
+    def _runs_natively(self, micro_batch: MicroBatch) -> bool:
+        if not self.native or micro_batch.input_ids.device.type != "cpu" or not bool((micro_batch.loss_mask != 0).any()):
+            return False
+        weight = self.model.embed_tokens.weight
+        return weight.dtype == torch.float32 and _compute_dtype(weight) in (torch.float32, torch.bfloat16)
+
+    def _native_loss(self, micro_batch: MicroBatch, documents: Documents | None) -> LossOutput:
+        weight, config = self.model.embed_tokens.weight, self.config
+        asking = micro_batch.loss_mask != 0
+        make = partial(NativeBatch.of, config, Kernels(_compute_dtype(weight)), micro_batch.lengths, casts=self._casts)
+        batch = last = make()
+        # Nothing reads the other rows of a dense model's last block; but experts' balance does.
+        if not config.use_moe and not bool(asking.all()):
+            last = make(asking=asking)
+        tied = TiedGradient() if self.lm_head is None else None
+        hidden = embed(weight, micro_batch.input_ids, batch, tied)
+        batches = [batch] * (config.num_hidden_layers - 1) + [last]
+        hidden, loads = self._run_layers(hidden, None, batches, documents)
+        hidden = final_norm(hidden, self.model.norm, last)
+        labels, loss_mask = micro_batch.labels, micro_batch.loss_mask
+        if last.asked is not None:
+            labels, loss_mask = labels[last.asked], loss_mask[last.asked]
+        out = linear_cross_entropy(hidden, self.head_weight, labels, loss_mask, impl="native", tied=tied)
+        return with_balance_loss(out, loads, config, batch.num_rows) if config.use_moe else out
 
     def hidden_states(self, micro_batch: MicroBatch) -> Tensor:
         """[N, D], after the final norm. Each sample sees itself alone."""
@@ -157,6 +207,12 @@ class CausalLM(nn.Module):
         """Hidden states [N, D] after the final norm, and what each layer's experts were given, if `documents` are."""
         hidden: Tensor = self.model.embed_tokens(input_ids)
         rope = _rope(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
+        hidden, loads = self._run_layers(hidden, rope, attends, documents)
+        return self.model.norm(hidden), loads
+
+    def _run_layers(
+        self, hidden: Tensor, rope: Rope | None, attends: Sequence[Attend | NativeBatch], documents: Documents | None
+    ) -> tuple[Tensor, list[Load]]:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         loads: list[Load] = []
         for layer, attend in zip(self.model.layers, attends, strict=True):
@@ -167,7 +223,7 @@ class CausalLM(nn.Module):
             else:
                 hidden, load = out
                 loads.append(load)
-        return self.model.norm(hidden), loads
+        return hidden, loads
 
 
 class _Decoder(nn.Module):
@@ -189,12 +245,17 @@ class _Layer(nn.Module):
         self.mlp = MixtureOfExperts(config) if config.use_moe else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, hidden: Tensor, rope: Rope, attend: Attend, documents: Documents | None
+        self, hidden: Tensor, rope: Rope | None, attend: Attend | NativeBatch, documents: Documents | None
     ) -> Tensor | tuple[Tensor, Load]:
         """The hidden states, and with `documents` the load of the experts, if there are any."""
-        # Cast once here, not once in every linear layer that reads it.
         dtype = _compute_dtype(hidden)
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden).to(dtype), rope, attend)
+        if isinstance(attend, NativeBatch):
+            hidden = attention_block(hidden, self.input_layernorm, self.self_attn, attend)
+            if isinstance(self.mlp, MLP):
+                return mlp_block(hidden, self.post_attention_layernorm, self.mlp, attend)
+        else:
+            # Cast once here, not once in every linear layer that reads it.
+            hidden = hidden + self.self_attn(self.input_layernorm(hidden).to(dtype), rope, attend)
         normed = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, MixtureOfExperts):
             update, load = self.mlp(normed, dtype, documents)

@@ -1,0 +1,453 @@
+/* The element-wise parts of a decoder, fused: one pass over memory where a chain of tensor operations takes several.
+ *
+ * Plain C that a compiler vectorises for the processor it runs on; matrix products are not here (oneDNN and MKL do them).
+ * Compiled twice: activations are bfloat16 with -DBFLOAT16, else float32. Everything is computed in float32.
+ * No -ffast-math: NaN and infinity must come through, since the trainer looks for them.
+ *
+ * Shapes: N rows (tokens), D hidden size, F width of the MLP, V vocabulary, Dh head dimension.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef BFLOAT16
+typedef uint16_t act;
+
+static inline float load(act x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
+/* To the nearest, ties to even; a NaN stays one. */
+static inline act low(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return (act)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+#else
+typedef float act;
+static inline float load(act x) { return x; }
+static inline act low(float x) { return x; }
+#endif
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t places __attribute__((vector_size(64)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (places){__VA_ARGS__})
+#endif
+
+/* exp(x) to 2 units in the last place: exp(x) = 2^n exp(r), |r| <= ln(2) / 2, exp(r) by Taylor's series to r^7.
+ * Below -75 (3e-33) the result is 0, since arithmetic on denormal numbers is slow; above 88 it is 1.6e38. NaN gives NaN. */
+static inline float exp_(float x) {
+    x = x > 88.0f ? 88.0f : x;
+    x = x < -75.0f ? -75.0f : x;
+    float n = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, kept in the low bits */
+    uint32_t bits;
+    memcpy(&bits, &n, 4);
+    n -= 12582912.0f;
+    float r = (x - n * 0.693145752f) - n * 1.42860677e-6f; /* ln(2) in two parts */
+    float p = 1.0f / 5040.0f;
+    p = p * r + 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    uint32_t power = (bits + 127u) << 23;
+    float scale;
+    memcpy(&scale, &power, 4);
+    return x == -75.0f ? 0.0f : p * scale;
+}
+
+/* Transposing: 16 x 16 words at a time, by four rounds of a perfect shuffle. Two rows of bfloat16 make a row of words. */
+typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));
+#define LINES 16
+#define ROWS (64 / (int64_t)sizeof(act)) /* that fill a cache line of the result */
+
+static inline void transpose(words *x) {
+    words y[16];
+    for (int round = 0; round < 2; round++) {
+        for (int i = 0; i < 8; i++) {
+            y[2 * i] = SHUFFLE(x[i], x[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            y[2 * i + 1] = SHUFFLE(x[i], x[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+        for (int i = 0; i < 8; i++) {
+            x[2 * i] = SHUFFLE(y[i], y[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            x[2 * i + 1] = SHUFFLE(y[i], y[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+    }
+}
+
+/* values [ROWS, 16] -> to [16, ...], `stride` from line to line. */
+static inline void put_transposed(const act (*values)[LINES], act *to, int64_t stride) {
+    words x[16];
+    for (int i = 0; i < 16; i++) {
+#ifdef BFLOAT16
+        uint32_t pair[16];
+        for (int j = 0; j < 16; j++) pair[j] = (uint32_t)values[2 * i][j] | (uint32_t)values[2 * i + 1][j] << 16;
+        memcpy(x + i, pair, 64);
+#else
+        memcpy(x + i, values[i], 64);
+#endif
+    }
+    transpose(x);
+    for (int i = 0; i < 16; i++) memcpy(to + i * stride, x + i, 64);
+}
+
+/* out[i] = low(h[i] * rstd[i] * w), rstd[i] = 1 / sqrt(mean(h[i]^2) + eps). h [N, D] float32, out [N, D]. */
+void norm_forward(const float *h, const float *w, act *out, float *rstd, int64_t N, int64_t D, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < N; i++) {
+        const float *x = h + i * D;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t d = 0; d < D; d++) sum += x[d] * x[d];
+        float r = 1.0f / sqrtf(sum / D + eps);
+        rstd[i] = r;
+#pragma omp simd
+        for (int64_t d = 0; d < D; d++) out[i * D + d] = low(x[d] * r * w[d]);
+    }
+}
+
+/* What norm_forward gave, transposed: [D, N]. */
+void norm_transposed(const float *h, const float *w, const float *rstd, act *out, int64_t N, int64_t D, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t start = 0; start < N; start += ROWS) {
+        int64_t rows = N - start < ROWS ? N - start : ROWS;
+        for (int64_t d = 0; d < D; d += LINES) {
+            int64_t width = D - d < LINES ? D - d : LINES;
+            act values[ROWS][LINES];
+            if (rows == ROWS && width == LINES) {
+                for (int64_t i = 0; i < ROWS; i++)
+                    for (int64_t j = 0; j < LINES; j++)
+                        values[i][j] = low(h[(start + i) * D + d + j] * rstd[start + i] * w[d + j]);
+                put_transposed(values, out + d * N + start, N);
+            } else {
+                for (int64_t j = 0; j < width; j++)
+                    for (int64_t i = 0; i < rows; i++)
+                        out[(d + j) * N + start + i] = low(h[(start + i) * D + d + j] * rstd[start + i] * w[d + j]);
+            }
+        }
+    }
+}
+
+/* d_h = d_residual (none: 0) + the norm's gradient for d_out; d_w [D] is the sum over rows. `partial` [threads, D] is scratch. */
+void norm_backward(const act *d_out, const float *h, const float *w, const float *rstd, const float *d_residual,
+                   float *d_h, float *d_w, float *partial, int64_t N, int64_t D, int threads) {
+    memset(partial, 0, (size_t)threads * D * sizeof(float));
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t part = 0; part < threads; part++) {
+        float *mine = partial + part * D;
+        for (int64_t i = N * part / threads; i < N * (part + 1) / threads; i++) {
+            const float *x = h + i * D, *along = d_residual ? d_residual + i * D : 0;
+            const act *g = d_out + i * D;
+            float *to = d_h + i * D;
+            float r = rstd[i], dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+            for (int64_t d = 0; d < D; d++) dot += load(g[d]) * w[d] * x[d];
+            float pull = dot * r * r * r / D;
+#pragma omp simd
+            for (int64_t d = 0; d < D; d++) {
+                float grad = load(g[d]);
+                mine[d] += grad * x[d] * r;
+                to[d] = (along ? along[d] : 0.0f) + grad * w[d] * r - x[d] * pull;
+            }
+        }
+    }
+    for (int64_t d = 0; d < D; d++) {
+        float sum = 0.0f;
+        for (int64_t part = 0; part < threads; part++) sum += partial[part * D + d];
+        d_w[d] = sum;
+    }
+}
+
+/* x [N, D] float32 -> low [N, D] and its transpose [D, N]. */
+void lower_both_ways(const float *x, act *straight, act *turned, int64_t N, int64_t D, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t start = 0; start < N; start += ROWS) {
+        int64_t rows = N - start < ROWS ? N - start : ROWS;
+        for (int64_t d = 0; d < D; d += LINES) {
+            int64_t width = D - d < LINES ? D - d : LINES;
+            act values[ROWS][LINES];
+            if (rows == ROWS && width == LINES) {
+                for (int64_t i = 0; i < ROWS; i++)
+                    for (int64_t j = 0; j < LINES; j++) values[i][j] = low(x[(start + i) * D + d + j]);
+                for (int64_t i = 0; i < ROWS; i++) memcpy(straight + (start + i) * D + d, values[i], sizeof values[i]);
+                put_transposed(values, turned + d * N + start, N);
+            } else {
+                for (int64_t i = 0; i < rows; i++)
+                    for (int64_t j = 0; j < width; j++)
+                        straight[(start + i) * D + d + j] = turned[(d + j) * N + start + i] = low(x[(start + i) * D + d + j]);
+            }
+        }
+    }
+}
+
+/* out[c][r] (+)= x[r][c]: x [R, C] with `stride` from row to row, out [C, R] float32 with `ahead`. */
+void widen_transposed(const act *x, float *out, int64_t R, int64_t C, int64_t stride, int64_t ahead, int add, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t c = 0; c < C; c += LINES) {
+        int64_t width = C - c < LINES ? C - c : LINES;
+        for (int64_t r = 0; r < R; r += LINES) {
+            int64_t rows = R - r < LINES ? R - r : LINES;
+            float values[LINES][LINES];
+            if (rows == LINES && width == LINES) {
+                for (int64_t i = 0; i < LINES; i++)
+                    for (int64_t j = 0; j < LINES; j++) values[i][j] = load(x[(r + i) * stride + c + j]);
+                words turned[16];
+                memcpy(turned, values, sizeof values);
+                transpose(turned);
+                memcpy(values, turned, sizeof values);
+            } else {
+                for (int64_t i = 0; i < rows; i++)
+                    for (int64_t j = 0; j < width; j++) values[j][i] = load(x[(r + i) * stride + c + j]);
+            }
+            for (int64_t j = 0; j < width; j++) {
+                float *to = out + (c + j) * ahead + r;
+                for (int64_t i = 0; i < rows; i++) to[i] = add ? to[i] + values[j][i] : values[j][i];
+            }
+        }
+    }
+}
+
+/* out = h + delta. */
+void add_residual(const float *h, const act *delta, float *out, int64_t count, int threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < count; i++) out[i] = h[i] + load(delta[i]);
+}
+
+/* gate_up [N, 2F], gate first -> silu(gate) * up [N, F]. */
+void swiglu_forward(const act *gate_up, act *out, int64_t N, int64_t F, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < N; i++) {
+        const act *gate = gate_up + i * 2 * F, *up = gate + F;
+        act *to = out + i * F;
+#pragma omp simd
+        for (int64_t f = 0; f < F; f++) {
+            float x = load(gate[f]);
+            to[f] = low(x / (1.0f + exp_(-x)) * load(up[f]));
+        }
+    }
+}
+
+/* In place: gate_up becomes its gradient. `out` gets what the forward pass gave, for the gradient of the next matrix. */
+void swiglu_backward(act *gate_up, const act *d_out, act *out, int64_t N, int64_t F, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < N; i++) {
+        act *gate = gate_up + i * 2 * F, *up = gate + F, *again = out + i * F;
+        const act *grad = d_out + i * F;
+#pragma omp simd
+        for (int64_t f = 0; f < F; f++) {
+            float x = load(gate[f]), u = load(up[f]), g = load(grad[f]);
+            float s = 1.0f / (1.0f + exp_(-x)), silu = x * s;
+            again[f] = low(silu * u);
+            up[f] = low(g * silu);
+            gate[f] = low(g * u * s * (1.0f + x * (1.0f - s)));
+        }
+    }
+}
+
+/* Where a row sits in the padded, head-major layout of attention (attention.py says how it is laid out). */
+typedef struct {
+    int32_t first;  /* row of its document's first row, for one head: all earlier documents' widths */
+    int32_t width;  /* of its document, padded */
+    int32_t block;  /* rows of a block of queries; the width where there is one */
+    int32_t row;    /* within its document */
+    int32_t last;   /* whether no row of its document comes after it */
+} seat;
+
+/* Row of head h: documents first, then groups of `share` heads, then blocks, then heads of the group, then rows. */
+static inline int64_t row_of(const seat *s, int64_t row, int64_t heads, int64_t share, int64_t h) {
+    int64_t block = row / s->block;
+    return (int64_t)s->first * heads + (h / share) * share * s->width + block * share * s->block + (h % share) * s->block +
+           row % s->block;
+}
+
+/* x [N, ...] -> out [heads * rows, Dh], rows as seats say, padding zero. With `w` [Dh] each head is normalised; with
+ * `angles` (cos and sin, [positions, Dh]: cos first half, sin second) turned by the angle of its position. */
+void seat_heads(const act *x, int64_t stride, act *out, const seat *seats, const int32_t *positions, const float *w,
+                const float *angles, int64_t N, int64_t heads, int64_t share, int64_t Dh, float eps, int threads) {
+    int64_t half = Dh / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < N; i++) {
+        const seat *s = seats + i;
+        for (int64_t h = 0; h < heads; h++) {
+            const act *from = x + i * stride + h * Dh;
+            act *to = out + row_of(s, s->row, heads, share, h) * Dh;
+            float r = 1.0f;
+            if (w) {
+                float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t d = 0; d < Dh; d++) sum += load(from[d]) * load(from[d]);
+                r = 1.0f / sqrtf(sum / Dh + eps);
+            }
+            if (angles) {
+                const float *cosine = angles + (int64_t)positions[i] * Dh, *sine = cosine + half;
+#pragma omp simd
+                for (int64_t d = 0; d < half; d++) {
+                    float a = load(from[d]) * r * (w ? w[d] : 1.0f), b = load(from[half + d]) * r * (w ? w[half + d] : 1.0f);
+                    to[d] = low(a * cosine[d] - b * sine[d]);
+                    to[half + d] = low(b * cosine[d] + a * sine[d]);
+                }
+            } else {
+                memcpy(to, from, Dh * sizeof(act));
+            }
+            if (s->last)
+                for (int64_t row = s->row + 1; row < s->width; row++)
+                    memset(out + row_of(s, row, heads, share, h) * Dh, 0, Dh * sizeof(act));
+        }
+    }
+}
+
+/* The gradient of seat_heads: d_out in the padded layout -> d_x [N, ...] with `stride`; d_w [Dh] where normalised.
+ * `x` is the forward pass's input, `partial` [threads, Dh] scratch. Without `w` and `angles` it brings rows back. */
+void unseat_heads(const act *d_out, const act *x, int64_t x_stride, act *d_x, int64_t stride, const seat *seats,
+                  const int32_t *positions, const float *w, const float *angles, float *d_w, float *partial, int64_t N,
+                  int64_t heads, int64_t share, int64_t Dh, float eps, int threads) {
+    int64_t half = Dh / 2;
+    if (w) memset(partial, 0, (size_t)threads * Dh * sizeof(float));
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t part = 0; part < threads; part++) {
+        for (int64_t i = N * part / threads; i < N * (part + 1) / threads; i++) {
+            const seat *s = seats + i;
+            for (int64_t h = 0; h < heads; h++) {
+                const act *g = d_out + row_of(s, s->row, heads, share, h) * Dh;
+                act *to = d_x + i * stride + h * Dh;
+                if (!angles) {
+                    memcpy(to, g, Dh * sizeof(act));
+                    continue;
+                }
+                const float *cosine = angles + (int64_t)positions[i] * Dh, *sine = cosine + half;
+                float back[1024];
+#pragma omp simd
+                for (int64_t d = 0; d < half; d++) {
+                    float a = load(g[d]), b = load(g[half + d]);
+                    back[d] = a * cosine[d] + b * sine[d];
+                    back[half + d] = b * cosine[d] - a * sine[d];
+                }
+                if (w) {
+                    const act *from = x + i * x_stride + h * Dh;
+                    float *mine = partial + part * Dh, sum = 0.0f, dot = 0.0f;
+#pragma omp simd reduction(+ : sum, dot)
+                    for (int64_t d = 0; d < Dh; d++) {
+                        float v = load(from[d]);
+                        sum += v * v;
+                        dot += back[d] * w[d] * v;
+                    }
+                    float r = 1.0f / sqrtf(sum / Dh + eps), pull = dot * r * r * r / Dh;
+#pragma omp simd
+                    for (int64_t d = 0; d < Dh; d++) {
+                        float v = load(from[d]);
+                        mine[d] += back[d] * v * r;
+                        back[d] = back[d] * w[d] * r - v * pull;
+                    }
+                }
+#pragma omp simd
+                for (int64_t d = 0; d < Dh; d++) to[d] = low(back[d]);
+            }
+        }
+    }
+    if (w)
+        for (int64_t d = 0; d < Dh; d++) {
+            float sum = 0.0f;
+            for (int64_t part = 0; part < threads; part++) sum += partial[part * Dh + d];
+            d_w[d] = sum;
+        }
+}
+
+/* In place: a row of scores, times scale, becomes its soft-max over the columns that its query may see, zero after them;
+ * log_z gets the logarithm of the sum. scores [documents, copies, R, C]; limits [documents, R] says how many columns. */
+void softmax_forward(act *scores, float *log_z, const int32_t *limits, int64_t documents, int64_t copies, int64_t R,
+                     int64_t C, float scale, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 8)
+    for (int64_t i = 0; i < documents * copies * R; i++) {
+        int64_t end = limits[i / (copies * R) * R + i % R];
+        act *row = scores + i * C;
+        if (end > 0) {
+            float top = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : top)
+            for (int64_t j = 0; j < end; j++) {
+                float s = load(row[j]);
+                top = s > top ? s : top;
+            }
+            float shift = top * scale;
+            float buffer[4096];
+            for (int64_t from = 0; from < end; from += 4096) {
+                int64_t n = end - from < 4096 ? end - from : 4096;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t j = 0; j < n; j++) {
+                    float e = exp_(load(row[from + j]) * scale - shift);
+                    buffer[j] = e;
+                    sum += e;
+                }
+                if (end > 4096) continue; /* too long to keep: once more below */
+                float inverse = 1.0f / sum;
+#pragma omp simd
+                for (int64_t j = 0; j < n; j++) row[j] = low(buffer[j] * inverse);
+            }
+            log_z[i] = shift + logf(sum);
+            if (end > 4096) {
+                float z = log_z[i];
+#pragma omp simd
+                for (int64_t j = 0; j < end; j++) row[j] = low(exp_(load(row[j]) * scale - z));
+            }
+        } else {
+            log_z[i] = 0.0f;
+        }
+        if (end < C) memset(row + end, 0, (size_t)(C - end) * sizeof(act));
+    }
+}
+
+/* In place: scores become probabilities again, their gradient d_p the gradient of the unscaled scores. */
+void softmax_backward(act *scores, act *d_p, const float *log_z, const int32_t *limits, int64_t documents,
+                      int64_t copies, int64_t R, int64_t C, float scale, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 8)
+    for (int64_t i = 0; i < documents * copies * R; i++) {
+        int64_t end = limits[i / (copies * R) * R + i % R];
+        act *row = scores + i * C, *grad = d_p + i * C;
+        float z = log_z[i], delta = 0.0f;
+#pragma omp simd reduction(+ : delta)
+        for (int64_t j = 0; j < end; j++) {
+            float p = exp_(load(row[j]) * scale - z);
+            delta += p * load(grad[j]);
+            row[j] = low(p);
+        }
+#pragma omp simd
+        for (int64_t j = 0; j < end; j++) grad[j] = low(load(row[j]) * (load(grad[j]) - delta) * scale);
+        if (end < C) {
+            memset(row + end, 0, (size_t)(C - end) * sizeof(act));
+            memset(grad + end, 0, (size_t)(C - end) * sizeof(act));
+        }
+    }
+}
+
+/* In place: logits [N, V] become boost * weight * (softmax(logits) - one_hot(label)), the gradient of the sum of
+ * weight * nll; nll [N] gets the negative log-likelihoods, unweighted. `weights` may be null: all 1. */
+void cross_entropy(act *logits, const int64_t *labels, const float *weights, float *nll, int64_t N, int64_t V,
+                   int64_t stride, float boost, int with_gradient, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 4)
+    for (int64_t i = 0; i < N; i++) {
+        act *row = logits + i * stride;
+        float top = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : top)
+        for (int64_t v = 0; v < V; v++) {
+            float s = load(row[v]);
+            top = s > top ? s : top;
+        }
+#pragma omp simd reduction(+ : sum)
+        for (int64_t v = 0; v < V; v++) sum += exp_(load(row[v]) - top);
+        float log_z = top + logf(sum), at_label = load(row[labels[i]]);
+        nll[i] = log_z - at_label;
+        if (!with_gradient) continue;
+        float factor = boost * (weights ? weights[i] : 1.0f);
+#pragma omp simd
+        for (int64_t v = 0; v < V; v++) row[v] = low(factor * exp_(load(row[v]) - log_z));
+        row[labels[i]] = low(factor * (exp_(at_label - log_z) - 1.0f));
+    }
+}

@@ -1,0 +1,337 @@
+"""The decoder on a CPU: matrix products by oneDNN or MKL, everything between them by the kernels, gradients by hand.
+
+The same function of the same parameters as the plain modules of transformer.py, and tested against them. Activations
+are in the kernels' dtype, the residual stream and the gradients of weights in float32. A block is two autograd
+functions, attention and MLP, each with its norm and its residual sum.
+
+Matrix products run on a number of rows rounded up, since oneDNN generates code for each shape; the rows added are zero,
+and stay so. Of the gradients of weights, d^T x and (x^T d)^T, the one is computed that has the narrower of d and x
+transposed, by a kernel: oneDNN multiplies by a transposed left matrix at half of its rate.
+
+Shape suffixes: N rows (rounded up), M rows asked for (rounded up), D hidden size, F width of the MLP, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pertoken.kernels.ops import MAX_HEAD_DIM, Kernels
+from pertoken.loss import TiedGradient
+from pertoken.model.native_attention import AttentionPlan, Heads, attention_backward, attention_forward, round_up
+from pertoken.model_config import ResolvedModelConfig
+
+__all__ = ["Casts", "NativeBatch", "attention_block", "embed", "final_norm", "mlp_block"]
+
+Casts = dict[int, tuple[Tensor, ...]]  # id of a module -> its matrices in the kernels' dtype, those of one input as one
+
+
+@dataclass(frozen=True)
+class NativeBatch:
+    """What the blocks of one forward pass share; the last block has one of its own, if not every row is asked for."""
+
+    kernels: Kernels
+    heads: Heads
+    eps: float
+    plan: AttentionPlan
+    angles: Tensor  # [positions, head_dim] float32, cosines and then sines
+    num_rows: int  # real ones
+    exact_rows: bool = False  # add none: experts would be given them
+    asked: Tensor | None = None  # int64, the rows whose hidden states are needed after this block; None: all
+    casts: Casts | None = None  # kept from one micro-batch to the next; None: cast anew
+
+    @classmethod
+    def of(
+        cls,
+        config: ResolvedModelConfig,
+        kernels: Kernels,
+        lengths: Sequence[int],
+        *,
+        asking: Tensor | None = None,
+        casts: Casts | None = None,
+    ) -> NativeBatch:
+        """For consecutive documents of `lengths`; `asking` [N] bool makes it the last block's."""
+        heads = Heads(
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim, float(config.head_dim) ** -0.5
+        )
+        return cls(
+            kernels,
+            heads,
+            config.rms_norm_eps,
+            AttentionPlan.of(lengths, heads, asking),
+            _angles(max(lengths), config.head_dim, config.rope_theta),
+            num_rows=sum(lengths),
+            exact_rows=config.use_moe,
+            asked=None if asking is None else asking.nonzero().squeeze(1),
+            casts=casts,
+        )
+
+    @staticmethod
+    def supports(config: ResolvedModelConfig) -> bool:
+        return config.head_dim <= MAX_HEAD_DIM
+
+    @property
+    def num_asked(self) -> int:
+        return self.num_rows if self.asked is None else self.asked.shape[0]
+
+    def padded(self, rows: int) -> int:
+        """How many rows a matrix product gets."""
+        if self.exact_rows or self.kernels.dtype == torch.float32:  # MKL generates no code
+            return rows
+        return round_up(rows, 64 if rows > 1024 else 16)
+
+    def cast(self, module: nn.Module, groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """Each group of matrices of `module`, one below the other, in the kernels' dtype."""
+        if self.casts is not None and id(module) in self.casts:
+            return self.casts[id(module)]
+        made = []
+        for group in groups:
+            rows = [weight.shape[0] for weight in group]
+            low = group[0].new_empty(sum(rows), group[0].shape[1], dtype=self.kernels.dtype)
+            for part, weight in zip(low.split(rows), group, strict=True):
+                part.copy_(weight.detach())
+            made.append(low)
+        if self.casts is not None:
+            self.casts[id(module)] = tuple(made)
+        return tuple(made)
+
+
+def _angles(positions: int, head_dim: int, theta: float) -> Tensor:
+    """Cosines and sines of the rotary angles (Su et al., "RoFormer", 3.2)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    angles = torch.arange(positions, dtype=torch.float32)[:, None] * (1.0 / theta**exponents)
+    return torch.cat((angles.cos(), angles.sin()), 1)
+
+
+def embed(weight: Tensor, input_ids: Tensor, batch: NativeBatch, tied: TiedGradient | None) -> Tensor:
+    """[N, D] float32; rows beyond the real ones are zero."""
+    out: Tensor = _Embed.apply(weight, input_ids, batch, tied)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, input_ids: Tensor, batch: NativeBatch, tied: TiedGradient | None) -> Tensor:
+        n = batch.num_rows
+        out = weight.new_empty(batch.padded(n), weight.shape[1])
+        torch.index_select(weight, 0, input_ids, out=out[:n])
+        out[n:].zero_()
+        ctx.save_for_backward(input_ids)
+        ctx.shape, ctx.tied = weight.shape, tied
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (input_ids,) = ctx.saved_tensors
+        d_weight = None
+        if ctx.tied is not None:
+            d_weight, ctx.tied.of_head = ctx.tied.of_head, None
+        if d_weight is None:
+            d_weight = grads[0].new_zeros(ctx.shape)
+        return d_weight.index_add_(0, input_ids, grads[0][: input_ids.shape[0]]), None, None, None
+
+
+def final_norm(hidden: Tensor, norm: nn.RMSNorm, batch: NativeBatch) -> Tensor:
+    """The rows asked for, normalised, in the kernels' dtype."""
+    out: Tensor = _Norm.apply(hidden, norm.weight, batch)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, batch: NativeBatch) -> Tensor:
+        out, rstd = batch.kernels.norm_forward(hidden[: batch.num_asked], weight, batch.eps)
+        ctx.save_for_backward(hidden, weight, rstd)
+        ctx.batch = batch
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, rstd = ctx.saved_tensors
+        m = ctx.batch.num_asked
+        d_hidden, d_weight = ctx.batch.kernels.norm_backward(grads[0].contiguous(), hidden[:m], weight, rstd, None)
+        return _with_zero_rows(d_hidden, hidden.shape[0]), d_weight, None
+
+
+def _with_zero_rows(x: Tensor, rows: int) -> Tensor:
+    if x.shape[0] == rows:
+        return x
+    out = x.new_empty(rows, x.shape[1])
+    out[: x.shape[0]] = x
+    out[x.shape[0] :].zero_()
+    return out
+
+
+def attention_block(hidden: Tensor, norm: nn.RMSNorm, attention: nn.Module, batch: NativeBatch) -> Tensor:
+    """hidden + attention(norm(hidden)), of the rows asked for."""
+    projections = [attention.get_submodule(name).weight for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    norms = [None if n is None else n.weight for n in (attention.q_norm, attention.k_norm)]
+    low = batch.cast(attention, [projections[:3], projections[3:]])
+    out: Tensor = _AttentionBlock.apply(batch, low, hidden, norm.weight, *projections, *norms)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _AttentionBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        batch: NativeBatch,
+        low: tuple[Tensor, Tensor],
+        hidden: Tensor,
+        norm: Tensor,
+        w_q: Tensor,
+        w_k: Tensor,
+        w_v: Tensor,
+        w_o: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+    ) -> Tensor:
+        kernels, heads = batch.kernels, batch.heads
+        w_qkv, w_out = low
+        x_ND, rstd = kernels.norm_forward(hidden, norm, batch.eps)
+        if batch.asked is None:
+            residual = hidden
+            projected = torch.mm(x_ND, w_qkv.t())
+            q_rows, kv_rows = projected, projected[:, w_q.shape[0] :]
+        else:
+            m = batch.padded(batch.num_asked)
+            residual = _rows(hidden, batch.asked, m)
+            q_rows = torch.mm(_rows(x_ND, batch.asked, m), w_qkv[: w_q.shape[0]].t())
+            kv_rows = projected = torch.mm(x_ND, w_qkv[w_q.shape[0] :].t())
+        q, k, v = _seat_all(batch, q_rows, kv_rows, q_norm, k_norm)
+        seated, log_zs = attention_forward(kernels, q, k, v, batch.plan, heads)
+        mixed = q_rows.new_empty(q_rows.shape[0], heads.query * heads.dim)
+        mixed[batch.num_asked :].zero_()
+        kernels.unseat_heads(seated, mixed, batch.plan.queries, heads.query, heads.share, heads.dim)
+        out = kernels.add_residual(residual, torch.mm(mixed, w_out.t()))
+        ctx.save_for_backward(
+            hidden, norm, rstd, q_rows, projected, mixed, w_qkv, w_out, q_norm, k_norm, *log_zs
+        )
+        ctx.batch, ctx.sizes = batch, [w.shape[0] for w in (w_q, w_k, w_v)]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        hidden, norm, rstd, q_rows, projected, mixed, w_qkv, w_out, q_norm, k_norm, *log_zs = ctx.saved_tensors
+        batch: NativeBatch = ctx.batch
+        kernels, heads, plan = batch.kernels, batch.heads, batch.plan
+        d_out = grads[0].contiguous()
+        low, low_t = kernels.lower_both_ways(d_out)
+        d_w_out = torch.mm(low_t, mixed).float()
+        d_mixed = torch.mm(low, w_out)
+        del low, low_t
+        query_size = ctx.sizes[0]
+        kv_rows = projected[:, query_size:] if batch.asked is None else projected
+        d_seated = kernels.seat_heads(d_mixed, plan.queries, heads.query, heads.share, heads.dim)
+        q, k, v = _seat_all(batch, q_rows, kv_rows, q_norm, k_norm)
+        d_q, d_k, d_v = attention_backward(kernels, q, k, v, d_seated, log_zs, plan, heads)
+        d_projected = torch.empty_like(projected)
+        d_projected[batch.num_rows :].zero_()
+        d_q_rows, d_kv_rows = d_projected, d_projected[:, query_size:]
+        if batch.asked is not None:
+            d_q_rows, d_kv_rows = torch.empty_like(q_rows), d_projected
+            d_q_rows[batch.num_asked :].zero_()
+        d_q_norm, d_k_norm = _unseat_all(batch, (d_q, d_k, d_v), (q_rows, kv_rows), (d_q_rows, d_kv_rows), q_norm, k_norm)
+
+        x_t = kernels.norm_transposed(hidden, norm, rstd)
+        d_w_qkv = norm.new_empty(w_qkv.shape)
+        if batch.asked is None:
+            d_x, d_residual = torch.mm(d_projected, w_qkv), d_out
+            kernels.widen_transposed(torch.mm(x_t, d_projected), d_w_qkv)
+        else:
+            m = q_rows.shape[0]
+            d_x = torch.mm(d_projected, w_qkv[query_size:])
+            d_x.index_add_(0, batch.asked, torch.mm(d_q_rows, w_qkv[:query_size])[: batch.num_asked])
+            d_residual = torch.zeros_like(hidden).index_copy_(0, batch.asked, d_out[: batch.num_asked])
+            asked_t = kernels.norm_transposed(_rows(hidden, batch.asked, m), norm, _rows(rstd, batch.asked, m))
+            kernels.widen_transposed(torch.mm(asked_t, d_q_rows), d_w_qkv[:query_size])
+            kernels.widen_transposed(torch.mm(x_t, d_projected), d_w_qkv[query_size:])
+        d_hidden, d_norm = kernels.norm_backward(d_x, hidden, norm, rstd, d_residual)
+        return None, None, d_hidden, d_norm, *d_w_qkv.split(ctx.sizes), d_w_out, d_q_norm, d_k_norm
+
+
+def _rows(x: Tensor, index: Tensor, rows: int) -> Tensor:
+    """Those of `index`, followed by zeros."""
+    out = x.new_empty(rows, *x.shape[1:])
+    torch.index_select(x, 0, index, out=out[: index.shape[0]])
+    out[index.shape[0] :].zero_()
+    return out
+
+
+def _seat_all(
+    batch: NativeBatch, q_rows: Tensor, kv_rows: Tensor, q_norm: Tensor | None, k_norm: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys normalised and turned, all in attention's layout."""
+    heads, plan, seat = batch.heads, batch.plan, batch.kernels.seat_heads
+    turn = {"angles": batch.angles, "eps": batch.eps}
+    q = seat(q_rows, plan.queries, heads.query, heads.share, heads.dim, norm=q_norm, **turn)
+    k = seat(kv_rows, plan.keys, heads.kv, 1, heads.dim, norm=k_norm, **turn)
+    v = seat(kv_rows[:, heads.kv * heads.dim :], plan.keys, heads.kv, 1, heads.dim)
+    return q, k, v
+
+
+def _unseat_all(
+    batch: NativeBatch,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    rows: tuple[Tensor, Tensor],
+    to: tuple[Tensor, Tensor],
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of `_seat_all`'s rows, written to `to`; returns those of the two norms."""
+    heads, plan, unseat = batch.heads, batch.plan, batch.kernels.unseat_heads
+    turn = {"angles": batch.angles, "eps": batch.eps}
+    (d_q, d_k, d_v), (q_rows, kv_rows), (to_q, to_kv) = gradients, rows, to
+    d_q_norm = unseat(d_q, to_q, plan.queries, heads.query, heads.share, heads.dim, x=q_rows, norm=q_norm, **turn)
+    d_k_norm = unseat(d_k, to_kv, plan.keys, heads.kv, 1, heads.dim, x=kv_rows, norm=k_norm, **turn)
+    unseat(d_v, to_kv[:, heads.kv * heads.dim :], plan.keys, heads.kv, 1, heads.dim)
+    return d_q_norm, d_k_norm
+
+
+def mlp_block(hidden: Tensor, norm: nn.RMSNorm, mlp: nn.Module, batch: NativeBatch) -> Tensor:
+    """hidden + mlp(norm(hidden))."""
+    weights = [mlp.get_submodule(name).weight for name in ("gate_proj", "up_proj", "down_proj")]
+    low = batch.cast(mlp, [weights[:2], weights[2:]])
+    out: Tensor = _MLPBlock.apply(batch, low, hidden, norm.weight, *weights)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _MLPBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        batch: NativeBatch,
+        low: tuple[Tensor, Tensor],
+        hidden: Tensor,
+        norm: Tensor,
+        w_gate: Tensor,
+        w_up: Tensor,
+        w_down: Tensor,
+    ) -> Tensor:
+        kernels = batch.kernels
+        w_gate_up, w_low_down = low
+        x_ND, rstd = kernels.norm_forward(hidden, norm, batch.eps)
+        gate_up = torch.mm(x_ND, w_gate_up.t())
+        out = kernels.add_residual(hidden, torch.mm(kernels.swiglu_forward(gate_up), w_low_down.t()))
+        ctx.save_for_backward(hidden, norm, rstd, gate_up, w_gate_up, w_low_down)
+        ctx.kernels = kernels
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        hidden, norm, rstd, gate_up, w_gate_up, w_down = ctx.saved_tensors
+        kernels: Kernels = ctx.kernels
+        d_out = grads[0].contiguous()
+        low, low_t = kernels.lower_both_ways(d_out)
+        activated = kernels.swiglu_backward(gate_up, torch.mm(low, w_down))  # gate_up is its gradient from here on
+        torch.autograd.graph.increment_version(gate_up)  # so that a second backward pass is refused
+        d_w_down = torch.mm(low_t, activated).float()
+        del low, low_t, activated
+        d_w_gate_up = norm.new_empty(w_gate_up.shape)
+        kernels.widen_transposed(torch.mm(kernels.norm_transposed(hidden, norm, rstd), gate_up), d_w_gate_up)
+        d_hidden, d_norm = kernels.norm_backward(torch.mm(gate_up, w_gate_up), hidden, norm, rstd, d_out)
+        return None, None, d_hidden, d_norm, *d_w_gate_up.chunk(2), d_w_down
