@@ -16,6 +16,7 @@ SOURCE = Path(pertoken.__file__).parent
 LAYERS = [
     {"errors", "config", "model_config", "explain", "text", "starter"},
     {"data"},
+    {"kernels"},
     {"model", "loss"},
     {"training"},
     {"adapters", "prove", "generate", "inspection", "chatting", "trigram"},

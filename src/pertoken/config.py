@@ -88,7 +88,7 @@ class TrainConfig(Section):
     device: str = "auto"
     seed: int = Field(default=42, ge=0)
     micro_batch_tokens: int = Field(default=8192, ge=1)
-    compile: Literal["on", "off"] = "off"
+    compile: Literal["auto", "on", "off"] = "auto"
     activation_checkpointing: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     eval_interval: int | None = Field(default=None, ge=1)

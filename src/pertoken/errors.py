@@ -4,6 +4,7 @@
     ├── RecipeError              2   a recipe, an override or a command line that cannot be meant
     ├── DataError                2   a data file; the message says file:line
     ├── ModelError               2   a model folder or architecture that pertoken cannot be
+    ├── CompilerError            2   kernels that cannot be compiled on this machine, and were asked for
     ├── CheckpointError          2   a run folder or checkpoint that cannot be used
     ├── CheckFailed              1   a check ran and its answer is no
     ├── NonFiniteError           3   training became non-finite; the weights were not touched
@@ -17,6 +18,7 @@ from __future__ import annotations
 __all__ = [
     "CheckFailed",
     "CheckpointError",
+    "CompilerError",
     "DataError",
     "Interrupted",
     "ModelError",
@@ -42,6 +44,10 @@ class DataError(PertokenError):
 
 class ModelError(PertokenError):
     """A model folder, a weights file or an architecture cannot be used."""
+
+
+class CompilerError(PertokenError):
+    """The kernels cannot be compiled on this machine."""
 
 
 class CheckpointError(PertokenError):

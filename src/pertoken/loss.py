@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pertoken.kernels.build import CompilerError
+from pertoken.errors import CompilerError
 from pertoken.kernels.ops import Kernels
 
 __all__ = ["LossOutput", "TiedGradient", "linear_cross_entropy"]
@@ -76,8 +76,10 @@ def linear_cross_entropy(
     (float64 for float64). No supervised token: sum 0, count 0, zero gradients.
 
     `impl="reference"` is the plain code above, logits and all; `"chunked"` holds at most one chunk of them; `"native"`
-    too, through kernels compiled for this processor (bfloat16 and float32 on a CPU; raises CompilerError where they cannot
-    be compiled); `"auto"` is native where that can be. With `tied` the weight's gradient goes there and not to autograd.
+    too, through kernels compiled for this processor (bfloat16 and float32 on a CPU; raises CompilerError where they
+    cannot be compiled); `"auto"` is native where that can be. With `tied` the weight's gradient goes there, not to
+    autograd.
+
     A label outside [0, V) at a supervised position is an error (IndexError or RuntimeError; a device assert on CUDA).
     """
     if loss_mask.dtype == torch.bool:

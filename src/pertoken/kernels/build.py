@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from pertoken.errors import PertokenError
+from pertoken.errors import CompilerError
 
-__all__ = ["CompilerError", "load_library"]
+__all__ = ["load_library"]
 
 _SOURCE = Path(__file__).with_name("decoder.c")
 _TIMEOUT_S = 120
@@ -29,10 +29,6 @@ _MACHINE_FLAGS = (
     ["-mcpu=native", "-fopenmp"],
     ["-fopenmp"],
 )
-
-
-class CompilerError(PertokenError):
-    """The kernels cannot be compiled on this machine."""
 
 
 @cache

@@ -204,7 +204,8 @@ def _as_c(value: Any) -> Any:
         case None:
             return ctypes.c_void_p(None)
         case Tensor():
-            assert value.is_contiguous() and value.device.type == "cpu", (value.stride(), value.device)
+            assert value.is_contiguous(), (value.shape, value.stride())
+            assert value.device.type == "cpu", value.device
             return ctypes.c_void_p(value.data_ptr())
         case _Rows(tensor):
             assert tensor.shape[-1] <= 1 or tensor.stride(-1) == 1, tensor.stride()

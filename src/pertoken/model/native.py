@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from pertoken.model_config import ResolvedModelConfig
 
 __all__ = ["Casts", "NativeBatch", "attention_block", "embed", "final_norm", "mlp_block"]
 
-Casts = dict[int, tuple[Tensor, ...]]  # id of a module -> its matrices in the kernels' dtype, those of one input as one
+Casts = dict[int, Tensor]  # id of a parameter -> it, and those that read the same input, in the kernels' dtype as one
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ class NativeBatch:
         kernels: Kernels,
         lengths: Sequence[int],
         *,
-        asking: Tensor | None = None,
+        asked: Tensor | None = None,
         casts: Casts | None = None,
     ) -> NativeBatch:
-        """For consecutive documents of `lengths`; `asking` [N] bool makes it the last block's."""
+        """For consecutive documents of `lengths`; `asked` makes it the last block's."""
         heads = Heads(
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, float(config.head_dim) ** -0.5
         )
@@ -62,11 +63,11 @@ class NativeBatch:
             kernels,
             heads,
             config.rms_norm_eps,
-            AttentionPlan.of(lengths, heads, asking),
+            AttentionPlan.of(lengths, heads, asked),
             _angles(max(lengths), config.head_dim, config.rope_theta),
             num_rows=sum(lengths),
             exact_rows=config.use_moe,
-            asked=None if asking is None else asking.nonzero().squeeze(1),
+            asked=asked,
             casts=casts,
         )
 
@@ -84,20 +85,19 @@ class NativeBatch:
             return rows
         return round_up(rows, 64 if rows > 1024 else 16)
 
-    def cast(self, module: nn.Module, groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-        """Each group of matrices of `module`, one below the other, in the kernels' dtype."""
-        if self.casts is not None and id(module) in self.casts:
-            return self.casts[id(module)]
-        made = []
-        for group in groups:
-            rows = [weight.shape[0] for weight in group]
-            low = group[0].new_empty(sum(rows), group[0].shape[1], dtype=self.kernels.dtype)
-            for part, weight in zip(low.split(rows), group, strict=True):
-                part.copy_(weight.detach())
-            made.append(low)
+    def cast(self, weights: Sequence[Tensor]) -> Tensor:
+        """Matrices, one below the other, in the kernels' dtype."""
+        key = id(weights[0])
+        if self.casts is not None and key in self.casts:
+            return self.casts[key]
+        low = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=self.kernels.dtype)
+        start = 0
+        for weight in weights:
+            low[start : start + len(weight)].copy_(weight.detach())
+            start += len(weight)
         if self.casts is not None:
-            self.casts[id(module)] = tuple(made)
-        return tuple(made)
+            self.casts[key] = low
+        return low
 
 
 def _angles(positions: int, head_dim: int, theta: float) -> Tensor:
@@ -166,12 +166,18 @@ def _with_zero_rows(x: Tensor, rows: int) -> Tensor:
     return out
 
 
-def attention_block(hidden: Tensor, norm: nn.RMSNorm, attention: nn.Module, batch: NativeBatch) -> Tensor:
-    """hidden + attention(norm(hidden)), of the rows asked for."""
-    projections = [attention.get_submodule(name).weight for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    norms = [None if n is None else n.weight for n in (attention.q_norm, attention.k_norm)]
-    low = batch.cast(attention, [projections[:3], projections[3:]])
-    out: Tensor = _AttentionBlock.apply(batch, low, hidden, norm.weight, *projections, *norms)  # type: ignore[no-untyped-call]
+def attention_block(
+    hidden: Tensor,
+    norm: nn.RMSNorm,
+    projections: Sequence[nn.Linear],
+    head_norms: Sequence[nn.RMSNorm | None],
+    batch: NativeBatch,
+) -> Tensor:
+    """hidden + attention(norm(hidden)), of the rows asked for; projections of q, k, v and out, norms of q and k."""
+    weights = [p.weight for p in projections]
+    low = batch.cast(weights[:3]), batch.cast(weights[3:])
+    norms = [None if n is None else n.weight for n in head_norms]
+    out: Tensor = _AttentionBlock.apply(batch, low, hidden, norm.weight, *weights, *norms)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -208,9 +214,7 @@ class _AttentionBlock(torch.autograd.Function):
         mixed[batch.num_asked :].zero_()
         kernels.unseat_heads(seated, mixed, batch.plan.queries, heads.query, heads.share, heads.dim)
         out = kernels.add_residual(residual, torch.mm(mixed, w_out.t()))
-        ctx.save_for_backward(
-            hidden, norm, rstd, q_rows, projected, mixed, w_qkv, w_out, q_norm, k_norm, *log_zs
-        )
+        ctx.save_for_backward(hidden, norm, rstd, q_rows, projected, mixed, w_qkv, w_out, q_norm, k_norm, *log_zs)
         ctx.batch, ctx.sizes = batch, [w.shape[0] for w in (w_q, w_k, w_v)]
         return out
 
@@ -235,7 +239,9 @@ class _AttentionBlock(torch.autograd.Function):
         if batch.asked is not None:
             d_q_rows, d_kv_rows = torch.empty_like(q_rows), d_projected
             d_q_rows[batch.num_asked :].zero_()
-        d_q_norm, d_k_norm = _unseat_all(batch, (d_q, d_k, d_v), (q_rows, kv_rows), (d_q_rows, d_kv_rows), q_norm, k_norm)
+        d_q_norm, d_k_norm = _unseat_all(
+            batch, (d_q, d_k, d_v), (q_rows, kv_rows), (d_q_rows, d_kv_rows), q_norm, k_norm
+        )
 
         x_t = kernels.norm_transposed(hidden, norm, rstd)
         d_w_qkv = norm.new_empty(w_qkv.shape)
@@ -266,11 +272,11 @@ def _seat_all(
     batch: NativeBatch, q_rows: Tensor, kv_rows: Tensor, q_norm: Tensor | None, k_norm: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys normalised and turned, all in attention's layout."""
-    heads, plan, seat = batch.heads, batch.plan, batch.kernels.seat_heads
-    turn = {"angles": batch.angles, "eps": batch.eps}
-    q = seat(q_rows, plan.queries, heads.query, heads.share, heads.dim, norm=q_norm, **turn)
-    k = seat(kv_rows, plan.keys, heads.kv, 1, heads.dim, norm=k_norm, **turn)
-    v = seat(kv_rows[:, heads.kv * heads.dim :], plan.keys, heads.kv, 1, heads.dim)
+    heads, plan = batch.heads, batch.plan
+    seat = partial(batch.kernels.seat_heads, angles=batch.angles, eps=batch.eps)
+    q = seat(q_rows, plan.queries, heads.query, heads.share, heads.dim, norm=q_norm)
+    k = seat(kv_rows, plan.keys, heads.kv, 1, heads.dim, norm=k_norm)
+    v = batch.kernels.seat_heads(kv_rows[:, heads.kv * heads.dim :], plan.keys, heads.kv, 1, heads.dim)
     return q, k, v
 
 
@@ -283,19 +289,20 @@ def _unseat_all(
     k_norm: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of `_seat_all`'s rows, written to `to`; returns those of the two norms."""
-    heads, plan, unseat = batch.heads, batch.plan, batch.kernels.unseat_heads
-    turn = {"angles": batch.angles, "eps": batch.eps}
+    heads, plan = batch.heads, batch.plan
+    unseat = partial(batch.kernels.unseat_heads, angles=batch.angles, eps=batch.eps)
     (d_q, d_k, d_v), (q_rows, kv_rows), (to_q, to_kv) = gradients, rows, to
-    d_q_norm = unseat(d_q, to_q, plan.queries, heads.query, heads.share, heads.dim, x=q_rows, norm=q_norm, **turn)
-    d_k_norm = unseat(d_k, to_kv, plan.keys, heads.kv, 1, heads.dim, x=kv_rows, norm=k_norm, **turn)
-    unseat(d_v, to_kv[:, heads.kv * heads.dim :], plan.keys, heads.kv, 1, heads.dim)
+    d_q_norm = unseat(d_q, to_q, plan.queries, heads.query, heads.share, heads.dim, x=q_rows, norm=q_norm)
+    d_k_norm = unseat(d_k, to_kv, plan.keys, heads.kv, 1, heads.dim, x=kv_rows, norm=k_norm)
+    to_v = to_kv[:, heads.kv * heads.dim :]
+    batch.kernels.unseat_heads(d_v, to_v, plan.keys, heads.kv, 1, heads.dim)
     return d_q_norm, d_k_norm
 
 
-def mlp_block(hidden: Tensor, norm: nn.RMSNorm, mlp: nn.Module, batch: NativeBatch) -> Tensor:
-    """hidden + mlp(norm(hidden))."""
-    weights = [mlp.get_submodule(name).weight for name in ("gate_proj", "up_proj", "down_proj")]
-    low = batch.cast(mlp, [weights[:2], weights[2:]])
+def mlp_block(hidden: Tensor, norm: nn.RMSNorm, projections: Sequence[nn.Linear], batch: NativeBatch) -> Tensor:
+    """hidden + mlp(norm(hidden)); projections of gate, up and down."""
+    weights = [p.weight for p in projections]
+    low = batch.cast(weights[:2]), batch.cast(weights[2:])
     out: Tensor = _MLPBlock.apply(batch, low, hidden, norm.weight, *weights)  # type: ignore[no-untyped-call]
     return out
 

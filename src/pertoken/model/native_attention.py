@@ -71,16 +71,17 @@ class AttentionPlan:
     all_keys_used: bool  # else the gradient of some is zero, and no product writes it
 
     @classmethod
-    def of(cls, lengths: Sequence[int], heads: Heads, asking: Tensor | None = None) -> AttentionPlan:
-        """For consecutive documents of `lengths`; `asking` [N] bool says which rows' queries are needed, None: all."""
+    def of(cls, lengths: Sequence[int], heads: Heads, asked: Tensor | None = None) -> AttentionPlan:
+        """For consecutive documents of `lengths`; `asked` [M] are the rows whose queries are needed, None: all."""
         lengths_S = np.asarray(lengths, dtype=np.int64)
         key_widths = _widths(lengths_S)
         keys, _ = _seat(lengths_S, key_widths, key_widths)
-        if asking is None:
+        if asked is None:
             counts, query_widths, positions = lengths_S, key_widths, keys.positions.numpy()
         else:
-            chosen = asking.numpy()
-            counts = np.add.reduceat(chosen.astype(np.int64), np.cumsum(lengths_S) - lengths_S)
+            chosen = asked.numpy()
+            ends = np.searchsorted(chosen, np.cumsum(lengths_S))
+            counts = np.diff(ends, prepend=0)
             query_widths = _widths(counts)
             positions = keys.positions.numpy()[chosen]
         blocks = np.where(query_widths > _ONE_BLOCK, _BLOCK, np.maximum(query_widths, 1))
@@ -109,7 +110,12 @@ class AttentionPlan:
                         limits=torch.from_numpy(mine),
                     )
                 )
-        return cls(queries, keys, tuple(cut), bool((counts > 0).all()) and all(b.columns == b.key_width or b.rows < b.query_width for b in cut))
+        return cls(
+            queries,
+            keys,
+            tuple(cut),
+            bool((counts > 0).all()) and all(b.columns == b.key_width or b.rows < b.query_width for b in cut),
+        )
 
 
 def _widths(lengths_S: np.ndarray) -> np.ndarray:

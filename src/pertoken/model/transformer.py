@@ -28,6 +28,7 @@ from pertoken.model_config import ResolvedModelConfig
 __all__ = ["CausalLM"]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H, D]
+Impl = Literal["auto", "native", "chunked", "reference"]
 Rope = tuple[Tensor, Tensor]  # cos and sin, [N, 1, D / 2] each
 
 
@@ -127,7 +128,7 @@ class CausalLM(nn.Module):
         for layer in self.model.layers:
             layer.compile(dynamic=True)
 
-    def forward(self, micro_batch: MicroBatch, *, impl: Literal["auto", "chunked", "reference"] = "auto") -> LossOutput:
+    def forward(self, micro_batch: MicroBatch, *, impl: Impl = "auto") -> LossOutput:
         """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number.
 
         Experts add their balance loss. An empty micro-batch gives zeros, and every parameter a zero gradient. `impl` is
@@ -137,40 +138,51 @@ class CausalLM(nn.Module):
         if self.config.use_moe:
             lengths = (num_tokens,) if self.config.aux_loss == "micro_batch" else micro_batch.lengths
             documents = Documents.of(lengths, micro_batch.input_ids.device)
+        # Nothing reads the other rows of a dense model's last block; the router of one with experts sees them all.
+        asked = None if self.config.use_moe else (micro_batch.loss_mask != 0).nonzero().squeeze(1)
+        if asked is not None and len(asked) == num_tokens:
+            asked = None
+        tied = None
         if self._runs_natively(micro_batch):
-            return self._native_loss(micro_batch, documents)
-        hidden, loads = self._run_flat(micro_batch, documents)
-        out = linear_cross_entropy(hidden, self.head_weight, micro_batch.labels, micro_batch.loss_mask, impl=impl)
+            impl = "native" if impl == "auto" else impl
+            tied = TiedGradient() if impl == "native" and self.lm_head is None else None
+            hidden, loads = self._run_natively(micro_batch, documents, asked, tied)
+        else:
+            impl = "chunked" if impl == "auto" else impl
+            hidden, loads = self._run_flat(micro_batch, documents, asked)
+        labels, loss_mask = micro_batch.labels, micro_batch.loss_mask
+        if asked is not None:
+            labels, loss_mask = labels[asked], loss_mask[asked]
+        out = linear_cross_entropy(hidden, self.head_weight, labels, loss_mask, impl=impl, tied=tied)
         return with_balance_loss(out, loads, self.config, num_tokens) if self.config.use_moe else out
 
     def _runs_natively(self, micro_batch: MicroBatch) -> bool:
-        if not self.native or micro_batch.input_ids.device.type != "cpu" or not bool((micro_batch.loss_mask != 0).any()):
+        if (
+            not self.native
+            or micro_batch.input_ids.device.type != "cpu"
+            or not bool((micro_batch.loss_mask != 0).any())
+        ):
             return False
         weight = self.model.embed_tokens.weight
         return weight.dtype == torch.float32 and _compute_dtype(weight) in (torch.float32, torch.bfloat16)
 
-    def _native_loss(self, micro_batch: MicroBatch, documents: Documents | None) -> LossOutput:
+    def _run_natively(
+        self, micro_batch: MicroBatch, documents: Documents | None, asked: Tensor | None, tied: TiedGradient | None
+    ) -> tuple[Tensor, list[Load]]:
+        """Hidden states of the rows asked for after the final norm, in the dtype of activations."""
         weight, config = self.model.embed_tokens.weight, self.config
-        asking = micro_batch.loss_mask != 0
         make = partial(NativeBatch.of, config, Kernels(_compute_dtype(weight)), micro_batch.lengths, casts=self._casts)
         batch = last = make()
-        # Nothing reads the other rows of a dense model's last block; but experts' balance does.
-        if not config.use_moe and not bool(asking.all()):
-            last = make(asking=asking)
-        tied = TiedGradient() if self.lm_head is None else None
+        if asked is not None:
+            last = make(asked=asked)
         hidden = embed(weight, micro_batch.input_ids, batch, tied)
         batches = [batch] * (config.num_hidden_layers - 1) + [last]
-        hidden, loads = self._run_layers(hidden, None, batches, documents)
-        hidden = final_norm(hidden, self.model.norm, last)
-        labels, loss_mask = micro_batch.labels, micro_batch.loss_mask
-        if last.asked is not None:
-            labels, loss_mask = labels[last.asked], loss_mask[last.asked]
-        out = linear_cross_entropy(hidden, self.head_weight, labels, loss_mask, impl="native", tied=tied)
-        return with_balance_loss(out, loads, config, batch.num_rows) if config.use_moe else out
+        hidden, loads = self._run_layers(hidden, None, batches, documents, None)
+        return final_norm(hidden, self.model.norm, last), loads
 
     def hidden_states(self, micro_batch: MicroBatch) -> Tensor:
         """[N, D], after the final norm. Each sample sees itself alone."""
-        return self._run_flat(micro_batch, None)[0]
+        return self._run_flat(micro_batch, None, None)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]"""
@@ -192,32 +204,45 @@ class CausalLM(nn.Module):
         start, end = cache.length, cache.length + input_ids.shape[0]
         position_ids = torch.arange(start, end, device=input_ids.device)
         attends = [partial(cached_attention, cache=cache, layer=i) for i in range(self.config.num_hidden_layers)]
-        hidden, _ = self._run(input_ids, position_ids, attends, None)
+        hidden, _ = self._run(input_ids, position_ids, attends, None, None)
         cache.length = end
         return self.logits(hidden[-1])
 
-    def _run_flat(self, micro_batch: MicroBatch, documents: Documents | None) -> tuple[Tensor, list[Load]]:
+    def _run_flat(
+        self, micro_batch: MicroBatch, documents: Documents | None, asked: Tensor | None
+    ) -> tuple[Tensor, list[Load]]:
         layout = AttentionLayout.of(micro_batch.lengths, micro_batch.input_ids.device)
         attends = [partial(attention, layout=layout)] * self.config.num_hidden_layers
-        return self._run(micro_batch.input_ids, micro_batch.position_ids, attends, documents)
+        return self._run(micro_batch.input_ids, micro_batch.position_ids, attends, documents, asked)
 
     def _run(
-        self, input_ids: Tensor, position_ids: Tensor, attends: list[partial[Tensor]], documents: Documents | None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attends: list[partial[Tensor]],
+        documents: Documents | None,
+        asked: Tensor | None,
     ) -> tuple[Tensor, list[Load]]:
-        """Hidden states [N, D] after the final norm, and what each layer's experts were given, if `documents` are."""
+        """Hidden states [N, D] (of the rows `asked`, if given) after the final norm, and what each layer's experts were
+        given, if `documents` are."""
         hidden: Tensor = self.model.embed_tokens(input_ids)
         rope = _rope(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
-        hidden, loads = self._run_layers(hidden, rope, attends, documents)
+        hidden, loads = self._run_layers(hidden, rope, attends, documents, asked)
         return self.model.norm(hidden), loads
 
     def _run_layers(
-        self, hidden: Tensor, rope: Rope | None, attends: Sequence[Attend | NativeBatch], documents: Documents | None
+        self,
+        hidden: Tensor,
+        rope: Rope | None,
+        attends: Sequence[Attend | NativeBatch],
+        documents: Documents | None,
+        asked: Tensor | None,
     ) -> tuple[Tensor, list[Load]]:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         loads: list[Load] = []
-        for layer, attend in zip(self.model.layers, attends, strict=True):
+        for i, (layer, attend) in enumerate(zip(self.model.layers, attends, strict=True), start=1):
             run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
-            out = run(hidden, rope, attend, documents)
+            out = run(hidden, rope, attend, documents, asked if i == len(self.model.layers) else None)
             if isinstance(out, Tensor):
                 hidden = out
             else:
@@ -245,17 +270,24 @@ class _Layer(nn.Module):
         self.mlp = MixtureOfExperts(config) if config.use_moe else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, hidden: Tensor, rope: Rope | None, attend: Attend | NativeBatch, documents: Documents | None
+        self,
+        hidden: Tensor,
+        rope: Rope | None,
+        attend: Attend | NativeBatch,
+        documents: Documents | None,
+        asked: Tensor | None,
     ) -> Tensor | tuple[Tensor, Load]:
-        """The hidden states, and with `documents` the load of the experts, if there are any."""
+        """The hidden states, of the rows `asked` if given; with `documents` the load of the experts, if any."""
         dtype = _compute_dtype(hidden)
         if isinstance(attend, NativeBatch):
-            hidden = attention_block(hidden, self.input_layernorm, self.self_attn, attend)
+            hidden = self._native_attention(hidden, attend)
             if isinstance(self.mlp, MLP):
-                return mlp_block(hidden, self.post_attention_layernorm, self.mlp, attend)
+                matrices = (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
+                return mlp_block(hidden, self.post_attention_layernorm, matrices, attend)
         else:
             # Cast once here, not once in every linear layer that reads it.
-            hidden = hidden + self.self_attn(self.input_layernorm(hidden).to(dtype), rope, attend)
+            normed = self.input_layernorm(hidden).to(dtype)
+            hidden = (hidden if asked is None else hidden[asked]) + self.self_attn(normed, rope, attend, asked)
         normed = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, MixtureOfExperts):
             update, load = self.mlp(normed, dtype, documents)
@@ -264,6 +296,11 @@ class _Layer(nn.Module):
         update = self.mlp(normed.to(dtype))
         out: Tensor = hidden + update
         return out
+
+    def _native_attention(self, hidden: Tensor, batch: NativeBatch) -> Tensor:
+        attn = self.self_attn
+        matrices = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)
+        return attention_block(hidden, self.input_layernorm, matrices, (attn.q_norm, attn.k_norm), batch)
 
 
 class _Attention(nn.Module):
@@ -280,11 +317,18 @@ class _Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if has_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if has_norm else None
 
-    def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        q_NHD, k_NKD, v_NKD = (
-            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out_NHD = attend(self._turn(q_NHD, self.q_norm, rope), self._turn(k_NKD, self.k_norm, rope), v_NKD)
+    def forward(self, x: Tensor, rope: Rope, attend: Attend, asked: Tensor | None) -> Tensor:
+        """Of the rows `asked`, if given; the others have keys and values, and queries of zeros that nobody reads."""
+        k_NKD, v_NKD = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.k_proj, self.v_proj))
+        k_NKD = self._turn(k_NKD, self.k_norm, rope)
+        if asked is not None:
+            x, rope = x[asked], (rope[0][asked], rope[1][asked])
+        q_NHD = self._turn(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), self.q_norm, rope)
+        if asked is not None:
+            q_NHD = q_NHD.new_zeros(len(k_NKD), *q_NHD.shape[1:]).index_copy(0, asked, q_NHD)
+        out_NHD = attend(q_NHD, k_NKD, v_NKD)
+        if asked is not None:
+            out_NHD = out_NHD[asked]
         out: Tensor = self.o_proj(out_NHD.flatten(1))
         return out
 

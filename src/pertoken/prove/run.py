@@ -53,7 +53,7 @@ def prove(
         raise RecipeError(f"--tokens {tokens}: must be at least {_LEAST_TOKENS}")
     started = time.perf_counter()
     data = load_data(recipe, listener or Listener(), World())
-    model = build_model(recipe, data, None, Precision("float32", torch.device("cpu")), for_training=False)
+    model = build_model(recipe, data, None, Precision("float32", torch.device("cpu")))
     chosen, *later = (
         choose(data.train, tokens=tokens, batch_size=recipe.train.batch_size, seed=recipe.train.seed, step=step)
         for step in range(1, STEPS + 2)

@@ -19,7 +19,7 @@ from pertoken.data.tokenizer import load_tokenizer
 from pertoken.model.transformer import CausalLM
 from pertoken.training.checkpoint import load_model, recipe_of, resolve_model_folder
 from pertoken.training.parallel import World
-from pertoken.training.precision import Precision
+from pertoken.training.precision import Precision, keeping_casts
 
 __all__ = ["Evaluation", "evaluate", "model_and_data"]
 
@@ -60,10 +60,11 @@ def evaluate(
     model.eval()
     loss_sum = 0.0
     try:
-        for indices in plan(store.lengths.tolist(), world_size=world.size, token_budget=token_budget)[world.rank]:
-            with precision.autocast():
-                out = model(collate([store[i] for i in indices]).to(precision.device))
-            loss_sum += float(out.loss_sum)
+        with keeping_casts(model):
+            for indices in plan(store.lengths.tolist(), world_size=world.size, token_budget=token_budget)[world.rank]:
+                with precision.autocast():
+                    out = model(collate([store[i] for i in indices]).to(precision.device))
+                loss_sum += float(out.loss_sum)
     finally:
         model.train(was_training)
     loss_sum = float(world.sum(torch.tensor([loss_sum], dtype=torch.float64)))

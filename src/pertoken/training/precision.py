@@ -8,10 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from pertoken.errors import RecipeError
+from pertoken.model.transformer import CausalLM
 
-__all__ = ["Precision", "resolve_device"]
+__all__ = ["Precision", "keeping_casts", "resolve_device"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ class Precision:
     def new_scaler(self) -> torch.amp.GradScaler:
         """Does nothing unless `dtype` is float16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")
+
+
+def keeping_casts(model: nn.Module) -> AbstractContextManager[object]:
+    """Inside, a model that can keeps its weights in low precision from one forward pass to the next."""
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return inner.keeping_casts() if isinstance(inner, CausalLM) else nullcontext()
 
 
 def _best_of_five(work: Callable[[], object]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pertoken.data.order import steps_per_epoch
 from pertoken.data.store import Store, build_store
 from pertoken.data.tokenizer import end_of_turn_id, load_tokenizer
 from pertoken.errors import CheckpointError, RecipeError
+from pertoken.kernels.memory import keep_freed_memory
 from pertoken.model.folder import resize_embeddings
 from pertoken.model.transformer import CausalLM
 from pertoken.model_config import MOE_KEYS
@@ -26,6 +26,7 @@ from pertoken.training.checkpoint import (
     newest_checkpoint,
     resolve_model_folder,
 )
+from pertoken.training.compilation import compile_model
 from pertoken.training.loop import Run, fit, stop_on_signals
 from pertoken.training.metrics import Listener, MetricsFile, open_trackers
 from pertoken.training.optim import build_adamw
@@ -34,7 +35,7 @@ from pertoken.training.precision import Precision, resolve_device
 from pertoken.training.step import TrainState
 from pertoken.training.summary import summarise
 
-__all__ = ["RunData", "TrainResult", "build_model", "has_compiler", "load_data", "prepare", "train"]
+__all__ = ["RunData", "TrainResult", "build_model", "load_data", "prepare", "train"]
 
 # What may differ from the checkpoint on --resume. Paths of data and tokenizer may, since their contents are compared.
 _MAY_CHANGE = {
@@ -102,9 +103,10 @@ def _train(recipe: Recipe, world: World, listener: Listener, *, resume: bool, ov
 
     total_steps = _total_steps(recipe, len(data.train))
     model = build_model(recipe, data, checkpoint, precision)
+    compiled = _prepare_model(model, recipe, checkpoint, precision, total_steps, listener)
     # Only now, with recipe, data and model known to be good on every rank, is anything in out_dir touched.
     world.on_main(lambda: _make_room(out_dir, recipe, overwrite=overwrite))
-    run = _assemble(recipe, data, model, checkpoint, total_steps, precision, world, listener)
+    run = _assemble(recipe, data, model, checkpoint, total_steps, precision, world, listener, compiled=compiled)
     try:
         listener.started(run.summary)
         with stop_on_signals(echo_s=5.0 if world.size > 1 else 0.0) as stop:
@@ -213,18 +215,8 @@ def _total_steps(recipe: Recipe, num_samples: int) -> int:
     return total
 
 
-def build_model(
-    recipe: Recipe,
-    data: RunData,
-    checkpoint: Checkpoint | None,
-    precision: Precision,
-    *,
-    for_training: bool = True,
-) -> CausalLM:
-    """From the checkpoint, from `init_from`, or from random weights; checked against data and recipe.
-
-    Compiled and checkpointed as the recipe says only if `for_training`.
-    """
+def build_model(recipe: Recipe, data: RunData, checkpoint: Checkpoint | None, precision: Precision) -> CausalLM:
+    """From the checkpoint, from `init_from`, or from random weights; checked against data and recipe."""
     train, dtype = recipe.train, precision.parameter_dtype
     if checkpoint is not None:
         model = load_model(checkpoint.folder, dtype=dtype)
@@ -241,12 +233,27 @@ def build_model(
     for store in (data.train, data.eval):
         if store is not None:
             store.check_vocab(model.config.vocab_size)
-    if for_training:
-        model.activation_checkpointing = train.activation_checkpointing
-        if train.compile == "on":
-            _require_compiler(precision.device)
-            model.compile_layers()
     return model.to(precision.device)
+
+
+def _prepare_model(
+    model: CausalLM,
+    recipe: Recipe,
+    checkpoint: Checkpoint | None,
+    precision: Precision,
+    total_steps: int,
+    listener: Listener,
+) -> bool:
+    """For training; whether code was generated for this machine."""
+    train = recipe.train
+    model.activation_checkpointing = train.activation_checkpointing
+    before = None if checkpoint is None else checkpoint.state.get("compiled")
+    compiled, remark = compile_model(model, train.compile, precision, total_steps=total_steps, before=before)
+    if remark is not None:
+        listener.message(remark)
+    if precision.device.type == "cpu":
+        keep_freed_memory()
+    return compiled
 
 
 def _load_initial(recipe: Recipe, init_from: str, num_tokens: int, dtype: torch.dtype) -> CausalLM:
@@ -281,6 +288,8 @@ def _assemble(
     precision: Precision,
     world: World,
     listener: Listener,
+    *,
+    compiled: bool,
 ) -> Run:
     """Optimiser, scaler and files around the model, as they stood at the checkpoint or at the start."""
     train, out_dir = recipe.train, Path(recipe.out_dir)
@@ -337,6 +346,7 @@ def _assemble(
         carried={
             "recipe": recipe.model_dump(mode="json", exclude_none=True),
             "data": data.fingerprints,
+            "compiled": compiled,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         },
         metrics=metrics,
@@ -344,13 +354,3 @@ def _assemble(
         summary=summary,
         listener=listener,
     )
-
-
-def has_compiler() -> bool:
-    """Whether `torch.compile` finds a C++ compiler, which it needs on a CPU."""
-    return any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
-
-
-def _require_compiler(device: torch.device) -> None:
-    if device.type == "cpu" and not has_compiler():
-        raise RecipeError('train.compile="on": needs a C++ compiler, and none is on the PATH; install one, or "off"')

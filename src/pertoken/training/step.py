@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pertoken.data.batch import MicroBatch
 from pertoken.training.parallel import World, synchronised, whole
-from pertoken.training.precision import Precision
+from pertoken.training.precision import Precision, keeping_casts
 
 __all__ = ["NonFiniteStep", "StepMetrics", "TrainState", "train_step"]
 
@@ -108,13 +108,14 @@ def train_step(
     loss_scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
     metrics = []
     try:
-        for i, micro_batch in enumerate(micro_batches, start=1):
-            with synchronised(state.model, now=i == len(micro_batches)):
-                with state.precision.autocast():
-                    out = state.model(micro_batch.to(state.precision.device))
-                # What wraps the model averages gradients over ranks; this makes it a sum.
-                state.backward(out.objective(num_tokens, num_routed) * state.world.size)
-            metrics.append(out.metrics)
+        with keeping_casts(state.model):
+            for i, micro_batch in enumerate(micro_batches, start=1):
+                with synchronised(state.model, now=i == len(micro_batches)):
+                    with state.precision.autocast():
+                        out = state.model(micro_batch.to(state.precision.device))
+                    # What wraps the model averages gradients over ranks; this makes it a sum.
+                    state.backward(out.objective(num_tokens, num_routed) * state.world.size)
+                metrics.append(out.metrics)
         sums = _add_up(metrics, state.world)
         loss_sum, seen = float(sums["loss"][0]), sums["loss"][1]
         assert math.isclose(seen, num_tokens, rel_tol=1e-6), f"{seen} supervised tokens seen, {num_tokens} expected"

@@ -1,0 +1,59 @@
+"""Whether code is generated for this machine: kernels on a CPU, layers fused by torch.compile on CUDA."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Literal
+
+import torch
+
+from pertoken.errors import CompilerError, RecipeError
+from pertoken.model.transformer import CausalLM
+from pertoken.training.precision import Precision
+
+__all__ = ["compile_model", "has_compiler"]
+
+# torch.compile takes some 15 to 60 s and saves a part of each step: fewer steps than these do not earn it.
+_WORTH_COMPILING = 500
+
+
+def compile_model(
+    model: CausalLM, how: Literal["auto", "on", "off"], precision: Precision, *, total_steps: int, before: bool | None
+) -> tuple[bool, str | None]:
+    """Prepare `model` as `train.compile` says; whether code is generated, and what the user should know.
+
+    On a CPU that means kernels, compiled in seconds and kept in the cache, so `"auto"` uses them where there is a C
+    compiler. On CUDA it means torch.compile, which `"auto"` uses in runs of some length. `before` is what the run
+    decided when it was started, which `"auto"` repeats on a resume, where it can. `"on"` raises RecipeError where code
+    cannot be generated.
+    """
+    if how == "off" or (how == "auto" and before is False):
+        return False, None
+    if precision.device.type != "cpu":
+        if how == "auto" and before is None and (total_steps < _WORTH_COMPILING or not isinstance(model, CausalLM)):
+            return False, None
+        model.compile_layers()
+        return True, None
+    why = None
+    if not isinstance(model, CausalLM):
+        why = "the kernels are for pertoken's own decoder"
+    elif precision.dtype not in ("bfloat16", "float32"):
+        why = f"the kernels are for bfloat16 and float32, not for {precision.dtype}"
+    else:
+        try:
+            model.use_kernels(getattr(torch, precision.dtype))
+        except CompilerError as error:
+            why = str(error)
+            if how == "auto":
+                return False, f"training without compiled kernels, several times slower: {why}"
+    if why is None:
+        return True, None
+    if how == "on":
+        raise RecipeError(f'train.compile="on": {why}; set it to "auto" or "off"')
+    return False, None
+
+
+def has_compiler() -> bool:
+    """Whether `torch.compile` finds a C++ compiler, which it needs on a CPU."""
+    return any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
