@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ import pertoken.data.chat
 import pertoken.data.order
 import pertoken.data.samples
 import pertoken.data.share
+import pertoken.loss
 import pertoken.model.attention
+import pertoken.model.native
 import pertoken.model.transformer
 import pertoken.prove.checks
 import pertoken.prove.classes
 import pertoken.prove.ranks
 from pertoken.data.batch import MicroBatch, Sample
 from pertoken.data.chat import Marked
+from pertoken.kernels.ops import Kernels
 from pertoken.loss import LossOutput
 from pertoken.training.step import TrainState
 
@@ -206,6 +210,39 @@ def ignore_index_as_a_label(patch: Patch) -> None:
 
 def ignore_index_learned(patch: Patch) -> None:
     _relabelled(patch, mask_too=True)
+
+
+def casts_outlive_their_step(patch: Patch) -> None:
+    @contextmanager
+    def for_ever(self: Any) -> Iterator[None]:
+        self._casts = self._casts or {}
+        yield
+
+    patch.setattr(pertoken.model.transformer.CausalLM, "keeping_casts", for_ever)
+
+
+def kernels_see_one_ahead(patch: Patch) -> None:
+    forward = Kernels.softmax_forward
+
+    def ahead(self: Kernels, scores: torch.Tensor, log_z: torch.Tensor, limits: torch.Tensor, scale: float) -> None:
+        forward(self, scores, log_z, (limits + (limits > 0)).clamp(max=scores.shape[-1]), scale)
+
+    patch.setattr(Kernels, "softmax_forward", ahead)
+
+
+def rows_beside_the_asked_ones(patch: Patch) -> None:
+    """The last block computes the rows after the supervised ones."""
+    of = pertoken.model.native.NativeBatch.of
+
+    def beside(*args: Any, asked: torch.Tensor | None = None, **settings: Any) -> Any:
+        return of(*args, asked=None if asked is None else (asked - 1).clamp(min=0).unique(), **settings)
+
+    patch.setattr(pertoken.model.native.NativeBatch, "of", beside)
+
+
+def head_gradient_lost(patch: Patch) -> None:
+    """Of a tied embedding."""
+    patch.setattr(pertoken.loss.TiedGradient, "of_head", property(lambda self: None, lambda self, value: None))
 
 
 def optimizer_state_lost(patch: Patch) -> None:

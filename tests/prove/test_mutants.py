@@ -38,6 +38,10 @@ PLANTED = [
     ("end_of_turn_unsupervised", "who is supervised", DENSE),
     ("ignore_index_as_a_label", "one micro-batch", DENSE),
     ("ignore_index_learned", "one micro-batch", DENSE),
+    ("casts_outlive_their_step", "kernels", DENSE),
+    ("kernels_see_one_ahead", "kernels", DENSE),
+    ("rows_beside_the_asked_ones", "kernels", DENSE),
+    ("head_gradient_lost", "kernels", DENSE),
     ("optimizer_state_lost", "resume in mid-epoch", DENSE),
 ]
 IN_RANKS = [

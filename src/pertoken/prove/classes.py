@@ -18,7 +18,7 @@ from pertoken.config import TrainConfig
 from pertoken.data.batch import MicroBatch, collate
 from pertoken.data.order import step_at, steps_per_epoch
 from pertoken.data.share import Share, share_of
-from pertoken.errors import RecipeError
+from pertoken.errors import CompilerError, RecipeError
 from pertoken.loss import LossOutput
 from pertoken.model.transformer import CausalLM
 from pertoken.prove.reference import reference_gradient
@@ -253,6 +253,24 @@ def compiled(name: str, case: Case) -> Result:
     return _in_float32(name, case, model, "layers fused by torch.compile")
 
 
+def kernels(name: str, case: Case) -> Result:
+    """After a step under other weights, so that what is kept of weights within a step does not outlive it."""
+    model = copy.deepcopy(case.model).float()
+    if not isinstance(model, CausalLM):
+        return Result(name, "float32", "skipped", note="the kernels are for pertoken's own decoder")
+    try:
+        model.use_kernels(torch.float32)
+    except CompilerError as error:
+        return Result(name, "float32", "skipped", note=str(error))
+    true = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    gradient_of_step(model, case.split(), precision=Precision("float32", torch.device("cpu")))
+    model.load_state_dict(true)
+    return _in_float32(name, case, model, "compiled for this processor")
+
+
 def resume(name: str, case: Case) -> Result:
     """Two steps, a checkpoint in mid-epoch, a third step; against the third step of what was read back."""
     count, batch_size = len(case.chosen.samples) - 1, 1
@@ -318,6 +336,7 @@ CLASSES: dict[str, Callable[[str, Case], Result]] = {
     "short last step": short_last_step,
     "clipping under a loss scale": clipping,
     "float32": float32,
+    "kernels": kernels,
     "compiled": compiled,
     "resume in mid-epoch": resume,
 }

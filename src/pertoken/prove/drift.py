@@ -10,6 +10,7 @@ import torch
 from pertoken.data.share import share_of
 from pertoken.prove.classes import Case
 from pertoken.prove.report import Result
+from pertoken.training.compilation import compile_model
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
 
@@ -50,6 +51,7 @@ def _curve(case: Case, *, in_one: bool) -> np.ndarray:
     """
     model = copy.deepcopy(case.model).float()
     precision = Precision("bfloat16", torch.device("cpu"))
+    compile_model(model, "off" if case.train.compile == "off" else "auto", precision, total_steps=STEPS, before=None)
     learning_rate = _FALL / case.reference.norm**2
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
     state = TrainState(model, optimizer, precision.new_scaler(), precision)
