@@ -29,6 +29,7 @@ WAYS = {
     "ddp-muon": {"train__parallel": "ddp", "train__optimizer": "muon", "train__muon_learning_rate": 4e-3},
     "fsdp-muon": {"train__parallel": "fsdp", "train__optimizer": "muon", "train__muon_learning_rate": 4e-3},
 }
+RESUMED = ("ddp", "fsdp", "fsdp-muon")  # under DDP, Muon's state is kept as on one rank
 ONE_LEFT = {"train__batch_size": 50, "train__max_steps": 6}  # 101 samples: the last step of an epoch has one
 
 
@@ -73,8 +74,9 @@ def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs = []
         for way, changes in WAYS.items():
             jobs.append((recipe_of(world, folder / f"{way}{ranks}", **changes), False))
+        for way in RESUMED:
             part = folder / f"{way}{ranks}-part"
-            jobs.append((recipe_of(world, part, **changes, train__max_steps=STOP_AT), False))
+            jobs.append((recipe_of(world, part, **WAYS[way], train__max_steps=STOP_AT), False))
         for how in HOW:
             name = f"{how}{ranks}"
             jobs.append((recipe_of(world, folder / f"{name}-idle", train__parallel=how, **ONE_LEFT), False))
@@ -171,7 +173,7 @@ def test_a_checkpoint_is_whole_and_opens_anywhere(runs, way, ranks):
     assert len(parts) == (1 if way.startswith("ddp") else ranks + 1), parts
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", RESUMED)
 def test_a_resume_on_as_many_ranks_is_bitwise(runs, world, tmp_path, way):
     shutil.copytree(runs / f"{way}3-part", tmp_path / "run")
     run_jobs(3, tmp_path, [(recipe_of(world, tmp_path / "run", **WAYS[way]), True)])
@@ -186,7 +188,7 @@ def state_of(run: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", RESUMED)
 def test_a_run_saved_on_two_ranks_goes_on_on_one_and_on_three(runs, world, tmp_path, way):
     for name in ("one", "three"):
         shutil.copytree(runs / f"{way}2-part", tmp_path / name, symlinks=True)
