@@ -111,11 +111,11 @@ def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[st
 
 
 def _matrices_of_blocks(model: nn.Module) -> list[nn.Parameter]:
-    """Those that map hidden states to hidden states. A table's rows, and a router's, are looked up one by one."""
-    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    routers = {m.gate.weight for m in model.modules() if isinstance(m, MixtureOfExperts)}
+    """Those that map hidden states to hidden states: no embeddings, and no routers (a row of one is an expert)."""
+    excluded = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    excluded |= {m.gate.weight for m in model.modules() if isinstance(m, MixtureOfExperts)}
     parameters = (p for layer in model.layers for p in layer.parameters())  # type: ignore[union-attr]
-    return [p for p in parameters if p.requires_grad and p.ndim == 2 and p not in tables | routers]
+    return [p for p in parameters if p.requires_grad and p.ndim == 2 and p not in excluded]
 
 
 class MuonAdamW(torch.optim.Optimizer):
