@@ -32,6 +32,8 @@ REFUSED = {
     "train.learning_rate=nan": "train.learning_rate=nan: must be a finite number",
     "train.learning_rate=0": "train.learning_rate=0: must be more than 0",
     "train.betas=[0.9, 1.0]": "train.betas=[0.9, 1.0]: each must be at least 0 and below 1",
+    "train.optimizer=sgd": "train.optimizer='sgd': must be one of 'adamw' or 'muon'",
+    "train.muon_learning_rate=0.01": 'train.muon_learning_rate=0.01: train.optimizer="adamw" does not use it; set',
     "train.dtype=fp16": "train.dtype='fp16': must be one of",
     "train.device=tpu": "train.device='tpu': must be",
     "train.min_lr_ratio=2": "train.min_lr_ratio=2: must be at most 1",

@@ -80,7 +80,8 @@ class TrainConfig(Section):
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     decay_ratio: float = Field(default=0.2, gt=0, le=1)
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    muon_learning_rate: float | None = Field(default=None, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
     grad_clip: float = Field(default=1.0, ge=0)
@@ -92,6 +93,15 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     eval_interval: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.muon_learning_rate is not None and self.optimizer != "muon":
+            raise ValueError(
+                f'train.muon_learning_rate={self.muon_learning_rate}: train.optimizer="{self.optimizer}" does not use '
+                'it; set train.optimizer="muon", or leave the key out'
+            )
+        return self
 
     @field_validator("betas")
     @classmethod

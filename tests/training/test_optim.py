@@ -1,4 +1,4 @@
-"""The learning rate of every step, and who decays."""
+"""The learning rate of every step, who decays, and Muon against its formulas."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from pertoken.config import ModelConfig
+from pertoken.config import ModelConfig, TrainConfig
 from pertoken.model.transformer import CausalLM
-from pertoken.training.optim import build_adamw, lr_at
+from pertoken.training import optim
+from pertoken.training.optim import build_adamw, build_muon, build_optimizer, lr_at, orthogonalised, set_lr
 
 
 def rates(total: int, **kwargs) -> list[float]:
@@ -53,3 +54,110 @@ def test_matrices_decay_and_norms_do_not():
     for name, parameter in model.named_parameters():
         assert decay[id(parameter)] == (0.5 if parameter.ndim == 2 else 0.0), name
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+def small_model(dtype: torch.dtype = torch.float64, **changes) -> CausalLM:
+    settings = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return CausalLM(ModelConfig(**settings, intermediate_size=40, **changes).resolve(11), dtype=dtype)
+
+
+EXPERTS = {"use_moe": True, "num_experts": 3, "moe_intermediate_size": 8}
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, EXPERTS])
+def test_muon_has_the_blocks_matrices_and_adamw_all_else(changes):
+    model = small_model(**changes)
+    optimizer = build_muon(model, weight_decay=0.5, betas=(0.9, 0.95), lr_ratio=3.0, dtype=torch.float64)
+    owner = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(owner)
+    for name, parameter in model.named_parameters():
+        group = owner[id(parameter)]
+        mixes = name.endswith("_proj.weight")  # of attention, of an MLP, of each expert; not norms, tables, routers
+        assert ("lr_ratio" in group) == mixes, name
+        assert group["weight_decay"] == (0.5 if parameter.ndim == 2 else 0.0), name
+    assert sum("_proj" in name for name, _ in model.named_parameters()) == (26 if changes is EXPERTS else 14)
+
+
+def test_the_schedule_scales_muon_and_adamw_alike():
+    train = TrainConfig(optimizer="muon", learning_rate=0.004, muon_learning_rate=0.02)
+    for settings, ratio in ((train, 5.0), (train.model_copy(update={"muon_learning_rate": None}), 1.0)):
+        optimizer = build_optimizer(small_model(), settings)
+        for lr in (0.001, 0.004):
+            set_lr(optimizer, lr)
+            *others, muon = (group["lr"] for group in optimizer.param_groups)
+            assert others == [lr] * 2
+            assert muon == pytest.approx(ratio * lr)
+    assert isinstance(build_optimizer(small_model(), TrainConfig(learning_rate=1e-3)), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (16, 16), (33, 16), (16, 33)])
+def test_orthogonalising_maps_each_singular_value_by_the_iteration(shape):
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    s = s / s.norm(dim=-1, keepdim=True)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    assert (orthogonalised(x) - (u * s[:, None]) @ vh).abs().max() < 1e-12
+    assert torch.equal(orthogonalised(torch.zeros_like(x)), torch.zeros_like(x))
+
+
+def steps_of(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Where six updates by the same random gradients lead, at a rate that changes."""
+    generator = torch.Generator().manual_seed(0)
+    for step in range(6):
+        for parameter in parameters.values():
+            gradient = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.grad = gradient.to(parameter.dtype)
+        set_lr(optimizer, 0.01 * (step + 1))
+        optimizer.step()
+    return {name: parameter.detach().double() for name, parameter in parameters.items()}
+
+
+def muon_of(model: CausalLM, dtype: torch.dtype) -> torch.optim.Optimizer:
+    return build_muon(model, weight_decay=0.3, betas=(0.8, 0.9), lr_ratio=2.0, dtype=dtype)
+
+
+def test_muon_is_torchs_and_nearer_to_the_formula_than_that_where_it_computes_more_precisely():
+    exact = small_model()
+    start = {name: p.detach().clone() for name, p in exact.named_parameters()}
+    exact_end = steps_of(muon_of(exact, torch.float64), dict(exact.named_parameters()))
+    ends = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model = small_model(torch.float32)
+        ends[dtype] = steps_of(muon_of(model, dtype), dict(model.named_parameters()))
+
+    reference = dict(small_model(torch.float32).named_parameters())
+    mixing = [p for name, p in reference.items() if name.endswith("_proj.weight")]
+    muon = torch.optim.Muon(mixing, lr=0.0, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    muon.param_groups[0]["lr_ratio"] = 2.0
+    torch_end = steps_of(muon, reference)
+    for name, end in exact_end.items():
+        moved = (end - start[name]).norm()
+        assert moved > 0.05, name
+
+        def error(of: dict[str, torch.Tensor], name=name, end=end, moved=moved) -> float:
+            return float((of[name] - end).norm() / moved)
+
+        assert error(ends[torch.float32]) < 1e-5, name
+        if name.endswith("_proj.weight"):
+            assert 1e-4 < error(torch_end) < 0.05, name
+            assert error(ends[torch.bfloat16]) < 2 * error(torch_end), name
+
+
+def test_what_muon_leaves_is_updated_as_by_adamw():
+    ours, plain = small_model(), small_model()
+    optimizers = muon_of(ours, torch.float64), build_adamw(plain, weight_decay=0.3, betas=(0.8, 0.9))
+    ends = [steps_of(o, dict(m.named_parameters())) for o, m in zip(optimizers, (ours, plain), strict=True)]
+    for name, end in ends[0].items():
+        assert torch.equal(end, ends[1][name]) == (not name.endswith("_proj.weight")), name
+
+
+@pytest.mark.parametrize("numbers", [1, 500])
+def test_how_many_matrices_are_stacked_changes_nothing(monkeypatch, numbers):
+    ends = []
+    for limit in (optim._NUMBERS_AT_A_TIME, numbers):
+        monkeypatch.setattr(optim, "_NUMBERS_AT_A_TIME", limit)
+        model = small_model()
+        ends.append(steps_of(muon_of(model, torch.float64), dict(model.named_parameters())))
+    for name, end in ends[0].items():
+        assert (end - ends[1][name]).abs().max() < 1e-12, name

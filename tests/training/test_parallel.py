@@ -23,6 +23,13 @@ from pertoken import Recipe, load_model, train
 JOBS = Path(__file__).parents[1] / "rank_jobs.py"
 STEPS, STOP_AT = 30, 17
 HOW = ("ddp", "fsdp")
+WAYS = {
+    "ddp": {"train__parallel": "ddp"},
+    "fsdp": {"train__parallel": "fsdp"},
+    "ddp-muon": {"train__parallel": "ddp", "train__optimizer": "muon", "train__muon_learning_rate": 4e-3},
+    "fsdp-muon": {"train__parallel": "fsdp", "train__optimizer": "muon", "train__muon_learning_rate": 4e-3},
+}
+RESUMED = ("ddp", "fsdp", "fsdp-muon")  # under DDP, Muon's state is kept as on one rank
 ONE_LEFT = {"train__batch_size": 50, "train__max_steps": 6}  # 101 samples: the last step of an epoch has one
 
 
@@ -59,20 +66,28 @@ def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run on one rank and, for each way and number of ranks, the run, its first part alone, and the
     first part's resumption."""
     folder = tmp_path_factory.mktemp("ranks")
-    train(recipe_of(world, folder / "alone"))
+    for way in ("ddp", "ddp-muon"):
+        train(recipe_of(world, alone(folder, way), **WAYS[way]))
     train(recipe_of(world, folder / "alone-idle", **ONE_LEFT))
     train(recipe_of(world, folder / "experts", **EXPERTS))
     for ranks in (2, 3):
         jobs = []
+        for way, changes in WAYS.items():
+            jobs.append((recipe_of(world, folder / f"{way}{ranks}", **changes), False))
+        for way in RESUMED:
+            part = folder / f"{way}{ranks}-part"
+            jobs.append((recipe_of(world, part, **WAYS[way], train__max_steps=STOP_AT), False))
         for how in HOW:
             name = f"{how}{ranks}"
-            jobs.append((recipe_of(world, folder / name, train__parallel=how), False))
-            part = folder / f"{name}-part"
-            jobs.append((recipe_of(world, part, train__parallel=how, train__max_steps=STOP_AT), False))
             jobs.append((recipe_of(world, folder / f"{name}-idle", train__parallel=how, **ONE_LEFT), False))
         jobs.append((recipe_of(world, folder / f"experts{ranks}", **EXPERTS), False))
         run_jobs(ranks, folder, jobs)
     return folder
+
+
+def alone(runs: Path, way: str) -> Path:
+    """The run on one rank with the same optimiser."""
+    return runs / ("alone-muon" if way.endswith("muon") else "alone")
 
 
 def run_jobs(ranks: int, folder: Path, jobs: list[tuple[Recipe, bool]]) -> None:
@@ -94,11 +109,11 @@ def same_curve(a: Path, b: Path, tolerance: float = 1e-5) -> None:
             assert x[key] == y[key], (x["step"], key)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_losses_and_norms_are_those_of_one_rank(runs, how, ranks):
-    same_curve(runs / "alone", runs / f"{how}{ranks}")
-    rows = rows_of(runs / "alone")
+def test_losses_and_norms_are_those_of_one_rank(runs, way, ranks):
+    same_curve(alone(runs, way), runs / f"{way}{ranks}")
+    rows = rows_of(alone(runs, way))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5  # it learns, so a wrong update would show
 
 
@@ -144,25 +159,25 @@ def test_the_samples_of_a_step_do_not_depend_on_ranks(runs):
     assert of("ddp2", 2) == of("ddp3", 3) == of("fsdp2", 2) == of("fsdp3", 3)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_a_checkpoint_is_whole_and_opens_anywhere(runs, how, ranks):
-    folder = runs / f"{how}{ranks}" / "checkpoints" / f"step-{STEPS:08d}"
-    weights, alone = load_model(folder).state_dict(), load_model(runs / "alone").state_dict()
-    for name, tensor in alone.items():
+def test_a_checkpoint_is_whole_and_opens_anywhere(runs, way, ranks):
+    folder = runs / f"{way}{ranks}" / "checkpoints" / f"step-{STEPS:08d}"
+    weights, expected = load_model(folder).state_dict(), load_model(alone(runs, way)).state_dict()
+    for name, tensor in expected.items():
         assert (weights[name] - tensor).abs().max() < 1e-4, name
     from transformers import AutoModelForCausalLM
 
-    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == sum(t.numel() for t in alone.values())
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == sum(t.numel() for t in expected.values())
     parts = sorted(p.name for p in folder.glob("optimizer*"))
-    assert len(parts) == (1 if how == "ddp" else ranks + 1), parts
+    assert len(parts) == (1 if way.startswith("ddp") else ranks + 1), parts
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_a_resume_on_as_many_ranks_is_bitwise(runs, world, tmp_path, how):
-    shutil.copytree(runs / f"{how}3-part", tmp_path / "run")
-    run_jobs(3, tmp_path, [(recipe_of(world, tmp_path / "run", train__parallel=how), True)])
-    whole = runs / f"{how}3"
+@pytest.mark.parametrize("way", RESUMED)
+def test_a_resume_on_as_many_ranks_is_bitwise(runs, world, tmp_path, way):
+    shutil.copytree(runs / f"{way}3-part", tmp_path / "run")
+    run_jobs(3, tmp_path, [(recipe_of(world, tmp_path / "run", **WAYS[way]), True)])
+    whole = runs / f"{way}3"
     assert state_of(tmp_path / "run") == state_of(whole)
     kept = [{k: v for k, v in r.items() if not k.startswith("eval")} for r in untimed(rows_of(tmp_path / "run"))]
     assert kept == [{k: v for k, v in r.items() if not k.startswith("eval")} for r in untimed(rows_of(whole))]
@@ -173,16 +188,16 @@ def state_of(run: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_a_run_saved_on_two_ranks_goes_on_on_one_and_on_three(runs, world, tmp_path, how):
+@pytest.mark.parametrize("way", RESUMED)
+def test_a_run_saved_on_two_ranks_goes_on_on_one_and_on_three(runs, world, tmp_path, way):
     for name in ("one", "three"):
-        shutil.copytree(runs / f"{how}2-part", tmp_path / name, symlinks=True)
-    train(recipe_of(world, tmp_path / "one", train__parallel=how), resume=True)
-    run_jobs(3, tmp_path, [(recipe_of(world, tmp_path / "three", train__parallel=how), True)])
-    same_curve(runs / "alone", tmp_path / "one")
-    same_curve(runs / "alone", tmp_path / "three")
+        shutil.copytree(runs / f"{way}2-part", tmp_path / name, symlinks=True)
+    train(recipe_of(world, tmp_path / "one", **WAYS[way]), resume=True)
+    run_jobs(3, tmp_path, [(recipe_of(world, tmp_path / "three", **WAYS[way]), True)])
+    same_curve(alone(runs, way), tmp_path / "one")
+    same_curve(alone(runs, way), tmp_path / "three")
     last = f"checkpoints/step-{STEPS:08d}"
-    if how == "ddp":
+    if way.startswith("ddp"):
         moments = load_file(tmp_path / "three" / last / "optimizer.safetensors")
         for name, tensor in load_file(tmp_path / "one" / last / "optimizer.safetensors").items():
             assert (moments[name] - tensor).abs().max() <= 1e-5, name

@@ -38,10 +38,12 @@ def lose_everything_after(run: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-def test_resume_in_mid_epoch_after_an_evaluation_is_bitwise(world, tmp_path, dtype):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_in_mid_epoch_after_an_evaluation_is_bitwise(world, tmp_path, dtype, optimizer):
     recipe = world.write_recipe(
         tmp_path / "recipe",
         train__dtype=dtype,
+        train__optimizer=optimizer,
         train__max_steps=12,
         train__eval_interval=4,
         train__micro_batch_tokens=1500,

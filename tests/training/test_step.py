@@ -46,10 +46,12 @@ def starting_scale(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     monkeypatch.setattr(Precision, "new_scaler", new_scaler)
 
 
-def test_a_float16_overflow_skips_the_update_halves_the_scale_and_is_logged(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_float16_overflow_skips_the_update_halves_the_scale_and_is_logged(world, tmp_path, monkeypatch, optimizer):
     starting_scale(monkeypatch, 2.0**30)
     told = Told()
-    recipe = world.recipe(tmp_path / "run", train__dtype="float16", train__max_steps=30, checkpoint__save_interval=1)
+    changes = {"train__optimizer": optimizer, "train__dtype": "float16", "train__max_steps": 30}
+    recipe = world.recipe(tmp_path / "run", **changes, checkpoint__save_interval=1)
     recipe = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"keep_last": 99})})
     train(recipe, listener=told)
     rows = rows_of(tmp_path / "run")

@@ -26,7 +26,7 @@ from pertoken.prove.report import Gradient, Result, compare
 from pertoken.prove.samples import Chosen, InMemory
 from pertoken.training.checkpoint import Checkpoint, load_model, load_optimizer, save_checkpoint
 from pertoken.training.compilation import has_compiler
-from pertoken.training.optim import build_adamw
+from pertoken.training.optim import build_optimizer
 from pertoken.training.parallel import World, whole
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
@@ -294,8 +294,7 @@ def resume(name: str, case: Case) -> Result:
         )
         return Gradient(metrics.loss_sum / metrics.num_tokens, kept)
 
-    settings = {"weight_decay": case.train.weight_decay, "betas": case.train.betas}
-    optimizer = build_adamw(model, **settings)  # type: ignore[arg-type]
+    optimizer = build_optimizer(model, case.train)
     step(1, model, optimizer)
     step(2, model, optimizer)
     with tempfile.TemporaryDirectory() as folder:
@@ -304,7 +303,7 @@ def resume(name: str, case: Case) -> Result:
         )
         again = load_model(saved)
         set_balance_loss(again, balance_loss_of(model))
-        its_optimizer = build_adamw(again, **settings)  # type: ignore[arg-type]
+        its_optimizer = build_optimizer(again, case.train)
         checkpoint = Checkpoint(saved)
         load_optimizer(checkpoint, again, its_optimizer)
         expected = step(3, model, optimizer)

@@ -1,13 +1,24 @@
-"""The optimiser's parameter groups and the learning rate of every step."""
+"""The optimiser, who decays, and the learning rate of every step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["build_adamw", "lr_at"]
+from pertoken.config import TrainConfig
+from pertoken.model.moe import MixtureOfExperts
+from pertoken.training.parallel import shard_like, whole
+
+__all__ = ["MuonAdamW", "build_adamw", "build_muon", "build_optimizer", "lr_at", "orthogonalised", "set_lr"]
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al., "Muon", 2024
+_NEWTON_SCHULZ_STEPS = 5
+_MUON_MOMENTUM = 0.95
+_NUMBERS_AT_A_TIME = 2**22  # how many of Muon's are stacked: enough to fill a processor, little beside a model
 
 
 def lr_at(
@@ -49,14 +60,139 @@ def lr_at(
             raise AssertionError(schedule)
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next update, for every group times its own factor (`lr_ratio`, 1 where it has none)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
+
+
 def build_adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW; matrices (the embedding among them) decay, vectors (norms) do not.
 
     The learning rate is set at every step from `lr_at`, so none is given here.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = _groups([p for p in model.parameters() if p.requires_grad], weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def build_muon(
+    model: nn.Module, *, weight_decay: float, betas: tuple[float, float], lr_ratio: float, dtype: torch.dtype
+) -> MuonAdamW:
+    """Muon for the matrices of `model.layers`, AdamW for all else: embeddings, head, norms, routers.
+
+    `lr_ratio` is Muon's learning rate over AdamW's, and `dtype` what Muon computes its updates in.
+    """
+    matrices = _matrices_of_blocks(model)
+    mine = set(matrices)
+    others = _groups([p for p in model.parameters() if p.requires_grad and p not in mine], weight_decay)
+    return MuonAdamW(matrices, others, weight_decay=weight_decay, betas=betas, lr_ratio=lr_ratio, dtype=dtype)
+
+
+def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """The recipe's. Its learning rates are set at every step, by `set_lr`."""
+    if train.optimizer == "adamw":
+        return build_adamw(model, weight_decay=train.weight_decay, betas=train.betas)
+    assert train.learning_rate is not None, "the recipe fills it in"
+    return build_muon(
+        model,
+        weight_decay=train.weight_decay,
+        betas=train.betas,
+        lr_ratio=(train.muon_learning_rate or train.learning_rate) / train.learning_rate,
+        dtype={"float64": torch.float64, "float32": torch.float32}.get(train.dtype, torch.bfloat16),
+    )
+
+
+def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True)
+    return [group for group in groups if group["params"]]
+
+
+def _matrices_of_blocks(model: nn.Module) -> list[nn.Parameter]:
+    """Those that map hidden states to hidden states: no embeddings, and no routers (a row of one is an expert)."""
+    excluded = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    excluded |= {m.gate.weight for m in model.modules() if isinstance(m, MixtureOfExperts)}
+    parameters = (p for layer in model.layers for p in layer.parameters())  # type: ignore[union-attr]
+    return [p for p in parameters if p.requires_grad and p.ndim == 2 and p not in excluded]
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for `matrices` and AdamW for `others`, as one optimiser with one state: one norm, one decision to skip.
+
+    For a matrix W [A, B] with gradient G, momentum mu = 0.95 and learning rate eta (Jordan et al., "Muon", 2024; decay
+    and scale from Liu et al., "Muon is Scalable for LLM Training", 2025, section 2.2, so that one learning rate and one
+    weight decay suit both optimisers):
+
+        M <- mu M + (1 - mu) G
+        W <- (1 - eta * weight_decay) W - 0.2 sqrt(max(A, B)) * eta * orthogonalised(mu M + (1 - mu) G)
+
+    This is `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, its reference in the tests. That one works matrix
+    by matrix, in bfloat16 whatever the model computes in; there, a gradient summed in another order becomes another
+    update, and a split of the step would show. A sharded matrix is put together for its update.
+    """
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        others: list[dict[str, Any]],
+        *,
+        weight_decay: float,
+        betas: tuple[float, float],
+        lr_ratio: float,
+        dtype: torch.dtype,
+    ) -> None:
+        self._adamw = torch.optim.AdamW(others, lr=0.0, betas=betas, fused=True)
+        self._dtype = dtype
+        ours = {"params": matrices, "lr": 0.0, "lr_ratio": lr_ratio, "weight_decay": weight_decay}
+        super().__init__([*self._adamw.param_groups, ours], {})  # AdamW's own groups, so that it sees what is set
+        self._adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        self._adamw.step()
+        ours = self.param_groups[-1]
+        lr, weight_decay = ours["lr"], ours["weight_decay"]
+        for matrices in _of_one_shape([p for p in ours["params"] if p.grad is not None]):
+            updates = orthogonalised(torch.stack([self._momentum(p) for p in matrices]).to(self._dtype))
+            scale = 0.2 * math.sqrt(max(matrices[0].shape))
+            for matrix, update in zip(matrices, updates, strict=True):
+                matrix.mul_(1 - lr * weight_decay)
+                matrix.add_(shard_like(update.to(matrix.dtype), matrix), alpha=-lr * scale)
+
+    def _momentum(self, matrix: nn.Parameter) -> Tensor:
+        """Advanced by the gradient, then looked ahead (Nesterov): [A, B], whole."""
+        assert matrix.grad is not None
+        state = self.state[matrix]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        momentum = state["momentum_buffer"].lerp_(matrix.grad, 1 - _MUON_MOMENTUM)
+        return whole(matrix.grad.lerp(momentum, _MUON_MOMENTUM))
+
+
+def _of_one_shape(matrices: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Batches to be stacked: a small model's matrices, or an expert's, are too small to be worth a call each."""
+    by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+    for matrix in matrices:
+        by_shape.setdefault(matrix.shape, []).append(matrix)
+    for shape, alike in by_shape.items():
+        size = max(1, _NUMBERS_AT_A_TIME // shape.numel())
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+
+def orthogonalised(x: Tensor) -> Tensor:
+    """About U V^T for each matrix U S V^T of [K, A, B], by five steps of a Newton-Schulz iteration.
+
+    Singular values of at least about 1/500 of the matrix's Frobenius norm come out between 0.7 and 1.2, smaller ones
+    smaller: p(p(...p(S / |S|))) for p(s) = a s + b s^3 + c s^5 (Jordan et al., "Muon", 2024).
+    """
+    a, b, c = _NEWTON_SCHULZ
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

@@ -29,7 +29,7 @@ from pertoken.training.checkpoint import (
 from pertoken.training.compilation import compile_model
 from pertoken.training.loop import Run, fit, stop_on_signals
 from pertoken.training.metrics import Listener, MetricsFile, open_trackers
-from pertoken.training.optim import build_adamw
+from pertoken.training.optim import build_optimizer
 from pertoken.training.parallel import World, join_world, parallelise
 from pertoken.training.precision import Precision, resolve_device
 from pertoken.training.step import TrainState
@@ -294,7 +294,7 @@ def _assemble(
     """Optimiser, scaler and files around the model, as they stood at the checkpoint or at the start."""
     train, out_dir = recipe.train, Path(recipe.out_dir)
     wrapped = parallelise(model, train.parallel, world, device=precision.device, layers=model.layers)
-    optimizer = build_adamw(model, weight_decay=train.weight_decay, betas=train.betas)
+    optimizer = build_optimizer(model, train)
     scaler = precision.new_scaler()
     token_budget = train.micro_batch_tokens
     saved: dict[str, Any] = {}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pertoken.data.batch import MicroBatch
+from pertoken.training.optim import set_lr
 from pertoken.training.parallel import World, synchronised, whole
 from pertoken.training.precision import Precision, keeping_casts
 
@@ -77,8 +78,7 @@ class TrainState:
         if finite:
             if max_norm > 0:
                 nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(self.optimizer, lr)
             self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
