@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pertoken.data.batch import Sample
+from pertoken.data.sample import Sample
 from pertoken.data.samples import Row
 
 __all__ = ["Columns", "write"]

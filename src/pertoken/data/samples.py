@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from pertoken.config import DataConfig
-from pertoken.data.chat import ChatTemplate, Encoded, Encoder, Marked, rendered_chat
+from pertoken.data.chat import ChatTemplate, rendered_chat
+from pertoken.data.encode import Encoded, Encoder, Marked
 from pertoken.data.formats import to_conversation, to_text
 from pertoken.data.records import BadRow, Problems, Record, read_records
 from pertoken.errors import RecipeError

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 import numpy as np
 
 from pertoken.config import DataConfig
-from pertoken.data.batch import Sample
-from pertoken.data.chat import Encoder
 from pertoken.data.columns import Columns, write
+from pertoken.data.encode import Encoder
 from pertoken.data.records import BadRow, Problems, find_files
+from pertoken.data.sample import Sample
 from pertoken.data.samples import Counts, make_samples
 from pertoken.data.tokenizer import special_ids
 from pertoken.errors import DataError
