@@ -46,7 +46,7 @@ def _row(row: Record | BadRow) -> tuple[object, ...]:
 def test_parts_hold_every_row_of_every_jsonl_once_with_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: list[bytes], end: bytes, part: int, block: int
 ) -> None:
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", part)
+    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (part, part))
     monkeypatch.setattr(pertoken.data.parts, "_BLOCK_BYTES", block)
     files = [tmp_path / f"{i}.jsonl" for i in range(len(contents))]
     for i, (file, content) in enumerate(zip(files, contents, strict=True)):
@@ -65,7 +65,7 @@ def test_parts_hold_every_row_of_every_jsonl_once_with_its_line(
 def test_row_groups_of_parquet_are_cut_into_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int, count: int
 ) -> None:
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", part)
+    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (part, part))
     files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
     for file, rows in zip(files, (1000, 40), strict=True):
         pq.write_table(pa.table({"text": [f"{file.name} row {i}" for i in range(rows)]}), file, row_group_size=100)
@@ -76,7 +76,7 @@ def test_row_groups_of_parquet_are_cut_into_parts(
 
 
 def test_a_text_file_is_never_cut_and_small_files_share_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", 100)
+    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (100, 100))
     files = [tmp_path / f"{i}.txt" for i in range(6)]
     for file, size in zip(files, (1000, 30, 30, 30, 30, 300), strict=True):
         file.write_text("a\n" * (size // 2))
@@ -93,3 +93,13 @@ def test_an_empty_file_is_an_error(tmp_path: Path, name: str, content: bytes, mo
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"{name}: empty; remove it from data\.path or fill it"):
         scan([tmp_path / name])
+
+
+@pytest.mark.parametrize(("size", "part"), [(1, 10), (3200, 100), (10**6, 200)])
+def test_parts_are_a_share_of_all_between_two_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, part: int
+) -> None:
+    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (10, 200))
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n" * (size // 3 + 1))
+    (whole, *_), *others = scan([tmp_path / "a.jsonl"])[1]
+    assert not others or part <= whole.stop - whole.start < part + 3

@@ -28,7 +28,8 @@ PART_BYTES = 2000
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (PART_BYTES, PART_BYTES))
+    monkeypatch.setattr(pertoken.data.prepare, "_LITTLE_BYTES", 0)
 
 
 def _build(files: list[Path], cache: Path, tokenizer: Any, stage: Any, on_progress: Any = None, **data: Any) -> Store:
@@ -109,7 +110,7 @@ def test_any_number_of_processes_makes_the_same_store(
     assert told == sorted(told)
     assert told[-1] == (sum(file.stat().st_size for file in files),) * 2
 
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", 10**9)  # and cutting files changes no sample
+    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (10**9, 10**9))  # and cutting files changes no sample
     whole = _build(files, tmp_path / "whole", bpe_tokenizer, stage, workers=3, **options)
     assert [whole.where(i) for i in range(len(whole))] == [one.where(i) for i in range(len(one))]
     for i in range(len(whole)):
@@ -133,7 +134,7 @@ def test_bad_rows_of_any_part_are_named_as_without_parts(
 
     in_parts = error(3)
     assert error(1) == in_parts
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", 10**9)
+    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (10**9, 10**9))
     assert error(1) == in_parts
     assert f"{files[0]}:{13 + 20 + 2}: row: not valid JSON" in in_parts
     assert in_parts.endswith('more\ndata.on_bad_row="skip" trains on the other rows')
@@ -143,7 +144,9 @@ _KILLED = """\
 import os, signal, sys
 from pathlib import Path
 import pertoken.data.parts
-pertoken.data.parts._PART_BYTES = {part_bytes}
+import pertoken.data.prepare
+pertoken.data.parts._PART_BYTES = ({part_bytes}, {part_bytes})
+pertoken.data.prepare._LITTLE_BYTES = 0
 from pertoken.config import DataConfig
 from pertoken.data.store import build_store
 from pertoken.data.tokenizer import load_tokenizer
@@ -236,7 +239,7 @@ def test_parts_of_other_data_settings_or_cuts_are_not_taken(
     assert everything_was_made()
     _build(files, cache, bpe_tokenizer, "sft", max_seq_len=100, **options)
     assert everything_was_made()
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", PART_BYTES + 500)
+    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (PART_BYTES + 500,) * 2)
     cuts = pertoken.data.parts.scan(files)[1]
     assert [pertoken.data.prepare._find(work, i, part) for i, part in enumerate(cuts)] == [None] * len(cuts)
     files[0].write_text(files[0].read_text().replace("1?", "2?"))
@@ -299,7 +302,7 @@ def test_memory_does_not_grow_with_the_file(
     monkeypatch.setattr(pertoken.data.samples, "_CHUNK_CHARS", 5_000)
     monkeypatch.setattr(pertoken.data.columns, "_BATCH_TOKENS", 5_000)
     monkeypatch.setattr(pertoken.data.parts, "_BLOCK_BYTES", 10_000)
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", 10**9)
+    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (10**9, 10**9))
     peaks = []
     for name, rows in (("warm", 10), ("small", 200), ("large", 1600)):
         path = write_jsonl(f"{name}.jsonl", [{"text": f"{i} The quick brown fox " * 20} for i in range(rows)])

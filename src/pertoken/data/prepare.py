@@ -31,7 +31,7 @@ from pertoken.errors import PertokenError
 __all__ = ["MadePart", "make_part", "make_parts", "work_folder"]
 
 _SUFFIXES = (".arrow", ".skipped")
-_FEW_PARTS = 2  # are not worth the second or two that starting processes takes
+_LITTLE_BYTES = 16 << 20  # less is not worth the second or two that starting processes takes
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def make_parts(
 ) -> list[MadePart]:
     """All parts, in order, those that `folder` holds already taken from there.
 
-    `workers` processes at most, by default one a processor, share the others; a few are made in this process, whose
-    encoder has threads of its own. `on_progress` is told the bytes done.
+    `workers` processes at most, by default one a processor, share the others; where there is little left to do, this
+    process does it, whose encoder has threads of its own. `on_progress` is told the bytes done.
     Raises DataError where a file cannot be read, ChildProcessError where a process was killed.
     """
     made = {i: found for i, part in enumerate(parts) if (found := _find(folder, i, part))}
@@ -69,7 +69,7 @@ def make_parts(
     if made:
         on_progress(sum(done.values()))
     workers = min(workers or _processors(), len(missing))
-    if workers > 1 and len(missing) > _FEW_PARTS and os.name == "posix":
+    if workers > 1 and sum(map(part_bytes, missing.values())) >= _LITTLE_BYTES and os.name == "posix":
         from pertoken.data.workers import share_out
 
         share_out(missing, making, folder, workers=workers, on_bytes=on_bytes)
