@@ -30,7 +30,7 @@ import pertoken.prove.checks
 import pertoken.prove.classes
 import pertoken.prove.ranks
 from pertoken.data.batch import MicroBatch, Sample
-from pertoken.data.chat import Marked
+from pertoken.data.encode import Marked
 from pertoken.kernels.ops import Kernels
 from pertoken.loss import LossOutput
 from pertoken.training.step import TrainState

@@ -54,6 +54,7 @@ class DataConfig(Section):
     overlong: Literal["drop", "truncate", "error"] = "drop"
     on_bad_row: Literal["error", "skip"] = "error"
     store: str | None = None
+    workers: int | None = Field(default=None, ge=1)
 
     @field_validator("path", "eval_path", "add_tokens", mode="before")
     @classmethod

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pertoken.data.chat import ChatTemplate, Encoded, Encoder, Marked, chat_sample, rendered_chat
+from pertoken.data.chat import ChatTemplate, chat_sample, rendered_chat
+from pertoken.data.encode import Encoded, Encoder, Marked
 from pertoken.data.formats import Conversation, to_conversation
 from pertoken.data.records import Record, read_records
 from pertoken.data.tokenizer import CHATML, load_tokenizer, train_tokenizer

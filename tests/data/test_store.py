@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from pertoken.config import DataConfig
 from pertoken.data.batch import Sample
-from pertoken.data.chat import ChatTemplate, Encoder, chat_sample
+from pertoken.data.chat import ChatTemplate, chat_sample
+from pertoken.data.encode import Encoder
 from pertoken.data.formats import Conversation
 from pertoken.data.store import Store, build_store
 from pertoken.data.tokenizer import load_tokenizer

@@ -12,39 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pertoken.data.sample import Sample
+
 __all__ = ["MicroBatch", "Sample", "collate", "plan"]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One training sequence.
-
-    `tokens` [T + 1] holds the T inputs and, one place later, the T labels; both are views of it, so the shift by one
-    happens here and nowhere else. `loss_mask` [T], bool or float, says for each *input position* whether (or with what
-    weight) predicting its label is supervised.
-    """
-
-    tokens: np.ndarray  # [T + 1] integer
-    loss_mask: np.ndarray  # [T] bool or float
-
-    def __post_init__(self) -> None:
-        assert self.tokens.ndim == 1, self.tokens.shape
-        assert len(self.tokens) >= 2, self.tokens.shape
-        assert self.loss_mask.shape == (len(self.tokens) - 1,), (self.loss_mask.shape, self.tokens.shape)
-
-    @property
-    def input_ids(self) -> np.ndarray:
-        """[T]"""
-        return self.tokens[:-1]
-
-    @property
-    def labels(self) -> np.ndarray:
-        """[T], `labels[t] = tokens[t + 1]`. Always real token ids."""
-        return self.tokens[1:]
-
-    def __len__(self) -> int:
-        """T, the number of inputs."""
-        return len(self.tokens) - 1
 
 
 @dataclass(frozen=True)

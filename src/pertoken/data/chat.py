@@ -1,51 +1,27 @@
 """Text -> tokens, and which of them the assistant said.
 
 A conversation is rendered once and encoded once, as one string. Which characters are the assistant's is known from the
-rendering (`rendered_chat`), which tokens lie among them from the tokenizer's offsets (`Encoder`).
+rendering (`rendered_chat`), which tokens lie among them from where each token lies in the text (`encode.py`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from pertoken.data.batch import Sample
+from pertoken.data.encode import Encoder, Marked
 from pertoken.data.formats import Conversation
-from pertoken.data.tokenizer import end_of_turn_id, render, special_ids
+from pertoken.data.sample import Sample
+from pertoken.data.tokenizer import end_of_turn_id, render
 from pertoken.errors import RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ChatTemplate", "Encoded", "Encoder", "Marked", "chat_sample", "rendered_chat"]
+__all__ = ["ChatTemplate", "chat_sample", "rendered_chat"]
 
 _MARK = re.compile(r"{%-?\s*generation\s*-?%}")
-
-
-@dataclass(frozen=True)
-class Marked:
-    """A text and the spans [start, end) of its characters that are learned, in order and apart."""
-
-    text: str
-    spans: Sequence[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A text's n tokens. `supervised` and `num_bytes` are about the token itself, as a label."""
-
-    tokens: np.ndarray  # [n] int32
-    supervised: np.ndarray  # [n] bool
-    num_bytes: np.ndarray  # [n] int64, UTF-8 bytes of text that the token adds; 0 for a special token
-
-    def sample(self) -> Sample:
-        """Inputs and labels. The first token is nobody's label, so its being supervised is lost. Needs n >= 2."""
-        return Sample(self.tokens, self.supervised[1:])
 
 
 class ChatTemplate:
@@ -148,68 +124,7 @@ def _rewrites(turn: int) -> ValueError:
     )
 
 
-class Encoder:
-    """A tokenizer's encoding alone: nothing is added, cut or padded, and offsets are exact."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        from tokenizers import Tokenizer
-
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        # A byte-level post-processor trims spaces off the offsets; a token would seem not to reach over a span's start.
-        self._backend.post_processor = None
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._special = np.array(sorted(special_ids(tokenizer)), dtype=np.int32)
-
-    def to_str(self) -> str:
-        """Everything that decides the encoding."""
-        return str(self._backend.to_str())
-
-    def encode(self, texts: Sequence[Marked], *, append: int | None = None) -> Iterable[Encoded]:
-        """The tokens of each text, in order. `append` is put, supervised, behind each text's own tokens."""
-        encodings = self._backend.encode_batch([marked.text for marked in texts], add_special_tokens=False)
-        tail = [] if append is None else [append]
-        for marked, encoding in zip(texts, encodings, strict=True):
-            tokens = np.array(encoding.ids + tail, dtype=np.int32)
-            offsets = np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64).reshape(-1, 2)
-            supervised = np.ones(len(tokens), dtype=np.bool_)
-            num_bytes = np.zeros(len(tokens), dtype=np.int64)
-            supervised[: len(offsets)] = _inside(offsets, marked.spans)
-            num_bytes[: len(offsets)] = _new_bytes(offsets, marked.text)
-            num_bytes[np.isin(tokens, self._special)] = 0
-            yield Encoded(tokens, supervised, num_bytes)
-
-
 def chat_sample(chat: Conversation, template: ChatTemplate, encoder: Encoder) -> Sample:
     """One conversation as a sample. Raises ValueError as `rendered_chat` does."""
     (encoded,) = encoder.encode([rendered_chat(chat, template)])
     return encoded.sample()
-
-
-def _inside(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """[n] bool: which tokens lie in one of the spans. A token that reaches over an edge of a span does not."""
-    if not spans:
-        return np.zeros(len(offsets), dtype=np.bool_)
-    starts, ends = np.array(spans, dtype=np.int64).T
-    span = np.searchsorted(starts, offsets[:, 0], side="right") - 1
-    inside: np.ndarray = (span >= 0) & (offsets[:, 1] <= ends[span])
-    return inside
-
-
-def _new_bytes(offsets: np.ndarray, text: str) -> np.ndarray:
-    """[n] int64: UTF-8 bytes of the characters that a token covers and no token before it does.
-
-    The tokens of one character cut into pieces all have that character's offsets; the first of them takes its bytes.
-    """
-    covered = np.maximum.accumulate(np.concatenate([[0], offsets[:, 1]]))  # [n + 1] characters covered before token i
-    start = np.clip(offsets[:, 0], covered[:-1], covered[1:])
-    before = _bytes_before(text)
-    new_bytes: np.ndarray = before[covered[1:]] - before[start]
-    return new_bytes
-
-
-def _bytes_before(text: str) -> np.ndarray:
-    """[len(text) + 1] int64: UTF-8 bytes of the characters before each position."""
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    widths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
-    return np.concatenate([[0], np.cumsum(widths)])

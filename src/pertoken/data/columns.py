@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pertoken.data.batch import Sample
+from pertoken.data.sample import Sample
 from pertoken.data.samples import Row
 
-__all__ = ["Columns", "write"]
+__all__ = ["Columns", "join", "write"]
 
 # Per record batch: bounds memory while writing, and keeps the batches few.
 _BATCH_TOKENS = 4_000_000
@@ -77,22 +77,32 @@ def write(path: Path, rows: Iterable[Row]) -> dict[str, int]:
     totals = {"samples": 0, "tokens": 0, "num_tokens": 0}
     pending: list[Row] = []
     pending_tokens = 0
+    with path.open("wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        for row in rows:
+            pending.append(row)
+            pending_tokens += len(row.tokens)
+            totals["samples"] += 1
+            totals["tokens"] += len(row.loss_mask)
+            totals["num_tokens"] += int(row.loss_mask.sum())
+            if pending_tokens >= _BATCH_TOKENS or len(pending) == _BATCH_ROWS:
+                writer.write_batch(_batch(pending))
+                pending, pending_tokens = [], 0
+        if pending:
+            writer.write_batch(_batch(pending))
+    return totals
+
+
+def join(paths: Iterable[Path], path: Path) -> None:
+    """Write the record batches of several files, as they are and in order, into one."""
     with path.open("wb") as file:
         with pa.ipc.new_file(file, _SCHEMA) as writer:
-            for row in rows:
-                pending.append(row)
-                pending_tokens += len(row.tokens)
-                totals["samples"] += 1
-                totals["tokens"] += len(row.loss_mask)
-                totals["num_tokens"] += int(row.loss_mask.sum())
-                if pending_tokens >= _BATCH_TOKENS or len(pending) == _BATCH_ROWS:
-                    writer.write_batch(_batch(pending))
-                    pending, pending_tokens = [], 0
-            if pending:
-                writer.write_batch(_batch(pending))
+            for part in paths:
+                with pa.OSFile(str(part)) as source:  # not mapped: read once, a batch in memory at a time
+                    reader = pa.ipc.open_file(source)
+                    for i in range(reader.num_record_batches):
+                        writer.write_batch(reader.get_batch(i))
         file.flush()
         os.fsync(file.fileno())  # a rename that outlives a power cut must not name an empty file
-    return totals
 
 
 def _batch(rows: list[Row]) -> Any:

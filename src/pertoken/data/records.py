@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -16,11 +17,23 @@ from typing import Any
 
 from pertoken.errors import DataError
 
-__all__ = ["SUFFIXES", "BadRow", "Problems", "Record", "find_files", "parse_json", "read_records"]
+__all__ = [
+    "BOM",
+    "SUFFIXES",
+    "BadRow",
+    "Problems",
+    "Record",
+    "Span",
+    "empty_file",
+    "find_files",
+    "parquet_file",
+    "parse_json",
+    "read_records",
+]
 
 SUFFIXES = (".jsonl", ".parquet", ".txt")
+BOM = b"\xef\xbb\xbf"
 
-_BOM = b"\xef\xbb\xbf"
 _SHOWN = 20
 
 
@@ -48,23 +61,38 @@ class BadRow:
         return f"{self.file}:{self.line}: {self.field}: {self.problem}"
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows of one file that follow each other: lines of a .jsonl, row groups of a .parquet, the whole of a .txt."""
+
+    file: int  # index into the files
+    start: int  # bytes of the file [start, stop); of a .parquet its share
+    stop: int
+    line: int  # of the first row
+    groups: tuple[int, int] | None = None  # row groups [first, last) of a .parquet
+
+
 class Problems:
     """Bad rows, counted; the first 20 of them are kept."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._first: list[BadRow] = []
+        self.first: list[BadRow] = []
 
     def add(self, row: BadRow) -> None:
         self.count += 1
         if self.count <= _SHOWN:
-            self._first.append(row)
+            self.first.append(row)
+
+    def extend(self, others: Problems) -> None:
+        self.count += others.count
+        self.first += others.first[: _SHOWN - len(self.first)]
 
     def raise_if_any(self, hint: str = "") -> None:
         """Raise DataError with one line per kept problem, the number of the others, and `hint`."""
         if not self.count:
             return
-        lines = [str(row) for row in self._first]
+        lines = [str(row) for row in self.first]
         if self.count > _SHOWN:
             lines.append(f"and {self.count - _SHOWN} more")
         raise DataError("\n".join([*lines, hint] if hint else lines))
@@ -102,22 +130,27 @@ def _matches(path: str) -> list[Path]:
     return files
 
 
-def read_records(path: str | Path) -> Iterator[Record | BadRow]:
-    """The rows of one file, streamed. Blank lines of a .jsonl are skipped; their line numbers are not reused.
+def read_records(path: str | Path, span: Span | None = None) -> Iterator[Record | BadRow]:
+    """The rows of one file, or of a span of it, streamed. Blank lines of a .jsonl are skipped; their line numbers are
+    not reused.
 
-    Raises DataError where the file itself cannot be read or holds no row.
+    Raises DataError where the file itself cannot be read or, read as a whole, holds no row.
     """
     path = Path(path)
     read = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".txt": _read_text}[path.suffix]
-    empty = True
+    empty = span is None
     try:
-        for row in read(path):
+        for row in read(path, span):
             empty = False
             yield row
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     if empty:
-        raise DataError(f"{path}: empty; remove it from data.path or fill it")
+        raise empty_file(path)
+
+
+def empty_file(path: Path) -> DataError:
+    return DataError(f"{path}: empty; remove it from data.path or fill it")
 
 
 def parse_json(text: str) -> Any:
@@ -139,12 +172,15 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _read_jsonl(path: Path) -> Iterator[Record | BadRow]:
-    file, end = str(path), 0
+def _read_jsonl(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
+    file, end, stop = str(path), span.start if span else 0, span.stop if span else math.inf
     with path.open("rb") as lines:
-        for line, raw in enumerate(lines, 1):
+        lines.seek(end)
+        for line, raw in enumerate(iter(lines.readline, b""), span.line if span else 1):
+            if end >= stop:
+                return
             end += len(raw)
-            raw = (raw.removeprefix(_BOM) if line == 1 else raw).rstrip()
+            raw = (raw.removeprefix(BOM) if line == 1 else raw).rstrip()
             if not raw:
                 continue
             try:
@@ -161,9 +197,9 @@ def _read_jsonl(path: Path) -> Iterator[Record | BadRow]:
                     yield BadRow(file, line, "row", f"a JSON {found}, not an object; write one JSON object a line")
 
 
-def _read_text(path: Path) -> Iterator[Record | BadRow]:
+def _read_text(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
     raw = path.read_bytes()
-    content = raw.removeprefix(_BOM)
+    content = raw.removeprefix(BOM)
     if not content:
         return
     try:
@@ -172,17 +208,17 @@ def _read_text(path: Path) -> Iterator[Record | BadRow]:
         yield BadRow(str(path), 1, "text", _not_utf8(error, "the file"))
 
 
-def _read_parquet(path: Path) -> Iterator[Record | BadRow]:
+def _read_parquet(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     file, size = str(path), path.stat().st_size
-    if not size:
+    table = parquet_file(path)
+    if table is None:
         return
+    groups = range(*span.groups) if span and span.groups else None
     try:
-        table = pq.ParquetFile(path)
-        line, rows = 0, table.metadata.num_rows
-        for batch in table.iter_batches(batch_size=1024):
+        line, rows = span.line - 1 if span else 0, table.metadata.num_rows
+        for batch in table.iter_batches(batch_size=1024, row_groups=groups):
             for i in range(batch.num_rows):
                 line += 1
                 try:
@@ -193,7 +229,22 @@ def _read_parquet(path: Path) -> Iterator[Record | BadRow]:
                 raw = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()
                 yield Record(file, line, value, _digest(raw), size * line // rows)
     except pa.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+        raise _not_parquet(path, error) from None
+
+
+def parquet_file(path: Path) -> Any:
+    """The opened pyarrow.parquet.ParquetFile; None for a file of no bytes. Raises DataError for what is none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path) if path.stat().st_size else None
+    except pa.ArrowException as error:
+        raise _not_parquet(path, error) from None
+
+
+def _not_parquet(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})")
 
 
 def _not_utf8(error: UnicodeDecodeError, where: str) -> str:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from pertoken.config import DataConfig
-from pertoken.data.chat import ChatTemplate, Encoded, Encoder, Marked, rendered_chat
+from pertoken.data.chat import ChatTemplate, rendered_chat
+from pertoken.data.encode import Encoded, Encoder, Marked
 from pertoken.data.formats import to_conversation, to_text
-from pertoken.data.records import BadRow, Problems, Record, read_records
+from pertoken.data.records import BadRow, Problems, Record, Span, read_records
 from pertoken.errors import RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Counts", "Row", "make_samples"]
+__all__ = ["Counts", "Making", "Outcome", "Row"]
 
-# Encoded at a time, by all threads at once: enough to keep them busy, little enough to hold in memory.
+# Encoded at a time, by all threads at once: enough to keep them busy, little enough to hold in memory, where a token
+# takes over a hundred bytes until it is a number.
 _CHUNK_DOCUMENTS = 1000
-_CHUNK_CHARS = 4_000_000
+_CHUNK_CHARS = 500_000
 
 
 @dataclass
@@ -35,6 +37,26 @@ class Counts:
     truncated: int = 0  # conversations cut to max_seq_len inputs
     unsupervised: int = 0  # conversations dropped for having no supervised token (left)
     too_short: int = 0  # documents of one token, which predict nothing
+
+
+@dataclass
+class Outcome:
+    """What there is to say of some rows, beside their samples. `problems` are those that must be raised."""
+
+    counts: Counts = field(default_factory=Counts)
+    problems: Problems = field(default_factory=Problems)
+    skippable: bool = False  # data.on_bad_row="skip" would pass over some of the problems
+
+    def extend(self, other: Outcome) -> None:
+        """Add what there is to say of the rows that follow."""
+        for name, count in asdict(other.counts).items():
+            setattr(self.counts, name, getattr(self.counts, name) + count)
+        self.problems.extend(other.problems)
+        self.skippable |= other.skippable
+
+    def raise_problems(self) -> None:
+        """DataError naming the first rows that cannot be used, if any."""
+        self.problems.raise_if_any('data.on_bad_row="skip" trains on the other rows' if self.skippable else "")
 
 
 @dataclass(frozen=True)
@@ -59,62 +81,53 @@ class _Document:
     marked: Marked
 
 
-def make_samples(
-    files: Sequence[Path],
-    *,
-    stage: Literal["sft", "pretrain"],
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
-    data: DataConfig,
-    counts: Counts,
-    skip: Callable[[BadRow], object],
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Row]:
-    """The samples of all rows, in order. `counts` is filled on the way.
+@dataclass(frozen=True)
+class Making:
+    """How rows become samples: everything a worker has to know. Can be pickled."""
 
-    With `data.on_bad_row="skip"`, `skip` is called for every bad row. Otherwise, and for overlong rows under
-    `data.overlong="error"`, DataError is raised at the end, naming the first of them. `on_progress` is told
-    (bytes done, bytes in all).
-    """
-    problems = Problems()
-    hint = ""
+    files: tuple[Path, ...]
+    data: DataConfig
+    encoder: Encoder
+    template: ChatTemplate | None  # of fine-tuning
+    eos_token_id: int | None  # of pretraining
 
-    def on_bad_row(row: BadRow) -> None:
-        nonlocal hint
-        if data.on_bad_row == "skip":
-            counts.skipped += 1
-            skip(row)
-        else:
-            problems.add(row)
-            hint = 'data.on_bad_row="skip" trains on the other rows'
+    @classmethod
+    def of(
+        cls,
+        files: Sequence[Path],
+        data: DataConfig,
+        *,
+        stage: Literal["sft", "pretrain"],
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: Encoder,
+    ) -> Making:
+        """Raises RecipeError where the tokenizer lacks the template or the eos token that the stage needs."""
+        template = ChatTemplate(tokenizer, data.template_kwargs) if stage == "sft" else None
+        return cls(tuple(files), data, encoder, template, _eos(tokenizer) if stage == "pretrain" else None)
 
-    template = ChatTemplate(tokenizer, data.template_kwargs) if stage == "sft" else None
-    eos = _eos(tokenizer) if stage == "pretrain" else None
-    done = _Progress([file.stat().st_size for file in files], on_progress)
-    for chunk in _chunks(_documents(files, template, data, counts, on_bad_row, done)):
-        encoded = encoder.encode([document.marked for document in chunk], append=eos)
-        for document, tokens in zip(chunk, encoded, strict=True):
-            if stage == "pretrain":
-                yield from _text_samples(document, tokens, data.max_seq_len, counts)
-            else:
-                yield from _chat_samples(document, tokens, data, str(files[document.file]), counts, problems)
-        done.report()
-    done.report()
-    problems.raise_if_any(hint)
+    def samples(
+        self,
+        part: Sequence[Span],
+        outcome: Outcome,
+        *,
+        skip: Callable[[BadRow], object],
+        on_bytes: Callable[[int], None],
+    ) -> Iterator[Row]:
+        """The samples of a part's rows, in order. `outcome` is filled on the way.
 
-
-class _Progress:
-    def __init__(self, sizes: list[int], tell: Callable[[int, int], None] | None) -> None:
-        self._before = [0, *np.cumsum(sizes).tolist()]
-        self._tell = tell
-        self._done = 0
-
-    def at(self, file: int, end: int) -> None:
-        self._done = self._before[file] + end
-
-    def report(self) -> None:
-        if self._tell is not None:
-            self._tell(self._done, self._before[-1])
+        With `data.on_bad_row="skip"`, `skip` is called for every bad row. Otherwise, and for overlong rows under
+        `data.overlong="error"`, they become the outcome's problems. `on_bytes` is told how many bytes of the part are
+        done.
+        """
+        rows = _Rows(self, outcome, skip)
+        for chunk in _chunks(rows.documents(part)):
+            encoded = self.encoder.encode([document.marked for document in chunk], append=self.eos_token_id)
+            for document, tokens in zip(chunk, encoded, strict=True):
+                if self.template is None:
+                    yield from _text_samples(document, tokens, self.data.max_seq_len, outcome.counts)
+                else:
+                    yield from _chat_samples(document, tokens, self.data, str(self.files[document.file]), outcome)
+            on_bytes(rows.bytes_done)
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -123,34 +136,50 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _documents(
-    files: Sequence[Path],
-    template: ChatTemplate | None,
-    data: DataConfig,
-    counts: Counts,
-    on_bad_row: Callable[[BadRow], None],
-    done: _Progress,
-) -> Iterator[_Document]:
-    tail_fraction = data.eval_fraction if data.eval_split == "tail" else 0.0
-    for index, file in enumerate(files):
-        for row in read_records(file):
-            counts.rows += 1
-            if isinstance(row, BadRow):
-                on_bad_row(row)
-                continue
-            done.at(index, row.end)
-            texts = _texts(row, data, tail_fraction) if template is None else _rendered(row, template, data)
-            if isinstance(texts, BadRow):
-                on_bad_row(texts)
-                continue
-            for marked, is_tail in texts:
-                yield _Document(index, row.line, row.digest, is_tail, marked)
+class _Rows:
+    """Reads rows, keeps count of them, and makes documents of the good ones."""
+
+    def __init__(self, making: Making, outcome: Outcome, skip: Callable[[BadRow], object]) -> None:
+        self._making = making
+        self._outcome = outcome
+        self._skip = skip
+        self.bytes_done = 0
+
+    def documents(self, part: Sequence[Span]) -> Iterator[_Document]:
+        before = 0
+        for span in part:
+            for row in read_records(self._making.files[span.file], span):
+                self._outcome.counts.rows += 1
+                texts = row if isinstance(row, BadRow) else self._texts(row)
+                if isinstance(row, Record):
+                    self.bytes_done = before + row.end - span.start
+                if isinstance(texts, BadRow):
+                    self._bad(texts)
+                    continue
+                assert isinstance(row, Record)
+                for marked, is_tail in texts:
+                    yield _Document(span.file, row.line, row.digest, is_tail, marked)
+            before += span.stop - span.start
+
+    def _texts(self, row: Record) -> list[tuple[Marked, bool]] | BadRow:
+        if self._making.template is not None:
+            return _rendered(row, self._making.template, self._making.data)
+        return _texts(row, self._making.data)
+
+    def _bad(self, row: BadRow) -> None:
+        if self._making.data.on_bad_row == "skip":
+            self._outcome.counts.skipped += 1
+            self._skip(row)
+        else:
+            self._outcome.problems.add(row)
+            self._outcome.skippable = True
 
 
-def _texts(row: Record, data: DataConfig, tail_fraction: float) -> list[tuple[Marked, bool]] | BadRow:
+def _texts(row: Record, data: DataConfig) -> list[tuple[Marked, bool]] | BadRow:
     text = to_text(row, data.text_key)
     if isinstance(text, BadRow):
         return text
+    tail_fraction = data.eval_fraction if data.eval_split == "tail" else 0.0
     cut = int(len(text) * (1 - tail_fraction)) if tail_fraction else len(text)
     parts = [(text[:cut], False), (text[cut:], True)]
     return [(Marked(part, [(0, len(part))]), is_tail) for part, is_tail in parts if part]
@@ -189,12 +218,13 @@ def _text_samples(document: _Document, encoded: Encoded, max_seq_len: int, count
 
 
 def _chat_samples(
-    document: _Document, encoded: Encoded, data: DataConfig, file: str, counts: Counts, problems: Problems
+    document: _Document, encoded: Encoded, data: DataConfig, file: str, outcome: Outcome
 ) -> Iterator[Row]:
+    counts = outcome.counts
     num_inputs, limit = len(encoded.tokens) - 1, data.max_seq_len
     if num_inputs > limit and data.overlong == "error":
         remedy = 'raise it, or set data.overlong to "drop" or "truncate"'
-        problems.add(
+        outcome.problems.add(
             BadRow(file, document.line, "data.max_seq_len", f"{num_inputs} inputs, more than {limit}; {remedy}")
         )
     elif num_inputs > limit and data.overlong == "drop":

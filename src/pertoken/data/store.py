@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,11 +24,13 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 import numpy as np
 
 from pertoken.config import DataConfig
-from pertoken.data.batch import Sample
-from pertoken.data.chat import Encoder
-from pertoken.data.columns import Columns, write
+from pertoken.data.columns import Columns, join
+from pertoken.data.encode import Encoder
+from pertoken.data.parts import part_bytes, scan
+from pertoken.data.prepare import MadePart, make_parts, work_folder
 from pertoken.data.records import BadRow, Problems, find_files
-from pertoken.data.samples import Counts, make_samples
+from pertoken.data.sample import Sample
+from pertoken.data.samples import Making, Outcome
 from pertoken.data.tokenizer import special_ids
 from pertoken.errors import DataError
 
@@ -192,46 +193,83 @@ def build_store(
     files = find_files(paths)
     encoder = Encoder(tokenizer)
     settings = _settings(stage, data)
-    fingerprint = _hash(_VERSION, settings, _contents(files), _tokenizer_identity(tokenizer, encoder))
+    contents, parts = scan(files)
+    fingerprint = _hash(_VERSION, settings, contents, _tokenizer_identity(tokenizer, encoder))
     cache = Path(data.store).expanduser() if data.store else _default_cache()
     folder = cache / _hash(fingerprint, [str(file) for file in files])  # the names too, for `file:line` must be right
     if (store := _open(folder, hit=True)) is not None:
         return store
+    making = Making.of(files, data, stage=stage, tokenizer=tokenizer, encoder=encoder)
+    progress = _Progress(sum(map(part_bytes, parts)), on_progress)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
+        with work_folder(cache, folder.name) as work:
+            made = make_parts(parts, making, work, workers=data.workers, on_progress=progress.at)
+            aside = _joined(made, work / "store", paths)
+            meta = {"fingerprint": fingerprint, "files": [str(file) for file in files], "settings": settings}
+            meta["report"] = _report(made)
+            (aside / _META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+            _move(aside, folder)
+    except ChildProcessError as error:
+        raise DataError(f"data.workers: {error}; run it again with fewer, and it goes on where it was") from None
     except OSError as error:
-        raise DataError(f"data.store={cache}: cannot be written ({error.strerror}); choose another folder") from None
-    try:
-        counts = Counts()
-        with (aside / _SKIPPED).open("w", encoding="utf-8") as skipped:
-            rows = make_samples(
-                files,
-                stage=stage,
-                tokenizer=tokenizer,
-                encoder=encoder,
-                data=data,
-                counts=counts,
-                skip=lambda row: skipped.write(f"{row}\n"),
-                on_progress=on_progress,
-            )
-            totals = write(aside / _SAMPLES, rows)
-        _require_samples(totals["samples"], counts, paths)
-        if not counts.skipped:
-            (aside / _SKIPPED).unlink()
-        meta = {
-            "fingerprint": fingerprint,
-            "files": [str(file) for file in files],
-            "settings": settings,
-            "report": {**asdict(counts), **totals},
-        }
-        (aside / _META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
-        _move(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        reason = error.strerror or error
+        raise DataError(f"data.store={cache}: cannot be written ({reason}); choose another folder") from None
+    progress.end()
     store = _open(folder, hit=False)
     assert store is not None, folder
     return store
+
+
+class _Progress:
+    """Tells a rising number of bytes, and all of them only when the store is there."""
+
+    def __init__(self, total: int, tell: Callable[[int, int], None] | None) -> None:
+        self._total = total
+        self._tell = tell
+        self._done = -1
+
+    def at(self, done: int) -> None:
+        done = min(done, self._total - 1)
+        if self._tell is not None and self._done < done:
+            self._done = done
+            self._tell(done, self._total)
+
+    def end(self) -> None:
+        if self._tell is not None:
+            self._tell(self._total, self._total)
+
+
+def _report(made: Sequence[MadePart]) -> dict[str, int]:
+    outcome = _outcome(made)
+    totals = {name: sum(part.totals[name] for part in made) for name in ("samples", "tokens", "num_tokens")}
+    return {**asdict(outcome.counts), **totals}
+
+
+def _outcome(made: Sequence[MadePart]) -> Outcome:
+    outcome = Outcome()
+    for part in made:
+        outcome.extend(part.outcome)
+    return outcome
+
+
+def _joined(made: Sequence[MadePart], folder: Path, paths: Sequence[str]) -> Path:
+    """The files of a store but for its META, from its parts. Raises DataError for bad rows and for no sample at all."""
+    outcome = _outcome(made)
+    outcome.raise_problems()
+    if not sum(part.totals["samples"] for part in made):
+        found = ", ".join(f"{name} {count}" for name, count in asdict(outcome.counts).items() if count)
+        raise DataError(
+            f"{', '.join(paths)}: no sample results ({found}); see data.max_seq_len, data.overlong and data.on_bad_row"
+        )
+    shutil.rmtree(folder, ignore_errors=True)  # of a build that was interrupted here
+    folder.mkdir()
+    join([part.samples for part in made], folder / _SAMPLES)
+    if outcome.counts.skipped:
+        with (folder / _SKIPPED).open("wb") as listed:
+            for part in made:
+                with part.skipped.open("rb") as lines:
+                    shutil.copyfileobj(lines, listed)
+    return folder
 
 
 def _move(aside: Path, folder: Path) -> None:
@@ -256,31 +294,11 @@ def _open(folder: Path, *, hit: bool) -> Store | None:
     return Store(columns, fingerprint=meta["fingerprint"], files=tuple(meta["files"]), report=report)
 
 
-def _require_samples(samples: int, counts: Counts, paths: Sequence[str]) -> None:
-    if not samples:
-        found = ", ".join(f"{name} {count}" for name, count in asdict(counts).items() if count)
-        raise DataError(
-            f"{', '.join(paths)}: no sample results ({found}); see data.max_seq_len, data.overlong and data.on_bad_row"
-        )
-
-
 def _settings(stage: str, data: DataConfig) -> dict[str, Any]:
     """Everything in the recipe that decides the samples."""
     names = ("format", "text_key", "prompt_key", "completion_key", "template_kwargs", "max_seq_len")
     values = data.model_dump(mode="json", include={*names, "overlong", "on_bad_row"})
     return {**values, "stage": stage, "tail": data.eval_fraction if data.eval_split == "tail" else 0.0}
-
-
-def _contents(files: Sequence[Path]) -> list[str]:
-    """The hash of each file."""
-    contents = []
-    for path in files:
-        try:
-            with path.open("rb") as file:
-                contents.append(hashlib.file_digest(file, "sha256").hexdigest())
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    return contents
 
 
 def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pertoken.data.batch import Sample
+from pertoken.data.sample import Sample
 
 __all__ = ["supervised_pieces"]
 

@@ -39,7 +39,7 @@ __all__ = ["RunData", "TrainResult", "build_model", "load_data", "prepare", "tra
 
 # What may differ from the checkpoint on --resume. Paths of data and tokenizer may, since their contents are compared.
 _MAY_CHANGE = {
-    *("out_dir", "data.path", "data.eval_path", "data.tokenizer", "data.store"),
+    *("out_dir", "data.path", "data.eval_path", "data.tokenizer", "data.store", "data.workers"),
     *("train.epochs", "train.max_steps", "train.eval_interval"),
     *("train.micro_batch_tokens", "train.device", "train.compile", "train.activation_checkpointing", "train.parallel"),
 }

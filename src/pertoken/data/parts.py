@@ -1,0 +1,103 @@
+"""Files cut into parts: as much as one worker makes into samples at a time.
+
+The cuts depend on the files alone, never on who makes the parts, so neither does what is put together from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pertoken.data.records import BOM, Span, empty_file, parquet_file
+from pertoken.errors import DataError
+
+__all__ = ["Part", "part_bytes", "scan"]
+
+Part = tuple[Span, ...]
+
+# At least, at most: some seconds of work, enough to be worth a message and a file, little enough to do again after an
+# interruption; and in between _SHARES of all, so that no processor waits long for the last part.
+_PART_BYTES = (1 << 20, 8 << 20)
+_SHARES = 32
+_BLOCK_BYTES = 1 << 20
+
+
+def scan(files: Sequence[Path]) -> tuple[list[str], list[Part]]:
+    """(the SHA-256 of each file, all of their rows as parts in order), in one pass over the files.
+
+    Files are cut between lines (.jsonl) or row groups (.parquet), a .txt never; small files share a part.
+    Raises DataError where a file cannot be read or holds no row.
+    """
+    size = _part_size(files)
+    hashes: list[str] = []
+    parts: list[Part] = []
+    part: list[Span] = []
+    for index, path in enumerate(files):
+        digest = hashlib.sha256()
+        try:
+            spans = list(_spans(index, path, digest, size))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        hashes.append(digest.hexdigest())
+        for span in spans:
+            if part and part_bytes(part) + span.stop - span.start > size:
+                parts.append(tuple(part))
+                part = []
+            part.append(span)
+    return hashes, [*parts, tuple(part)] if part else parts
+
+
+def _part_size(files: Sequence[Path]) -> int:
+    least, most = _PART_BYTES
+    return min(most, max(least, sum(path.stat().st_size for path in files) // _SHARES))
+
+
+def part_bytes(part: Sequence[Span]) -> int:
+    return sum(span.stop - span.start for span in part)
+
+
+def _spans(index: int, path: Path, digest: hashlib._Hash, size: int) -> Iterator[Span]:
+    """The spans of one file, each about a part long, and all of its bytes into `digest`."""
+    jsonl = path.suffix == ".jsonl"
+    start = end = newlines = 0  # of the span; `newlines` before `end`
+    line = 1
+    blank = True
+    for block in _blocks(path):
+        digest.update(block)
+        at = 0  # bytes of the block that are counted
+        while jsonl and (cut := block.find(b"\n", max(at, start + size - 1 - end)) + 1):
+            newlines += block.count(b"\n", at, cut)
+            yield Span(index, start, end + cut, line)
+            start, line, at = end + cut, newlines + 1, cut
+        newlines += block.count(b"\n", at) if jsonl else 0
+        content = block.removeprefix(BOM) if not end else block
+        blank = blank and not (content.strip() if jsonl else content)
+        end += len(block)
+    if path.suffix == ".parquet":
+        yield from _row_groups(index, path, size)
+    elif blank:
+        raise empty_file(path)
+    elif end > start:
+        yield Span(index, start, end, line)
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            yield block
+
+
+def _row_groups(index: int, path: Path, part: int) -> Iterator[Span]:
+    table = parquet_file(path)
+    if table is None or not table.metadata.num_rows:
+        raise empty_file(path)
+    size, rows = path.stat().st_size, table.metadata.num_rows
+    first = before = here = content = 0  # of the span: row group, rows before it, rows and bytes in it
+    for group in range(table.num_row_groups):
+        here += table.metadata.row_group(group).num_rows
+        content += table.metadata.row_group(group).total_byte_size
+        if content >= part or group == table.num_row_groups - 1:
+            share = (size * before // rows, size * (before + here) // rows)
+            yield Span(index, *share, line=before + 1, groups=(first, group + 1))
+            first, before, here, content = group + 1, before + here, 0, 0
