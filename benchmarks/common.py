@@ -114,6 +114,8 @@ def run(
             os.killpg(process.pid, signal.SIGKILL)  # with the helpers it may have started
         process.wait()
     reader.join(timeout=10)
+    if process.stdout is not None and not reader.is_alive():  # a helper that left the group may hold it open
+        process.stdout.close()
     if late:
         raise Failed(f"stopped after {limit_s:.0f} s: {_tail(finished.output)}")
     if process.returncode and not done.is_set():

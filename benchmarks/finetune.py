@@ -27,6 +27,7 @@ from common import (
     DATA,
     OURS,
     ROOT,
+    STEP,
     Finished,
     Missing,
     alternate,
@@ -103,20 +104,26 @@ class Task:
         return folder
 
 
-def steady_steps(finished: Finished, warm_up: int, pattern: re.Pattern[str] | None = None) -> list[float]:
+def steady_steps(finished: Finished, warm_up: int, pattern: re.Pattern[str] = STEP) -> list[float]:
     """Seconds from each step's end to the next one's, after the warm-up."""
-    ends = finished.steps(pattern) if pattern else finished.steps()
+    ends = finished.steps(pattern)
     return [ends[step] - ends[step - 1] for step in sorted(ends) if step > warm_up and step - 1 in ends]
 
 
-def row_of(name: str, runs: Sequence[Finished], steps: Sequence[float], batch_size: int) -> dict[str, Any]:
+def row_of(
+    name: str,
+    runs: Sequence[Finished],
+    steps: Sequence[float],
+    batch_size: int,
+    pattern: re.Pattern[str] = STEP,
+) -> dict[str, Any]:
     """A contender's line of the table."""
     return {
         "contender": name,
         "samples/s": round(batch_size / statistics.median(steps), 3),
         "step s": spread(steps),
         "steps": len(steps),
-        "first step over after s": spread([min(f.steps().values(), default=0.0) for f in runs], 1),
+        "first step over after s": spread([min(f.steps(pattern).values()) for f in runs], 1),
         "peak GB": round(max(f.peak_bytes for f in runs) / 1e9, 2),
     }
 
@@ -220,10 +227,10 @@ def main() -> None:
 
     rows, speed, peak = [], {}, {}
     for name, runs in results.items():
-        pattern = MINIMIND_STEP if name == "MiniMind" else None
+        pattern = MINIMIND_STEP if name == "MiniMind" else STEP
         steps = [s for finished in runs for s in steady_steps(finished, arguments.warm_up, pattern)]
         if steps:
-            rows.append(row_of(name, runs, steps, batch_size))
+            rows.append(row_of(name, runs, steps, batch_size, pattern))
             speed[name] = batch_size / statistics.median(steps)
             peak[name] = max(f.peak_bytes for f in runs)
     fastest = max((n for n in speed if n.startswith("TRL bf16")), key=lambda n: speed[n], default="TRL bf16")
@@ -291,8 +298,8 @@ def main() -> None:
             ),
         ],
         notes=[
-            f"steps {arguments.warm_up + 1} to {arguments.round_steps} of {arguments.rounds} rounds; samples/s at the median "
-            "step; in brackets the least and the greatest, for steps differ in length",
+            f"steps {arguments.warm_up + 1} to {arguments.round_steps} of {arguments.rounds} rounds; samples/s at the "
+            "median step; in brackets the least and the greatest, for steps differ in length",
             "TRL with torch_compile compiles again for new lengths, which is in its steps; its rounds end after step "
             f"{arguments.compiled_round_steps}",
             *(f"{name}: {reason}" for name, reason in reasons.items()),
