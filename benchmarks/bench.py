@@ -30,8 +30,9 @@ QUICK = {
     "smollm": ["--rounds", "1", "--round-steps", "2", "--warm-up", "1"],
     "shakespeare": "--rounds 1 --nanogpt-iterations 20 --set train.max_steps=40 train.warmup_steps=5".split(),
 }
+FULL = {"head": ["--rounds", "1"]}
 # With nothing given: about how long, in minutes, on two quiet cores; shown so that nobody waits in the dark.
-MINUTES = {"startup": 4, "head": 14, "pretrain": 3, "finetune": 42, "smollm": 7, "shakespeare": 6, "prepare": 5}
+MINUTES = {"startup": 4, "head": 10, "pretrain": 3, "finetune": 38, "smollm": 6, "shakespeare": 5, "prepare": 5}
 
 
 def command_of(part: str, arguments: Any) -> list[str]:
@@ -50,7 +51,7 @@ def command_of(part: str, arguments: Any) -> list[str]:
     }
     for name, value in given.get(part, []):
         command += [name, str(value)] if value else []
-    return command + (QUICK.get(part, ["--quick"]) if arguments.quick else [])
+    return command + (QUICK.get(part, ["--quick"]) if arguments.quick else FULL.get(part, []))
 
 
 def follow(command: list[str]) -> tuple[int, str]:

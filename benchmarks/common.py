@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,18 +149,19 @@ def python(*arguments: object) -> list[object]:
 
 
 def alternate(
-    contenders: dict[str, Callable[[int], Finished | dict[str, Any]]], rounds: int
+    contenders: dict[str, Callable[[int], Finished | dict[str, Any]]], rounds: int, *, once: Collection[str] = ()
 ) -> tuple[dict[str, list[Any]], dict[str, str]]:
     """Run every contender once a round, never two at a time, each round beginning with another one.
 
-    Returns (results by contender, why the others have none). One that failed is not tried again.
+    Returns (results by contender, why some have none or fewer). One that failed is not tried again, and those of
+    `once` run in the first round alone.
     """
     results: dict[str, list[Any]] = {name: [] for name in contenders}
     reasons: dict[str, str] = {}
     names = list(contenders)
     for round_ in range(rounds):
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            if name in reasons:
+            if name in reasons or (round_ and name in once):
                 continue
             say(f"round {round_ + 1} of {rounds}: {name}")
             try:

@@ -49,6 +49,7 @@ SHAPES = ("4096x512x6400", "2048x576x49152", "2048x1024x151936")
 NAIVE, PLAIN, CHUNKED, CCE = "naive", "F.linear_cross_entropy", "the same, chunked options", "cut-cross-entropy"
 CONTENDERS = (OURS, NAIVE, PLAIN, CHUNKED, CCE)
 LONG_S = 20.0  # a first pass of this length is measured itself, and none follows
+ENOUGH_S = 4.0  # of measured passes in a process, after which none follows
 GIVE_UP_S = 45.0  # a contender slower than this at one share is not run at the next
 
 
@@ -128,7 +129,7 @@ def measure(name: str, shape: str, share: float, passes: int, reference: Path | 
         if i > 0 or took > LONG_S:
             seconds.append(took)
             extra.append(peak_bytes() - before)
-        if took > LONG_S:
+        if took > LONG_S or sum(seconds) > ENOUGH_S:
             break
     found = {"seconds": seconds, "extra_bytes": extra}
     if reference is not None:
@@ -229,13 +230,18 @@ def main() -> None:
                 run(python(*of_this, "--worker", "reference", *compare))
 
             def one(name: str, of_this: list[Any], compare: list[Any], round_: int) -> dict[str, Any]:
+                if reason := too_slow.get((name, of_this[2])):
+                    raise Failed(reason)
                 compare = compare if round_ == 0 else []
                 env = {"TORCHINDUCTOR_CACHE_DIR": str(arguments.work.resolve() / "inductor")}
                 lines = run(python(*of_this, "--worker", name, *compare), env=env).output.splitlines()
                 found = [line for line in lines if line.startswith('{"seconds"')]
                 if not found:
                     raise Failed("no result")
-                return json.loads(found[-1])
+                result = json.loads(found[-1])
+                if (took := min(result["seconds"])) > GIVE_UP_S:
+                    too_slow[name, of_this[2]] = f"measured once: {took:.0f} s a pass"
+                return result
 
             names = [name for name in arguments.only if (name, shape) not in too_slow]
             results, reasons = alternate(
@@ -250,8 +256,6 @@ def main() -> None:
                     measured[shape, share, name] = (statistics.median(seconds), extra)
                     row |= {"s": spread(seconds), "extra GB": round(extra / 1e9, 3)}
                     row |= {k.replace("_", " "): f"{v:.1e}" for k, v in found[0].items() if k.endswith("_error")}
-                    if statistics.median(seconds) > GIVE_UP_S:
-                        too_slow[name, shape] = f"not run: {statistics.median(seconds):.0f} s a pass at {share:.0%}"
                 if name in reasons:
                     row["note"] = reasons[name][:160]
                 table.append(row)

@@ -1,4 +1,4 @@
-"""The benchmarks still run: each script's --help, the loss head in full, and how figures are taken and claims judged."""
+"""The benchmarks still run: each script's --help, the loss head whole, how figures are taken and claims judged."""
 
 from __future__ import annotations
 
