@@ -14,6 +14,7 @@ none here.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -29,7 +30,6 @@ from common import (
     ROOT,
     STEP,
     Finished,
-    Missing,
     alternate,
     claim,
     existing,
@@ -43,6 +43,7 @@ from common import (
     write,
 )
 
+SEED, MAX_SEQ_LEN = 42, 340
 HERE = Path(__file__).resolve().parent
 MINIMIND_STEP = re.compile(r"\]\((\d+)/\d+\), loss:")
 TRL = {
@@ -176,7 +177,78 @@ def first_rows(source: Path, count: int, target: Path) -> Path:
     return target
 
 
-def main() -> None:
+class Figures:
+    """Samples a second, peak memory, and of the whole runs wall time and held-out loss, by contender."""
+
+    def __init__(self, results: dict[str, list[Finished]], warm_up: int, batch_size: int) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.speed: dict[str, float] = {}
+        self.peak: dict[str, int] = {}
+        self.wall: dict[str, float] = {}
+        self.loss: dict[str, float] = {}
+        for name, runs in results.items():
+            pattern = MINIMIND_STEP if name == "MiniMind" else STEP
+            steps = [s for finished in runs for s in steady_steps(finished, warm_up, pattern)]
+            if steps:
+                self.rows.append(row_of(name, runs, steps, batch_size, pattern))
+                self.speed[name] = batch_size / statistics.median(steps)
+                self.peak[name] = max(f.peak_bytes for f in runs)
+        theirs = [name for name in self.speed if name.startswith("TRL bf16")]
+        self.rival = max(theirs, key=lambda name: self.speed[name], default="TRL bf16")
+
+    def add_whole_run(self, name: str, finished: Finished, loss: float, steps: int) -> None:
+        self.wall[name], self.loss[name] = finished.wall_s, loss
+        self.peak[name] = max(self.peak.get(name, 0), finished.peak_bytes)
+        for row in self.rows:
+            if row["contender"] == name:
+                row |= {f"{steps} steps s": round(finished.wall_s, 1), "held-out loss": round(loss, 4)}
+                row["peak GB"] = round(self.peak[name] / 1e9, 2)
+
+    def claims(self, steps: int, without_minimind: str) -> list[dict[str, Any]]:
+        both = f"against {self.rival}"
+        loss, speed, wall, peak = self.loss, self.speed, self.wall, self.peak
+        steady = ratio(speed.get(OURS), speed.get(self.rival))
+        whole = ratio(wall.get(self.rival), wall.get(OURS))
+        apart = abs(loss[OURS] - loss[self.rival]) if len(loss) == 2 else None
+        minimind = ratio(speed.get(OURS), speed.get("MiniMind"))
+        memory = ratio(peak.get(OURS), peak.get(self.rival))
+        return [
+            claim(f"fine-tuning, steady state, times {both}", steady, at_least=2.4, aim=3.0),
+            claim(
+                f"fine-tuning, {steps} steps, start-up and compiling counted, times {both}",
+                whole,
+                at_least=2.1,
+                aim=2.7,
+            ),
+            claim(f"held-out loss after {steps} steps, apart from {self.rival}", apart, at_most=0.01),
+            claim(
+                "fine-tuning, steady state, times against MiniMind's script",
+                minimind,
+                at_least=4.0,
+                aim=5.0,
+                why_not=without_minimind,
+            ),
+            claim(f"peak memory of fine-tuning {both}", memory, at_most=0.5, aim=0.35),
+        ]
+
+
+def whole_runs(task: Task, figures: Figures, data: Path, eval_rows: int) -> None:
+    """All steps of pertoken and of its rival from cold caches, then one evaluator over both models."""
+    held_out = first_rows(data / "sft/gsm8k/test.jsonl", eval_rows, task.work / "held-out.jsonl")
+    how = ["stage=sft", "data.format=prompt_completion", "data.prompt_key=question", "data.completion_key=answer"]
+    how += [f"data.max_seq_len={MAX_SEQ_LEN}", "data.overlong=truncate"]
+    for name in (OURS, figures.rival):
+        say(f"whole run of {task.steps} steps: {name}")
+        out, caches = task.work / f"whole-{'ours' if name == OURS else 'trl'}", task.new_caches("whole")
+        shutil.rmtree(out, ignore_errors=True)
+        if name == OURS:
+            finished = task.ours(seed=SEED, out=out, caches=caches)
+        else:
+            finished = task.trl(TRL[name], seed=SEED, out=out, caches=caches)
+        figures.add_whole_run(name, finished, evaluate(task, out, held_out, how), task.steps)
+
+
+def arguments_of() -> argparse.Namespace:
     parser = parser_of(__doc__, name="finetune")
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "gsm8k-30m.toml")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with sft/gsm8k and tokenizer/minimind")
@@ -188,78 +260,46 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of the whole run, and planned in every round")
     parser.add_argument("--no-whole", action="store_true", help="leave out the whole runs")
     parser.add_argument("--eval-rows", type=int, default=500, help="held-out rows for the evaluation; 0: all 1,319")
-    parser.add_argument("--only", nargs="+", help="these contenders alone")
+    parser.add_argument("--only", nargs="+", choices=[OURS, *TRL, "MiniMind"], help="these contenders alone")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="recipe keys for pertoken")
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
-    data = existing(arguments.data, "--data, a folder with sft/gsm8k and tokenizer/minimind")
+
+def main() -> None:
+    arguments = arguments_of()
+    data = existing(arguments.data, "--data, a folder with sft/gsm8k and tokenizer/minimind").resolve()
     work = arguments.work.resolve()
     keys = (
         f"data.path={data / 'sft/gsm8k/train.jsonl'}",
         "data.eval_path=[]",  # nobody evaluates on the way
         f"data.tokenizer={data / 'tokenizer/minimind'}",
+        f"data.max_seq_len={MAX_SEQ_LEN}",
         f"data.store={work / 'store'}",
         *arguments.set,
     )
     task = Task(arguments.recipe, keys, work, arguments.steps)
-    seeds = [42 + r for r in range(arguments.rounds)]
-    inputs = task.prepare(seeds)
+    inputs = task.prepare([SEED + r for r in range(arguments.rounds)])
     batch_size = inputs["batch_size"]
 
-    contenders = {OURS: lambda r: task.ours(seed=seeds[r], out=work / "run", stop_after=arguments.round_steps)}
+    contenders = {OURS: lambda r: task.ours(seed=SEED + r, out=work / "run", stop_after=arguments.round_steps)}
     for name, flags in TRL.items():
         count = arguments.compiled_round_steps if "--torch-compile" in flags else arguments.round_steps
-        contenders[name] = lambda r, f=flags, n=count: task.trl(f, seed=seeds[r], stop_after=n)
+        contenders[name] = lambda r, f=flags, n=count: task.trl(f, seed=SEED + r, stop_after=n)
     reasons = {}
     if arguments.minimind:
-        try:
-            minimind = MiniMind(arguments.minimind.resolve(), task, batch_size, 340)
-            minimind.write_rows(data / "sft/gsm8k/train.jsonl", "question", "answer")
-            contenders["MiniMind"] = lambda r: minimind.train(arguments.round_steps)
-        except Missing as problem:
-            reasons["MiniMind"] = str(problem)
+        minimind = MiniMind(arguments.minimind.resolve(), task, batch_size, MAX_SEQ_LEN)
+        minimind.write_rows(data / "sft/gsm8k/train.jsonl", "question", "answer")
+        contenders["MiniMind"] = lambda _: minimind.train(arguments.round_steps)
     else:
         reasons["MiniMind"] = "no --minimind given"
     if arguments.only:
-        contenders = {name: contenders[name] for name in arguments.only}
+        contenders = {name: contenders[name] for name in arguments.only if name in contenders}
     once = [name for name in contenders if "torch_compile" in name]
     results, failed = alternate(contenders, arguments.rounds, once=once)
     reasons |= failed
-
-    rows, speed, peak = [], {}, {}
-    for name, runs in results.items():
-        pattern = MINIMIND_STEP if name == "MiniMind" else STEP
-        steps = [s for finished in runs for s in steady_steps(finished, arguments.warm_up, pattern)]
-        if steps:
-            rows.append(row_of(name, runs, steps, batch_size, pattern))
-            speed[name] = batch_size / statistics.median(steps)
-            peak[name] = max(f.peak_bytes for f in runs)
-    fastest = max((n for n in speed if n.startswith("TRL bf16")), key=lambda n: speed[n], default="TRL bf16")
-
-    wall, loss = {}, {}
+    figures = Figures(results, arguments.warm_up, batch_size)
     if not arguments.no_whole:
-        for name in (OURS, fastest):
-            say(f"whole run of {arguments.steps} steps: {name}")
-            out, caches = work / f"whole-{'ours' if name == OURS else 'trl'}", task.new_caches("whole")
-            if name == OURS:
-                finished = task.ours(seed=seeds[0], out=out, caches=caches)
-            else:
-                shutil.rmtree(out, ignore_errors=True)
-                finished = task.trl(TRL[name], seed=seeds[0], out=out, caches=caches)
-            wall[name] = finished.wall_s
-            peak[name] = max(peak.get(name, 0), finished.peak_bytes)
-            held_out = first_rows(data / "sft/gsm8k/test.jsonl", arguments.eval_rows, work / "held-out.jsonl")
-            how = ["stage=sft", "data.format=prompt_completion", "data.prompt_key=question"]
-            how += ["data.completion_key=answer", "data.max_seq_len=340", "data.overlong=truncate"]
-            loss[name] = evaluate(task, out, held_out, how)
-            for row in rows:
-                if row["contender"] == name:
-                    row[f"{arguments.steps} steps s"] = round(wall[name], 1)
-                    row["held-out loss"] = round(loss[name], 4)
-                    row["peak GB"] = round(peak[name] / 1e9, 2)
-
-    both = f"against {fastest}"
-    difference = abs(loss[OURS] - loss[fastest]) if len(loss) == 2 else None
+        whole_runs(task, figures, data, arguments.eval_rows)
     write(
         arguments.out,
         "finetune",
@@ -272,32 +312,8 @@ def main() -> None:
             "rounds": arguments.rounds,
             "overrides": " ".join(arguments.set) or "none",
         },
-        rows=rows,
-        claims=[
-            claim(
-                f"fine-tuning, steady state, times {both}",
-                ratio(speed.get(OURS), speed.get(fastest)),
-                at_least=2.4,
-                aim=3.0,
-            ),
-            claim(
-                f"fine-tuning, {arguments.steps} steps with start-up and compilation, times {both}",
-                ratio(wall.get(fastest), wall.get(OURS)),
-                at_least=2.1,
-                aim=2.7,
-            ),
-            claim(f"held-out loss after {arguments.steps} steps, apart from {fastest}", difference, at_most=0.01),
-            claim(
-                "fine-tuning, steady state, times against MiniMind's script",
-                ratio(speed.get(OURS), speed.get("MiniMind")),
-                at_least=4.0,
-                aim=5.0,
-                why_not=reasons.get("MiniMind", ""),
-            ),
-            claim(
-                f"peak memory of fine-tuning {both}", ratio(peak.get(OURS), peak.get(fastest)), at_most=0.5, aim=0.35
-            ),
-        ],
+        rows=figures.rows,
+        claims=figures.claims(arguments.steps, reasons.get("MiniMind", "")),
         notes=[
             f"steps {arguments.warm_up + 1} to {arguments.round_steps} of {arguments.rounds} rounds; samples/s at the "
             "median step; in brackets the least and the greatest, for steps differ in length",

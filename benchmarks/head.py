@@ -202,6 +202,50 @@ def as_worker(arguments: argparse.Namespace) -> None:
         print(json.dumps(measure(arguments.worker, shape, share, arguments.passes, arguments.reference)))
 
 
+class Measured:
+    """What contenders do at one shape after another; each row of the table, and (seconds, extra bytes) by contender."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.work = arguments, arguments.work.resolve()
+        self.too_slow: dict[tuple[str, str], str] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.figures: dict[tuple[str, float, str], tuple[float, int]] = {}
+
+    def at(self, shape: str, share: float) -> None:
+        say(f"{shape}, {share:.0%} supervised")
+        script, reference = Path(__file__).resolve(), self.work / "reference.pt"
+        command = python(script, "--shapes", shape, "--shares", share, "--passes", self.arguments.passes)
+        compare = [] if self.arguments.no_errors else ["--reference", reference]
+        if compare:
+            run([*command, "--worker", "reference", *compare])
+        contenders = {
+            name: functools.partial(self.one, name, shape, [*command, "--worker", name], compare)
+            for name in self.arguments.only
+        }
+        results, reasons = alternate(contenders, self.arguments.rounds)
+        reference.unlink(missing_ok=True)
+        for name, found in results.items():
+            row: dict[str, Any] = {"rows x width x vocabulary": shape, "supervised": f"{share:.0%}", "head": name}
+            if found:
+                seconds = [s for f in found for s in f["seconds"]]
+                extra = max(b for f in found for b in f["extra_bytes"])
+                self.figures[shape, share, name] = (statistics.median(seconds), extra)
+                row |= {"s": spread(seconds), "extra GB": round(extra / 1e9, 3)}
+                row |= {k.replace("_", " "): f"{v:.1e}" for k, v in found[0].items() if k.endswith("_error")}
+            self.rows.append(row | ({"note": reasons[name][:160]} if name in reasons else {}))
+
+    def one(self, name: str, shape: str, command: list[Any], compare: list[Any], round_: int) -> dict[str, Any]:
+        """One process of a contender; the first of them has its errors taken."""
+        if reason := self.too_slow.get((name, shape)):
+            raise Failed(reason)
+        caches = {"TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor")}
+        lines = run([*command, *([] if round_ else compare)], env=caches).output.splitlines()
+        result: dict[str, Any] = json.loads(next(line for line in lines if line.startswith('{"seconds"')))
+        if (took := min(result["seconds"])) > GIVE_UP_S:
+            self.too_slow[name, shape] = f"measured once at this shape: {took:.0f} s a pass"
+        return result
+
+
 def main() -> None:
     parser = parser_of(__doc__, name="head")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="NxDxV")
@@ -218,56 +262,18 @@ def main() -> None:
         return
 
     arguments.work.mkdir(parents=True, exist_ok=True)
-    script, reference = Path(__file__).resolve(), arguments.work.resolve() / "reference.pt"
-    too_slow: dict[tuple[str, str], str] = {}
-    table, measured = [], {}
+    measured = Measured(arguments)
     for shape in arguments.shapes:
         for share in arguments.shares:
-            say(f"{shape}, {share:.0%} supervised")
-            of_this = [script, "--shapes", shape, "--shares", share, "--passes", arguments.passes]
-            compare = [] if arguments.no_errors else ["--reference", reference]
-            if compare:
-                run(python(*of_this, "--worker", "reference", *compare))
-
-            def one(name: str, of_this: list[Any], compare: list[Any], round_: int) -> dict[str, Any]:
-                if reason := too_slow.get((name, of_this[2])):
-                    raise Failed(reason)
-                compare = compare if round_ == 0 else []
-                env = {"TORCHINDUCTOR_CACHE_DIR": str(arguments.work.resolve() / "inductor")}
-                lines = run(python(*of_this, "--worker", name, *compare), env=env).output.splitlines()
-                found = [line for line in lines if line.startswith('{"seconds"')]
-                if not found:
-                    raise Failed("no result")
-                result = json.loads(found[-1])
-                if (took := min(result["seconds"])) > GIVE_UP_S:
-                    too_slow[name, of_this[2]] = f"measured once: {took:.0f} s a pass"
-                return result
-
-            names = [name for name in arguments.only if (name, shape) not in too_slow]
-            results, reasons = alternate(
-                {name: functools.partial(one, name, of_this, compare) for name in names}, arguments.rounds
-            )
-            reasons |= {name: why for (name, where), why in too_slow.items() if where == shape}
-            for name in arguments.only:
-                row: dict[str, Any] = {"rows x width x vocabulary": shape, "supervised": f"{share:.0%}", "head": name}
-                if found := results.get(name):
-                    seconds = [s for f in found for s in f["seconds"]]
-                    extra = max(b for f in found for b in f["extra_bytes"])
-                    measured[shape, share, name] = (statistics.median(seconds), extra)
-                    row |= {"s": spread(seconds), "extra GB": round(extra / 1e9, 3)}
-                    row |= {k.replace("_", " "): f"{v:.1e}" for k, v in found[0].items() if k.endswith("_error")}
-                if name in reasons:
-                    row["note"] = reasons[name][:160]
-                table.append(row)
-    reference.unlink(missing_ok=True)
-    ours, theirs = (measured.get((SHAPES[-1], 0.4, name), (None, None)) for name in (OURS, PLAIN))
+            measured.at(shape, share)
+    ours, theirs = (measured.figures.get((SHAPES[-1], 0.4, name), (None, None)) for name in (OURS, PLAIN))
     where = "2048 x 1,024 x 151,936, 40% supervised"
     write(
         arguments.out,
         "head",
         title="The loss head, forward and backward, bfloat16",
-        settings={"rounds": arguments.rounds, "passes": arguments.passes},
-        rows=table,
+        settings={"rounds": arguments.rounds, "passes": f"at most {arguments.passes}"},
+        rows=measured.rows,
         claims=[
             claim(f"loss head, {where}: times against {PLAIN}", ratio(theirs[0], ours[0]), at_least=2.0, aim=2.7),
             claim(f"loss head, {where}: extra memory against it", ratio(ours[1], theirs[1]), at_most=1.0, aim=0.5),
