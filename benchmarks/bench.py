@@ -25,9 +25,11 @@ QUICK = {
     "startup": ["--rounds", "1", "--samples", "50000", "--position", "20000"],
     "head": ["--rounds", "1", "--passes", "1", "--shapes", "512x64x6400", "--shares", "0.4"],
     "pretrain": ["--rounds", "1", "--steps", "3", "--warm-up", "1", "--repeats", "3"],
-    "finetune": "--rounds 1 --round-steps 4 --warm-up 2 --steps 8 --eval-rows 20 --set model.hidden_size=128 "
-    "model.intermediate_size=448 train.warmup_steps=2 train.batch_size=4".split()
-    + ["--only", "pertoken", "TRL bf16", "MiniMind"],
+    "finetune": [
+        *("--only", "pertoken", "TRL bf16", "MiniMind"),
+        *"--rounds 1 --round-steps 4 --warm-up 2 --steps 8 --eval-rows 20 --set model.hidden_size=128".split(),
+        *"model.intermediate_size=448 train.warmup_steps=2 train.batch_size=4".split(),
+    ],
     "smollm": ["--rounds", "1", "--round-steps", "2", "--warm-up", "1"],
     "shakespeare": "--rounds 1 --nanogpt-iterations 20 --set train.max_steps=40 train.warmup_steps=5".split(),
 }
