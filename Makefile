@@ -10,7 +10,8 @@ help:
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that take long or need optional packages (a real 135M model)"
 	@echo "make check      formatting, lint, types"
-	@echo "make bench      throughput on this machine"
+	@echo "make bench      against the peers on this machine, an hour or so: benchmarks/README.md"
+	@echo "                QUICK=1 to see that it runs; MINIMIND=, NANOGPT= checkouts, MODEL= SmolLM2-135M, LONG= a recipe"
 	@echo "make clean      remove the environment and what the tools left"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -35,7 +36,11 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/throughput.py
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps cut-cross-entropy==25.1.1
+	$(BIN)/python benchmarks/bench.py $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)) \
+		$(if $(MINIMIND),--minimind $(MINIMIND)) $(if $(NANOGPT),--nanogpt $(NANOGPT)) \
+		$(if $(MODEL),--model $(MODEL)) $(if $(SHAKESPEARE),--shakespeare-recipe $(SHAKESPEARE)) \
+		$(if $(LONG),--long $(LONG))
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info
