@@ -162,7 +162,7 @@ def a_sample_twice_in_an_epoch(patch: Patch) -> None:
 def attention_across_documents(patch: Patch) -> None:
     of = pertoken.model.attention.AttentionLayout.of
 
-    def one_document(lengths: Any, device: torch.device) -> Any:
+    def one_document(lengths: Any, device: torch.device, **_: Any) -> Any:
         return of([sum(lengths)] if lengths else [], device)
 
     patch.setattr(pertoken.model.transformer.AttentionLayout, "of", one_document)

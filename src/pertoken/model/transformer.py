@@ -17,7 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from pertoken.data.batch import MicroBatch
 from pertoken.loss import LossOutput, linear_cross_entropy
-from pertoken.model.attention import AttentionLayout, KVCache, attention, cached_attention
+from pertoken.model.attention import (
+    AttentionLayout,
+    KVCache,
+    attention,
+    cached_attention,
+    flash_capability,
+    varlen_attention,
+    which_attention,
+)
 from pertoken.model.mlp import MLP
 from pertoken.model.moe import Documents, Load, MixtureOfExperts, with_balance_loss
 from pertoken.model_config import ResolvedModelConfig
@@ -147,9 +155,16 @@ class CausalLM(nn.Module):
         return self.logits(hidden[-1])
 
     def _run_flat(self, micro_batch: MicroBatch, documents: Documents | None) -> tuple[Tensor, list[Load]]:
-        layout = AttentionLayout.of(micro_batch.lengths, micro_batch.input_ids.device)
-        attends = [partial(attention, layout=layout)] * self.config.num_hidden_layers
+        layout = self._layout(micro_batch)
+        attend = attention if layout.cu_seqlens is None else varlen_attention
+        attends = [partial(attend, layout=layout)] * self.config.num_hidden_layers
         return self._run(micro_batch.input_ids, micro_batch.position_ids, attends, documents)
+
+    def _layout(self, micro_batch: MicroBatch) -> AttentionLayout:
+        device, dtype = micro_batch.input_ids.device, _compute_dtype(self.model.embed_tokens.weight)
+        form = which_attention(device.type, dtype, self.config.head_dim, flash_capability(device))
+        cu_seqlens = micro_batch.cu_seqlens if form == "varlen" else None
+        return AttentionLayout.of(micro_batch.lengths, device, cu_seqlens=cu_seqlens)
 
     def _run(
         self, input_ids: Tensor, position_ids: Tensor, attends: list[partial[Tensor]], documents: Documents | None
