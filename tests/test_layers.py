@@ -16,7 +16,7 @@ SOURCE = Path(pertoken.__file__).parent
 LAYERS = [
     {"errors", "config", "model_config", "explain", "text", "starter"},
     {"data"},
-    {"model", "loss"},
+    {"model", "loss", "fused_heads"},
     {"training"},
     {"adapters", "prove", "generate", "inspection", "chatting", "trigram"},
     {"console", "demo"},

@@ -13,7 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LossOutput", "linear_cross_entropy"]
+from pertoken.fused_heads import fused_loss_sum
+
+__all__ = ["LossImpl", "LossOutput", "linear_cross_entropy"]
+
+LossImpl = Literal["auto", "chunked", "reference", "liger", "cce"]
 
 _CHUNK_BYTES = 32 * 2**20  # of logits in float32
 _MIN_CHUNK_ROWS = 512  # fewer add up the weight's gradient, [V, D], too often
@@ -46,7 +50,7 @@ def linear_cross_entropy(
     labels: Tensor,
     loss_mask: Tensor,
     *,
-    impl: Literal["auto", "chunked", "reference"] = "auto",
+    impl: LossImpl = "auto",
 ) -> LossOutput:
     """Sum of negative log-likelihoods in nats over the supervised tokens, and their number.
 
@@ -61,6 +65,7 @@ def linear_cross_entropy(
     (float64 for float64). No supervised token: sum 0, count 0, zero gradients.
 
     `impl="reference"` is the plain code above, logits and all; `"auto"` and `"chunked"` hold at most one chunk of them.
+    `"liger"` and `"cce"` are kernels of others, optional extras: see `fused_loss_sum` for what they do not promise.
     A label outside [0, V) at a supervised position is an error (IndexError or RuntimeError; a device assert on CUDA).
     """
     if loss_mask.dtype == torch.bool:
@@ -76,7 +81,10 @@ def linear_cross_entropy(
         weights = None if loss_mask.dtype == torch.bool else loss_mask
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        loss_sum = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype)  # type: ignore[no-untyped-call]
+        if (impl == "liger" or impl == "cce") and len(labels):  # without rows ours still gives zero gradients
+            loss_sum = fused_loss_sum(impl, hidden, weight, labels, weights, dtype)
+        else:
+            loss_sum = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype)  # type: ignore[no-untyped-call]
     return LossOutput(loss_sum, num_tokens, {"loss": (loss_sum.detach(), num_tokens)})
 
 

@@ -67,7 +67,7 @@ class AttentionLayout:
     positions: Tensor | None
     cu_seqlens: Tensor | None = None
     max_length: int = 0  # of a document
-    # Pairs of a query and a key: of the documents, the sum of T^2 (future ones included), and what padding adds to them.
+    # Pairs of a query and a key: the documents' own, the sum of T^2 (future keys included), and what padding adds.
     pairs: int = 0
     padding_pairs: int = 0
 

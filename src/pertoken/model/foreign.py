@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pertoken.data.batch import MicroBatch
 from pertoken.errors import ModelError, RecipeError
-from pertoken.loss import LossOutput, linear_cross_entropy
+from pertoken.loss import LossImpl, LossOutput, linear_cross_entropy
 from pertoken.model.head import check_logits, linear_head, smallest_vocabulary
 
 __all__ = ["ForeignCache", "ForeignConfig", "ForeignLM", "load_foreign", "quiet"]
@@ -72,6 +72,7 @@ class ForeignLM(nn.Module):
                 "decoder covers, since transformers' balance loss depends on how a step is split"
             )
         self._checkpointing = False
+        self.loss_impl: LossImpl = "auto"
         for module in hf.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -133,12 +134,13 @@ class ForeignLM(nn.Module):
         """Raises RecipeError: which parts of a foreign model may be fused is not known."""
         raise RecipeError(f'train.compile="on": {self.config.family} is not pertoken\'s own decoder; set it to "off"')
 
-    def forward(self, micro_batch: MicroBatch, *, impl: Literal["auto", "chunked", "reference"] = "auto") -> LossOutput:
+    def forward(self, micro_batch: MicroBatch, *, impl: LossImpl | None = None) -> LossOutput:
         """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number.
 
-        An empty micro-batch gives zeros, and every parameter a zero gradient. `impl` is `linear_cross_entropy`'s.
+        An empty micro-batch gives zeros, and every parameter a zero gradient. `impl` is `linear_cross_entropy`'s,
+        the model's `loss_impl` if not given.
         """
-        hidden = self.hidden_states(micro_batch)
+        hidden, impl = self.hidden_states(micro_batch), impl or self.loss_impl
         return linear_cross_entropy(hidden, self.head_weight, micro_batch.labels, micro_batch.loss_mask, impl=impl)
 
     def hidden_states(self, micro_batch: MicroBatch) -> Tensor:

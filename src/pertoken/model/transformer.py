@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pertoken.data.batch import MicroBatch
-from pertoken.loss import LossOutput, linear_cross_entropy
+from pertoken.loss import LossImpl, LossOutput, linear_cross_entropy
 from pertoken.model.attention import (
     AttentionLayout,
     KVCache,
@@ -56,6 +56,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.loss_impl: LossImpl = "auto"
         with torch.device("meta"):  # the layers' own initialisation would draw from the global random state
             self.model = _Decoder(config)
             self.lm_head = (
@@ -112,17 +113,18 @@ class CausalLM(nn.Module):
         for layer in self.model.layers:
             layer.compile(dynamic=True)
 
-    def forward(self, micro_batch: MicroBatch, *, impl: Literal["auto", "chunked", "reference"] = "auto") -> LossOutput:
+    def forward(self, micro_batch: MicroBatch, *, impl: LossImpl | None = None) -> LossOutput:
         """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number.
 
         Experts add their balance loss. An empty micro-batch gives zeros, and every parameter a zero gradient. `impl` is
-        `linear_cross_entropy`'s.
+        `linear_cross_entropy`'s, the model's `loss_impl` if not given.
         """
         documents, num_tokens = None, sum(micro_batch.lengths)
         if self.config.use_moe:
             lengths = (num_tokens,) if self.config.aux_loss == "micro_batch" else micro_batch.lengths
             documents = Documents.of(lengths, micro_batch.input_ids.device)
         hidden, loads = self._run_flat(micro_batch, documents)
+        impl = impl or self.loss_impl
         out = linear_cross_entropy(hidden, self.head_weight, micro_batch.labels, micro_batch.loss_mask, impl=impl)
         return with_balance_loss(out, loads, self.config, num_tokens) if self.config.use_moe else out
 

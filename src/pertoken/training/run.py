@@ -16,6 +16,7 @@ from pertoken.data.order import steps_per_epoch
 from pertoken.data.store import Store, build_store
 from pertoken.data.tokenizer import end_of_turn_id, load_tokenizer
 from pertoken.errors import CheckpointError, RecipeError
+from pertoken.fused_heads import require_head
 from pertoken.model.folder import resize_embeddings
 from pertoken.model.transformer import CausalLM
 from pertoken.model_config import MOE_KEYS
@@ -41,6 +42,7 @@ _MAY_CHANGE = {
     *("out_dir", "data.path", "data.eval_path", "data.tokenizer", "data.store"),
     *("train.epochs", "train.max_steps", "train.eval_interval"),
     *("train.micro_batch_tokens", "train.device", "train.compile", "train.activation_checkpointing", "train.parallel"),
+    "train.loss_impl",
 }
 _BALANCE_LOSS = ("aux_loss", "aux_loss_coef")
 _SECTIONS_MAY_CHANGE = ("log.", "checkpoint.")
@@ -243,6 +245,9 @@ def build_model(
             store.check_vocab(model.config.vocab_size)
     if for_training:
         model.activation_checkpointing = train.activation_checkpointing
+        if train.loss_impl != "auto":
+            require_head(train.loss_impl, precision.device.type, getattr(torch, precision.dtype))
+            model.loss_impl = train.loss_impl
         if train.compile == "on":
             _require_compiler(precision.device)
             model.compile_layers()
