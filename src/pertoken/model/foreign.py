@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pertoken.data.batch import MicroBatch
 from pertoken.errors import ModelError, RecipeError
 from pertoken.loss import LossImpl, LossOutput, linear_cross_entropy
 from pertoken.model.head import check_logits, linear_head, smallest_vocabulary
+from pertoken.model.operations import padding_metric
 
 __all__ = ["ForeignCache", "ForeignConfig", "ForeignLM", "load_foreign", "quiet"]
 
@@ -141,7 +142,20 @@ class ForeignLM(nn.Module):
         the model's `loss_impl` if not given.
         """
         hidden, impl = self.hidden_states(micro_batch), impl or self.loss_impl
-        return linear_cross_entropy(hidden, self.head_weight, micro_batch.labels, micro_batch.loss_mask, impl=impl)
+        out = linear_cross_entropy(hidden, self.head_weight, micro_batch.labels, micro_batch.loss_mask, impl=impl)
+        return replace(out, metrics=out.metrics | {"padding": self.padding(micro_batch)})
+
+    def padding(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """`padding_metric`: what padded rows cost. What attention does beyond its projections is not known here."""
+        head, embedding = self.head_weight, self.hf.get_input_embeddings().weight
+        body = self.num_parameters - head.numel() - (0 if embedding is head else embedding.numel())
+        lengths = micro_batch.lengths
+        return padding_metric(
+            useful=6.0 * body * sum(lengths),
+            padding=6.0 * body * (len(lengths) * max(lengths, default=0) - sum(lengths)),
+            head=head.numel(),
+            loss_mask=micro_batch.loss_mask,
+        )
 
     def hidden_states(self, micro_batch: MicroBatch) -> Tensor:
         """[N, D]. Each sample is a row of a right-padded rectangle: causality alone keeps its padding out of real

@@ -7,6 +7,7 @@ size or head dimension, H query heads, K key-value heads, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from pertoken.model.attention import (
 )
 from pertoken.model.mlp import MLP
 from pertoken.model.moe import Documents, Load, MixtureOfExperts, with_balance_loss
+from pertoken.model.operations import attention_operations, body_parameters, padding_metric
 from pertoken.model_config import ResolvedModelConfig
 
 __all__ = ["CausalLM"]
@@ -123,14 +125,26 @@ class CausalLM(nn.Module):
         if self.config.use_moe:
             lengths = (num_tokens,) if self.config.aux_loss == "micro_batch" else micro_batch.lengths
             documents = Documents.of(lengths, micro_batch.input_ids.device)
-        hidden, loads = self._run_flat(micro_batch, documents)
+        layout = self._layout(micro_batch)
+        hidden, loads = self._run_flat(micro_batch, layout, documents)
         impl = impl or self.loss_impl
         out = linear_cross_entropy(hidden, self.head_weight, micro_batch.labels, micro_batch.loss_mask, impl=impl)
+        out = replace(out, metrics=out.metrics | {"padding": self.padding(micro_batch, layout)})
         return with_balance_loss(out, loads, self.config, num_tokens) if self.config.use_moe else out
+
+    def padding(self, micro_batch: MicroBatch, layout: AttentionLayout | None = None) -> tuple[Tensor, Tensor]:
+        """`padding_metric`: what attention's rectangles add to a forward and backward pass, and all operations."""
+        layout, c = layout or self._layout(micro_batch), self.config
+        return padding_metric(
+            useful=6.0 * body_parameters(c) * sum(micro_batch.lengths) + attention_operations(c, layout.pairs),
+            padding=attention_operations(c, layout.padding_pairs),
+            head=c.vocab_size * c.hidden_size,
+            loss_mask=micro_batch.loss_mask,
+        )
 
     def hidden_states(self, micro_batch: MicroBatch) -> Tensor:
         """[N, D], after the final norm. Each sample sees itself alone."""
-        return self._run_flat(micro_batch, None)[0]
+        return self._run_flat(micro_batch, self._layout(micro_batch), None)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]"""
@@ -156,8 +170,9 @@ class CausalLM(nn.Module):
         cache.length = end
         return self.logits(hidden[-1])
 
-    def _run_flat(self, micro_batch: MicroBatch, documents: Documents | None) -> tuple[Tensor, list[Load]]:
-        layout = self._layout(micro_batch)
+    def _run_flat(
+        self, micro_batch: MicroBatch, layout: AttentionLayout, documents: Documents | None
+    ) -> tuple[Tensor, list[Load]]:
         attend = attention if layout.cu_seqlens is None else varlen_attention
         attends = [partial(attend, layout=layout)] * self.config.num_hidden_layers
         return self._run(micro_batch.input_ids, micro_batch.position_ids, attends, documents)
