@@ -7,9 +7,11 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import pertoken, rows_of
 
 from pertoken.errors import CheckpointError
+from pertoken.model import transformer
 from pertoken.training.metrics import MetricsFile
 
 KEYS = """step epoch loss loss_sum num_tokens aux_loss grad_norm lr samples tokens micro_batches padding_share step_s
@@ -115,6 +117,15 @@ def test_a_tracker_that_is_not_installed_says_what_to_install(world, tmp_path, m
     code, _, err = pertoken("train", recipe)
     assert code == 2
     assert "pip install wandb" in err
+
+
+def test_the_summary_counts_padding_at_the_precision_of_the_step(world, tmp_path, monkeypatch):
+    """Attention's form depends on it."""
+    seen, real = [], transformer.which_attention
+    monkeypatch.setattr(transformer, "which_attention", lambda *args: seen.append(args[1]) or real(*args))
+    recipe = world.write_recipe(tmp_path / "run", train__max_steps=1, train__dtype="bfloat16")
+    assert pertoken("train", recipe)[0] == 0
+    assert set(seen) == {torch.bfloat16}
 
 
 def test_padding_share_is_of_the_whole_step_however_it_is_split(world, tmp_path):

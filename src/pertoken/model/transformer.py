@@ -107,6 +107,12 @@ class CausalLM(nn.Module):
         """The decoder's blocks, for what treats them one by one."""
         return list(self.model.layers)
 
+    @staticmethod
+    def wide_modules(layer: nn.Module) -> list[nn.Module]:
+        """What of a block autocast leaves as wide as its parameters: the norms and the router."""
+        routers = [m.gate for m in layer.modules() if isinstance(m, MixtureOfExperts)]
+        return [*(m for m in layer.modules() if isinstance(m, nn.RMSNorm)), *routers]
+
     def compile_layers(self) -> None:
         """Let `torch.compile` fuse the token-wise part of every layer, once for any number of tokens.
 

@@ -289,7 +289,17 @@ def _assemble(
 ) -> Run:
     """Optimiser, scaler and files around the model, as they stood at the checkpoint or at the start."""
     train, out_dir = recipe.train, Path(recipe.out_dir)
-    wrapped = parallelise(model, train.parallel, world, device=precision.device, layers=model.layers)
+    wrapped = parallelise(
+        model,
+        train.parallel,
+        world,
+        device=precision.device,
+        layers=model.layers,
+        low=precision.low_dtype
+        if precision.device.type == "cuda"
+        else None,  # between processes of a CPU it saves nothing
+        wide=model.wide_modules if isinstance(model, CausalLM) else None,
+    )
     optimizer = build_adamw(model, weight_decay=train.weight_decay, betas=train.betas)
     scaler = precision.new_scaler()
     token_budget = train.micro_batch_tokens

@@ -19,6 +19,7 @@ from pertoken.data.store import Store
 from pertoken.data.view import supervised_pieces
 from pertoken.model.transformer import CausalLM
 from pertoken.training.parallel import synchronised
+from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState
 
 __all__ = ["Summary", "summarise"]
@@ -88,7 +89,7 @@ def summarise(
         data_notes=tuple(store.report.notes()),
         batch_size=train.batch_size,
         micro_batches=len(share.micro_batches),
-        padding_share=_padding_share(model, share, state.precision.device),
+        padding_share=_padding_share(model, share, state.precision),
         world_size=state.world.size,
         epochs=-(-total_steps // steps_per_epoch(len(store), train.batch_size)),
         start_step=start_step,
@@ -99,8 +100,9 @@ def summarise(
     )
 
 
-def _padding_share(model: CausalLM, share: Share, device: torch.device) -> float:
-    counts = [model.padding(micro_batch.to(device)) for micro_batch in share.micro_batches]
+def _padding_share(model: CausalLM, share: Share, precision: Precision) -> float:
+    with precision.autocast():  # attention's form depends on what it would be given
+        counts = [model.padding(micro_batch.to(precision.device)) for micro_batch in share.micro_batches]
     operations = sum(float(of_all) for _, of_all in counts)
     return sum(float(on_padding) for on_padding, _ in counts) / operations if operations else 0.0
 
