@@ -166,7 +166,7 @@ def a_sample_twice_in_an_epoch(patch: Patch) -> None:
 def attention_across_documents(patch: Patch) -> None:
     of = pertoken.model.attention.AttentionLayout.of
 
-    def one_document(lengths: Any, device: torch.device) -> Any:
+    def one_document(lengths: Any, device: torch.device, **_: Any) -> Any:
         return of([sum(lengths)] if lengths else [], device)
 
     patch.setattr(pertoken.model.transformer.AttentionLayout, "of", one_document)
@@ -231,13 +231,13 @@ def kernels_see_one_ahead(patch: Patch) -> None:
 
 
 def rows_beside_the_asked_ones(patch: Patch) -> None:
-    """The last block computes the rows after the supervised ones."""
-    of = pertoken.model.native.NativeBatch.of
+    """The last block computes the row before the last supervised one in its place."""
+    asking = pertoken.model.native.NativeBatch.asking
 
-    def beside(*args: Any, asked: torch.Tensor | None = None, **settings: Any) -> Any:
-        return of(*args, asked=None if asked is None else (asked - 1).clamp(min=0).unique(), **settings)
+    def beside(self: Any, asked: torch.Tensor) -> Any:
+        return asking(self, asked - (asked == asked.max()).long())
 
-    patch.setattr(pertoken.model.native.NativeBatch, "of", beside)
+    patch.setattr(pertoken.model.native.NativeBatch, "asking", beside)
 
 
 def head_gradient_lost(patch: Patch) -> None:

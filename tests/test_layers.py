@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "config", "model_config", "explain", "text", "starter"},
     {"data"},
     {"kernels"},
-    {"model", "loss"},
+    {"model", "loss", "fused_heads"},
     {"training"},
     {"adapters", "prove", "generate", "inspection", "chatting", "trigram"},
     {"console", "demo"},

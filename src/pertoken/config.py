@@ -91,6 +91,7 @@ class TrainConfig(Section):
     seed: int = Field(default=42, ge=0)
     micro_batch_tokens: int = Field(default=8192, ge=1)
     compile: Literal["auto", "on", "off"] = "auto"
+    loss_impl: Literal["auto", "liger", "cce"] = "auto"
     activation_checkpointing: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     eval_interval: int | None = Field(default=None, ge=1)

@@ -133,7 +133,7 @@ def _summary_text(s: Summary) -> Text:
             "step",
             f"{min(s.batch_size, s.num_samples)} samples, about {s.num_tokens * per_step:,.0f} supervised tokens; "
             f"{s.world_size} rank{'s' if s.world_size > 1 else ''} x {s.micro_batches} "
-            f"micro-batch{'es' if s.micro_batches > 1 else ''}",
+            f"micro-batch{'es' if s.micro_batches > 1 else ''}, {s.padding_share:.1%} of the work on padding",
         ),
         ("steps", steps),
         ("expected", f"about {duration(s.expected_s)}"),

@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pertoken.errors import CompilerError
+from pertoken.fused_heads import fused_loss_sum
 from pertoken.kernels.ops import Kernels
 
-__all__ = ["LossOutput", "TiedGradient", "linear_cross_entropy"]
+__all__ = ["LossImpl", "LossOutput", "TiedGradient", "linear_cross_entropy"]
+
+LossImpl = Literal["auto", "native", "chunked", "reference", "liger", "cce"]
 
 _CHUNK_BYTES = 32 * 2**20  # of logits in float32; by the kernels, in the dtype of activations
 _VOCAB_BLOCK = 8192  # of the weight's gradient at a time, by the kernels
@@ -60,7 +63,7 @@ def linear_cross_entropy(
     labels: Tensor,
     loss_mask: Tensor,
     *,
-    impl: Literal["auto", "native", "chunked", "reference"] = "auto",
+    impl: LossImpl = "auto",
     tied: TiedGradient | None = None,
 ) -> LossOutput:
     """Sum of negative log-likelihoods in nats over the supervised tokens, and their number.
@@ -77,8 +80,9 @@ def linear_cross_entropy(
 
     `impl="reference"` is the plain code above, logits and all; `"chunked"` holds at most one chunk of them; `"native"`
     too, through kernels compiled for this processor (bfloat16 and float32 on a CPU; raises CompilerError where they
-    cannot be compiled); `"auto"` is native where that can be. With `tied` the weight's gradient goes there, not to
-    autograd.
+    cannot be compiled); `"auto"` is native where that can be. `"liger"` and `"cce"` are kernels of others, optional
+    extras: see `fused_loss_sum` for what they do not promise. With `tied`, of native and chunked, the weight's gradient
+    goes there, not to autograd.
 
     A label outside [0, V) at a supervised position is an error (IndexError or RuntimeError; a device assert on CUDA).
     """
@@ -95,8 +99,11 @@ def linear_cross_entropy(
         weights = None if loss_mask.dtype == torch.bool else loss_mask
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        kernels = None if impl == "chunked" else _kernels(hidden.device.type, dtype, required=impl == "native")
-        loss_sum = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype, kernels, tied)  # type: ignore[no-untyped-call]
+        if (impl == "liger" or impl == "cce") and len(labels):  # without rows ours still gives zero gradients
+            loss_sum = fused_loss_sum(impl, hidden, weight, labels, weights, dtype)
+        else:
+            kernels = None if impl == "chunked" else _kernels(device, dtype, required=impl == "native")
+            loss_sum = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype, kernels, tied)  # type: ignore[no-untyped-call]
     return LossOutput(loss_sum, num_tokens, {"loss": (loss_sum.detach(), num_tokens)})
 
 

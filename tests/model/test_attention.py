@@ -1,7 +1,6 @@
-import math
-
 import pytest
 import torch
+from attention_reference import plain_softmax_attention, qkv
 
 from pertoken.model.attention import AttentionLayout, KVCache, attention, cached_attention
 
@@ -16,25 +15,6 @@ LENGTHS = [
     (300, 2, 2, 2, 300),
     (33, 32, 31, 30, 5, 4, 3, 2, 1),
 ]
-
-
-def qkv(n, heads=4, kv_heads=2, head_dim=8, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(n, h, head_dim, dtype=torch.float64, generator=generator, requires_grad=True)
-        for h in (heads, kv_heads, kv_heads)
-    ]
-
-
-def plain_softmax_attention(q, k, v, lengths):
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    outputs = []
-    for q_THD, k_THD, v_THD in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        scores = torch.einsum("thd,shd->hts", q_THD, k_THD) / math.sqrt(q.shape[2])
-        future = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
-        outputs.append(torch.einsum("hts,shd->thd", scores.masked_fill(future, -torch.inf).softmax(-1), v_THD))
-    return torch.cat(outputs)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)

@@ -230,6 +230,18 @@ def test_an_empty_micro_batch_gives_zeros_and_every_parameter_a_zero_gradient(fo
         assert not parameter.grad.any(), key
 
 
+def test_padded_rows_are_counted_as_padding(folders):
+    """Of GPT-2: every row of the rectangle meets the blocks, supervised ones the head."""
+    model = load_model(folders["gpt2"])
+    samples = random_samples([9, 5], model.config.vocab_size)
+    micro_batch = collate(samples)
+    padding, total = (float(x) for x in model(micro_batch).metrics["padding"])
+    body = model.num_parameters - model.head_weight.numel()  # tied
+    supervised = sum(int(s.loss_mask.sum()) for s in samples)
+    assert padding == 6 * body * 4
+    assert total == 6 * body * 18 + 6 * model.head_weight.numel() * supervised
+
+
 def test_the_padding_token_learns(world, tmp_path):
     """Transformers freezes its embedding; here it may be the end token, which chats are full of."""
     keys = {**SIZES, "pad_token_id": 5, "tie_word_embeddings": False}

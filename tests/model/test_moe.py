@@ -145,7 +145,7 @@ def test_an_empty_micro_batch_gives_zeros_and_touches_every_parameter(aux_loss, 
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
-    assert out.metrics.keys() == full.metrics.keys() == {"loss", "aux_loss", "expert_load"}
+    assert out.metrics.keys() == full.metrics.keys() == {"loss", "padding", "aux_loss", "expert_load"}
     for name, pair in out.metrics.items():
         for value, expected in zip(pair, full.metrics[name], strict=True):
             assert (value.shape, value.dtype) == (expected.shape, expected.dtype), name

@@ -7,12 +7,15 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import pertoken, rows_of
 
 from pertoken.errors import CheckpointError
+from pertoken.model import transformer
 from pertoken.training.metrics import MetricsFile
 
-KEYS = "step epoch loss loss_sum num_tokens aux_loss grad_norm lr samples tokens micro_batches step_s tokens_per_s"
+KEYS = """step epoch loss loss_sum num_tokens aux_loss grad_norm lr samples tokens micro_batches padding_share step_s
+tokens_per_s"""
 
 
 def test_a_row_per_step_with_every_key(world, tmp_path):
@@ -114,3 +117,26 @@ def test_a_tracker_that_is_not_installed_says_what_to_install(world, tmp_path, m
     code, _, err = pertoken("train", recipe)
     assert code == 2
     assert "pip install wandb" in err
+
+
+def test_the_summary_counts_padding_at_the_precision_of_the_step(world, tmp_path, monkeypatch):
+    """Attention's form depends on it."""
+    seen, real = [], transformer.which_attention
+    monkeypatch.setattr(transformer, "which_attention", lambda *args: seen.append(args[1]) or real(*args))
+    recipe = world.write_recipe(tmp_path / "run", train__max_steps=1, train__dtype="bfloat16")
+    assert pertoken("train", recipe)[0] == 0
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_padding_share_is_of_the_whole_step_however_it_is_split(world, tmp_path):
+    """With a micro-batch for each sample nothing is padded; with all in one some is, and the console says how much."""
+    shares = {}
+    for budget in (1, 8192):
+        run = tmp_path / f"run{budget}"
+        recipe = world.write_recipe(run, train__max_steps=3, train__micro_batch_tokens=budget)
+        code, out, err = pertoken("train", recipe)
+        assert code == 0, err
+        shares[budget] = [row["padding_share"] for row in rows_of(run)]
+        assert f"{shares[budget][0]:.1%} of the work on padding" in " ".join(out.split())
+    assert shares[1] == [0.0] * 3
+    assert all(0 < share < 0.2 for share in shares[8192])

@@ -324,6 +324,62 @@ def test_an_overflow_in_one_ranks_shard_halves_the_scale_on_all(tmp_path, how):
     assert done.returncode == 0, done.stderr
 
 
+GATHERED = """
+import sys
+import numpy as np
+import torch
+from pertoken.config import ModelConfig
+from pertoken.data.batch import Sample, collate
+from pertoken.model.transformer import CausalLM
+from pertoken.training.parallel import end_process, join_world, parallelise, synchronised, whole
+
+experts = {"use_moe": True, "num_experts_per_tok": 2} if sys.argv[1] == "experts" else {}
+LOW = getattr(torch, sys.argv[2])
+config = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **experts).resolve(64)
+with join_world("cpu") as world:
+    found, seen = [], []
+    for low in (None, LOW):
+        model = CausalLM(config, seed=1)
+        model.activation_checkpointing = sys.argv[3] == "again"
+        wrapped = parallelise(model, "fsdp", world, device=torch.device("cpu"), layers=model.layers, low=low,
+                              wide=model.wide_modules)
+        layer = model.layers[0]  # looked at while it runs; before and after, what it has is its shards
+        layer.mlp.register_forward_pre_hook(
+            lambda *_, m=layer: seen.append({n: p.dtype for n, p in m.named_parameters()}))
+        rng = np.random.default_rng(world.rank)
+        for i in range(3):  # one of them empty on each rank
+            lengths = [9, 5, 3] if i != world.rank else []
+            batch = collate([Sample(rng.integers(0, 64, n + 1), rng.random(n) < 0.6) for n in lengths])
+            with synchronised(wrapped, now=i == 2):
+                with torch.autocast("cpu", LOW):
+                    out = wrapped(batch)
+                out.objective(10.0, 30.0).backward()
+        found.append({n: whole(p.grad).clone() for n, p in model.named_parameters()})
+    assert set(seen[0].values()) == {torch.float32}
+    dtypes = seen[-1]
+    for name, dtype in dtypes.items():
+        full = "norm" in name or name.endswith("mlp.gate.weight")
+        assert dtype == (torch.float32 if full else LOW), (name, dtype)
+    for name, wide in found[0].items():
+        assert found[1][name].dtype == torch.float32, name
+        error = float((found[1][name] - wide).norm() / wide.norm().clamp(min=1e-30))
+        assert error <= 4e-7, (name, error)
+end_process(0)
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "blocks"),
+    [("dense", "bfloat16", "once"), ("dense", "float16", "again"), ("experts", "bfloat16", "again")],
+)
+def test_fsdp_that_gathers_in_low_precision_has_the_gradients_of_autocast(tmp_path, ranks, kind, dtype, blocks):
+    """A float32 rounding apart: bfloat16 sums of gradients would differ by 1e-3."""
+    (tmp_path / "gathered.py").write_text(GATHERED)
+    done = run_ranks(ranks, tmp_path / "gathered.py", kind, dtype, blocks)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("ranks", [2, 3])

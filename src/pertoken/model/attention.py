@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["AttentionLayout", "KVCache", "attention", "cached_attention"]
+__all__ = [
+    "AttentionLayout",
+    "KVCache",
+    "attention",
+    "cached_attention",
+    "flash_capability",
+    "varlen_attention",
+    "which_attention",
+]
 
 # In units of one query attending to one key, as measured on two CPU cores (8/4 heads of 64, bfloat16). The optimum is
 # flat: at 16 documents of 150 to 340 tokens, 192^2 to 384^2 for a rectangle differ by less than a tenth.
@@ -22,28 +32,63 @@ _ROW_COST = 32  # to carry a row in and out
 _RECTANGLE_COST = 256**2  # to launch a dozen kernels, forward and backward
 
 
+def which_attention(
+    device_type: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int] | None
+) -> Literal["varlen", "rectangles"]:
+    """How the documents of a micro-batch attend: "varlen", where they lie, or "rectangles", padded side by side.
+
+    `capability` is `flash_capability`'s. PyTorch's FlashAttention takes half precision alone, heads of a multiple of 8
+    up to 256, and CUDA devices from 8.0 (Ampere) on; above 192 its backward pass does not run on all of them.
+    """
+    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 192
+    return (
+        "varlen" if device_type == "cuda" and capability is not None and capability >= (8, 0) and fits else "rectangles"
+    )
+
+
+@cache
+def flash_capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a CUDA device that this build of PyTorch has FlashAttention for, None for any other."""
+    if device.type != "cuda" or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
 @dataclass(frozen=True)
 class AttentionLayout:
-    """How the documents of one micro-batch sit side by side in rectangles: computed once, used by every layer.
+    """Where the documents of one micro-batch are for attention: computed once, used by every layer.
 
-    `rectangles` holds (S, T) for S consecutive documents right-padded to T. `positions` [N] int64 says at which row of
-    the rectangles, laid end to end, a flat row sits; None where nothing is padded.
+    Either `cu_seqlens` [S + 1] int32 says at which flat rows they begin and end, and nothing is padded; or `rectangles`
+    holds (S, T) for S consecutive documents right-padded to T, and `positions` [N] int64 says at which row of the
+    rectangles, laid end to end, a flat row sits (None where nothing is padded).
     """
 
     rectangles: tuple[tuple[int, int], ...]
     positions: Tensor | None
+    cu_seqlens: Tensor | None = None
+    max_length: int = 0  # of a document
+    # Pairs of a query and a key: the documents' own, the sum of T^2 (future keys included), and what padding adds.
+    pairs: int = 0
+    padding_pairs: int = 0
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> AttentionLayout:
-        """The layout of consecutive documents of the given lengths, its index on `device`."""
+    def of(cls, lengths: Sequence[int], device: torch.device, *, cu_seqlens: Tensor | None = None) -> AttentionLayout:
+        """The layout of consecutive documents of the given lengths, its index on `device`.
+
+        `cu_seqlens` are theirs, on `device`, and given where `which_attention` says "varlen".
+        """
+        pairs, longest = sum(t * t for t in lengths), max(lengths, default=0)
+        if cu_seqlens is not None and lengths:  # the kernel refuses an empty batch
+            return cls((), None, cu_seqlens, longest, pairs)
         rectangles = _cut_into_rectangles(lengths)
+        padding_pairs = sum(s * t * t for s, t in rectangles) - pairs
         if sum(s * t for s, t in rectangles) == sum(lengths):
-            return cls(rectangles, None)
+            return cls(rectangles, None, None, longest, pairs, padding_pairs)
         widths = torch.tensor([t for s, t in rectangles for _ in range(s)])
         lengths_S = torch.tensor(lengths)
         padding_before = torch.cumsum(widths - lengths_S, 0) - (widths - lengths_S)
         positions = torch.arange(sum(lengths)) + padding_before.repeat_interleave(lengths_S)
-        return cls(rectangles, positions.to(device, non_blocking=True))
+        return cls(rectangles, positions.to(device, non_blocking=True), None, longest, pairs, padding_pairs)
 
 
 def _cut_into_rectangles(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -91,6 +136,22 @@ def attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, *, layout: AttentionL
         outputs.append(out_SHTD.transpose(1, 2).flatten(0, 1))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out if layout.positions is None else out.index_select(0, layout.positions)
+
+
+def varlen_attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, *, layout: AttentionLayout) -> Tensor:
+    """`attention` for a layout with `cu_seqlens`: the documents are read where they lie, and nothing is padded.
+
+    In half precision on CUDA alone. A single operator whose shapes may vary, so the compiler can keep it in its graph.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends, longest = layout.cu_seqlens, layout.max_length
+    assert ends is not None
+    out = varlen_attn(
+        q_NHD, k_NKD, v_NKD, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True
+    )  # (-1, 0): causal
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _pad(x_N: Tensor, positions: Tensor, num_rows: int) -> Tensor:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from pertoken.data.batch import MicroBatch
 from pertoken.errors import ModelError, RecipeError
-from pertoken.loss import LossOutput, linear_cross_entropy
+from pertoken.loss import LossImpl, LossOutput, linear_cross_entropy
 from pertoken.model.head import check_logits, linear_head, smallest_vocabulary
+from pertoken.model.operations import padding_metric
 
 __all__ = ["ForeignCache", "ForeignConfig", "ForeignLM", "load_foreign", "quiet"]
 
@@ -72,6 +73,7 @@ class ForeignLM(nn.Module):
                 "decoder covers, since transformers' balance loss depends on how a step is split"
             )
         self._checkpointing = False
+        self.loss_impl: LossImpl = "auto"
         for module in hf.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -133,13 +135,27 @@ class ForeignLM(nn.Module):
         """Raises RecipeError: which parts of a foreign model may be fused is not known."""
         raise RecipeError(f'train.compile="on": {self.config.family} is not pertoken\'s own decoder; set it to "off"')
 
-    def forward(self, micro_batch: MicroBatch, *, impl: Literal["auto", "chunked", "reference"] = "auto") -> LossOutput:
+    def forward(self, micro_batch: MicroBatch, *, impl: LossImpl | None = None) -> LossOutput:
         """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number.
 
-        An empty micro-batch gives zeros, and every parameter a zero gradient. `impl` is `linear_cross_entropy`'s.
+        An empty micro-batch gives zeros, and every parameter a zero gradient. `impl` is `linear_cross_entropy`'s,
+        the model's `loss_impl` if not given.
         """
-        hidden = self.hidden_states(micro_batch)
-        return linear_cross_entropy(hidden, self.head_weight, micro_batch.labels, micro_batch.loss_mask, impl=impl)
+        hidden, impl = self.hidden_states(micro_batch), impl or self.loss_impl
+        out = linear_cross_entropy(hidden, self.head_weight, micro_batch.labels, micro_batch.loss_mask, impl=impl)
+        return replace(out, metrics=out.metrics | {"padding": self.padding(micro_batch)})
+
+    def padding(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """`padding_metric`: what padded rows cost. What attention does beyond its projections is not known here."""
+        head, embedding = self.head_weight, self.hf.get_input_embeddings().weight
+        body = self.num_parameters - head.numel() - (0 if embedding is head else embedding.numel())
+        lengths = micro_batch.lengths
+        return padding_metric(
+            useful=6.0 * body * sum(lengths),
+            padding=6.0 * body * (len(lengths) * max(lengths, default=0) - sum(lengths)),
+            head=head.numel(),
+            loss_mask=micro_batch.loss_mask,
+        )
 
     def hidden_states(self, micro_batch: MicroBatch) -> Tensor:
         """[N, D]. Each sample is a row of a right-padded rectangle: causality alone keeps its padding out of real

@@ -14,7 +14,7 @@ Shape suffixes: N rows (rounded up), M rows asked for (rounded up), D hidden siz
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,7 @@ class NativeBatch:
     eps: float
     plan: AttentionPlan
     angles: Tensor  # [positions, head_dim] float32, cosines and then sines
+    lengths: tuple[int, ...]  # of the documents
     num_rows: int  # real ones
     exact_rows: bool = False  # add none: experts would be given them
     asked: Tensor | None = None  # int64, the rows whose hidden states are needed after this block; None: all
@@ -52,10 +53,9 @@ class NativeBatch:
         kernels: Kernels,
         lengths: Sequence[int],
         *,
-        asked: Tensor | None = None,
         casts: Casts | None = None,
     ) -> NativeBatch:
-        """For consecutive documents of `lengths`; `asked` makes it the last block's."""
+        """For consecutive documents of `lengths`."""
         heads = Heads(
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, float(config.head_dim) ** -0.5
         )
@@ -63,13 +63,17 @@ class NativeBatch:
             kernels,
             heads,
             config.rms_norm_eps,
-            AttentionPlan.of(lengths, heads, asked),
+            AttentionPlan.of(lengths, heads),
             _angles(max(lengths), config.head_dim, config.rope_theta),
             num_rows=sum(lengths),
             exact_rows=config.use_moe,
-            asked=asked,
             casts=casts,
+            lengths=tuple(lengths),
         )
+
+    def asking(self, asked: Tensor) -> NativeBatch:
+        """The same for the last block, whose hidden states are needed in some rows [M] only."""
+        return replace(self, plan=AttentionPlan.of(self.lengths, self.heads, asked), asked=asked)
 
     @staticmethod
     def supports(config: ResolvedModelConfig) -> bool:

@@ -70,6 +70,11 @@ class AttentionPlan:
     blocks: tuple[_Block, ...]
     all_keys_used: bool  # else the gradient of some is zero, and no product writes it
 
+    @property
+    def pairs(self) -> int:
+        """Of a query and a key, that products are computed for."""
+        return sum(block.documents * block.rows * block.columns for block in self.blocks)
+
     @classmethod
     def of(cls, lengths: Sequence[int], heads: Heads, asked: Tensor | None = None) -> AttentionPlan:
         """For consecutive documents of `lengths`; `asked` [M] are the rows whose queries are needed, None: all."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +19,25 @@ from torch.utils.checkpoint import checkpoint
 
 from pertoken.data.batch import MicroBatch
 from pertoken.kernels.ops import Kernels
-from pertoken.loss import LossOutput, TiedGradient, linear_cross_entropy
-from pertoken.model.attention import AttentionLayout, KVCache, attention, cached_attention
+from pertoken.loss import LossImpl, LossOutput, TiedGradient, linear_cross_entropy
+from pertoken.model.attention import (
+    AttentionLayout,
+    KVCache,
+    attention,
+    cached_attention,
+    flash_capability,
+    varlen_attention,
+    which_attention,
+)
 from pertoken.model.mlp import MLP
 from pertoken.model.moe import Documents, Load, MixtureOfExperts, with_balance_loss
 from pertoken.model.native import Casts, NativeBatch, attention_block, embed, final_norm, mlp_block
+from pertoken.model.operations import attention_operations, body_parameters, padding_metric
 from pertoken.model_config import ResolvedModelConfig
 
 __all__ = ["CausalLM"]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H, D]
-Impl = Literal["auto", "native", "chunked", "reference"]
 Rope = tuple[Tensor, Tensor]  # cos and sin, [N, 1, D / 2] each
 
 
@@ -52,6 +61,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.loss_impl: LossImpl = "auto"
         self.native = False  # see `use_kernels`
         self._casts: Casts | None = None
         with torch.device("meta"):  # the layers' own initialisation would draw from the global random state
@@ -120,6 +130,12 @@ class CausalLM(nn.Module):
         finally:
             self._casts = None
 
+    @staticmethod
+    def wide_modules(layer: nn.Module) -> list[nn.Module]:
+        """What of a block autocast leaves as wide as its parameters: the norms and the router."""
+        routers = [m.gate for m in layer.modules() if isinstance(m, MixtureOfExperts)]
+        return [*(m for m in layer.modules() if isinstance(m, nn.RMSNorm)), *routers]
+
     def compile_layers(self) -> None:
         """Let `torch.compile` fuse the token-wise part of every layer, once for any number of tokens.
 
@@ -128,11 +144,11 @@ class CausalLM(nn.Module):
         for layer in self.model.layers:
             layer.compile(dynamic=True)
 
-    def forward(self, micro_batch: MicroBatch, *, impl: Impl = "auto") -> LossOutput:
+    def forward(self, micro_batch: MicroBatch, *, impl: LossImpl | None = None) -> LossOutput:
         """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number.
 
         Experts add their balance loss. An empty micro-batch gives zeros, and every parameter a zero gradient. `impl` is
-        `linear_cross_entropy`'s.
+        `linear_cross_entropy`'s, the model's `loss_impl` if not given.
         """
         documents, num_tokens = None, sum(micro_batch.lengths)
         if self.config.use_moe:
@@ -142,47 +158,79 @@ class CausalLM(nn.Module):
         asked = None if self.config.use_moe else (micro_batch.loss_mask != 0).nonzero().squeeze(1)
         if asked is not None and len(asked) == num_tokens:
             asked = None
+        impl = impl or self.loss_impl
         tied = None
         if self._runs_natively(micro_batch):
             impl = "native" if impl == "auto" else impl
             tied = TiedGradient() if impl == "native" and self.lm_head is None else None
-            hidden, loads = self._run_natively(micro_batch, documents, asked, tied)
+            batch = self._native_batch(micro_batch)
+            padding = self._native_padding(micro_batch, batch)
+            hidden, loads = self._run_natively(micro_batch.input_ids, batch, documents, asked, tied)
         else:
             impl = "chunked" if impl == "auto" else impl
-            hidden, loads = self._run_flat(micro_batch, documents, asked)
+            layout = self._layout(micro_batch)
+            padding = self._padding(micro_batch, layout)
+            hidden, loads = self._run_flat(micro_batch, layout, documents, asked)
         labels, loss_mask = micro_batch.labels, micro_batch.loss_mask
         if asked is not None:
             labels, loss_mask = labels[asked], loss_mask[asked]
         out = linear_cross_entropy(hidden, self.head_weight, labels, loss_mask, impl=impl, tied=tied)
+        out = replace(out, metrics=out.metrics | {"padding": padding})
         return with_balance_loss(out, loads, self.config, num_tokens) if self.config.use_moe else out
 
     def _runs_natively(self, micro_batch: MicroBatch) -> bool:
-        if (
-            not self.native
-            or micro_batch.input_ids.device.type != "cpu"
-            or not bool((micro_batch.loss_mask != 0).any())
-        ):
+        on_cpu = micro_batch.input_ids.device.type == "cpu"
+        if not self.native or not on_cpu or not bool((micro_batch.loss_mask != 0).any()):
             return False
         weight = self.model.embed_tokens.weight
         return weight.dtype == torch.float32 and _compute_dtype(weight) in (torch.float32, torch.bfloat16)
 
+    def _native_batch(self, micro_batch: MicroBatch) -> NativeBatch:
+        kernels = Kernels(_compute_dtype(self.model.embed_tokens.weight))
+        return NativeBatch.of(self.config, kernels, micro_batch.lengths, casts=self._casts)
+
     def _run_natively(
-        self, micro_batch: MicroBatch, documents: Documents | None, asked: Tensor | None, tied: TiedGradient | None
+        self,
+        input_ids: Tensor,
+        batch: NativeBatch,
+        documents: Documents | None,
+        asked: Tensor | None,
+        tied: TiedGradient | None,
     ) -> tuple[Tensor, list[Load]]:
         """Hidden states of the rows asked for after the final norm, in the dtype of activations."""
-        weight, config = self.model.embed_tokens.weight, self.config
-        make = partial(NativeBatch.of, config, Kernels(_compute_dtype(weight)), micro_batch.lengths, casts=self._casts)
-        batch = last = make()
-        if asked is not None:
-            last = make(asked=asked)
-        hidden = embed(weight, micro_batch.input_ids, batch, tied)
-        batches = [batch] * (config.num_hidden_layers - 1) + [last]
+        last = batch if asked is None else batch.asking(asked)
+        hidden = embed(self.model.embed_tokens.weight, input_ids, batch, tied)
+        batches = [batch] * (self.config.num_hidden_layers - 1) + [last]
         hidden, loads = self._run_layers(hidden, None, batches, documents, None)
         return final_norm(hidden, self.model.norm, last), loads
 
+    def padding(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """`padding_metric`: what padding adds to a forward and backward pass, and all operations."""
+        if self._runs_natively(micro_batch):
+            return self._native_padding(micro_batch, self._native_batch(micro_batch))
+        return self._padding(micro_batch, self._layout(micro_batch))
+
+    def _native_padding(self, micro_batch: MicroBatch, batch: NativeBatch) -> tuple[Tensor, Tensor]:
+        rows = batch.padded(batch.num_rows) - batch.num_rows
+        pairs = sum(t * t for t in micro_batch.lengths)
+        return self._padding_of(micro_batch, rows, pairs, max(0, batch.plan.pairs - pairs))
+
+    def _padding(self, micro_batch: MicroBatch, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
+        return self._padding_of(micro_batch, 0, layout.pairs, layout.padding_pairs)
+
+    def _padding_of(self, micro_batch: MicroBatch, rows: int, pairs: int, padding_pairs: int) -> tuple[Tensor, Tensor]:
+        c = self.config
+        body = 6.0 * body_parameters(c)
+        return padding_metric(
+            useful=body * sum(micro_batch.lengths) + attention_operations(c, pairs),
+            padding=body * rows + attention_operations(c, padding_pairs),
+            head=c.vocab_size * c.hidden_size,
+            loss_mask=micro_batch.loss_mask,
+        )
+
     def hidden_states(self, micro_batch: MicroBatch) -> Tensor:
         """[N, D], after the final norm. Each sample sees itself alone."""
-        return self._run_flat(micro_batch, None, None)[0]
+        return self._run_flat(micro_batch, self._layout(micro_batch), None, None)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]"""
@@ -209,11 +257,21 @@ class CausalLM(nn.Module):
         return self.logits(hidden[-1])
 
     def _run_flat(
-        self, micro_batch: MicroBatch, documents: Documents | None, asked: Tensor | None
+        self,
+        micro_batch: MicroBatch,
+        layout: AttentionLayout,
+        documents: Documents | None,
+        asked: Tensor | None,
     ) -> tuple[Tensor, list[Load]]:
-        layout = AttentionLayout.of(micro_batch.lengths, micro_batch.input_ids.device)
-        attends = [partial(attention, layout=layout)] * self.config.num_hidden_layers
+        attend = attention if layout.cu_seqlens is None else varlen_attention
+        attends = [partial(attend, layout=layout)] * self.config.num_hidden_layers
         return self._run(micro_batch.input_ids, micro_batch.position_ids, attends, documents, asked)
+
+    def _layout(self, micro_batch: MicroBatch) -> AttentionLayout:
+        device, dtype = micro_batch.input_ids.device, _compute_dtype(self.model.embed_tokens.weight)
+        form = which_attention(device.type, dtype, self.config.head_dim, flash_capability(device))
+        cu_seqlens = micro_batch.cu_seqlens if form == "varlen" else None
+        return AttentionLayout.of(micro_batch.lengths, device, cu_seqlens=cu_seqlens)
 
     def _run(
         self,

@@ -151,6 +151,7 @@ def _update(run: Run, this: Step) -> Row:
     metrics, micro_batches = _step_within_memory(run, this, lr)
     step_s = time.perf_counter() - start
     tokens = int(store.lengths[ids].sum())
+    padding, operations = metrics.sums["padding"]
     row: Row = {
         "step": this.step,
         "epoch": this.epoch,
@@ -163,6 +164,7 @@ def _update(run: Run, this: Step) -> Row:
         "samples": len(ids),
         "tokens": tokens,
         "micro_batches": micro_batches,
+        "padding_share": float(padding) / operations,
         "step_s": step_s,
         "tokens_per_s": tokens / step_s,
         "positions": [this.position_start, this.position_end],

@@ -19,11 +19,20 @@ from pertoken.errors import CheckpointError, RecipeError
 from pertoken.training.parallel import whole
 from pertoken.training.summary import Summary
 
-__all__ = ["GradStats", "Listener", "MetricsFile", "Row", "Tracker", "gradient_stats", "open_trackers", "routing_of"]
+__all__ = [
+    "GradStats",
+    "Listener",
+    "MetricsFile",
+    "Row",
+    "Tracker",
+    "gradient_stats",
+    "open_trackers",
+    "routing_of",
+]
 
 Row = dict[str, Any]
-"""One step: step epoch loss loss_sum num_tokens aux_loss grad_norm lr samples tokens micro_batches step_s tokens_per_s
-positions, and where they apply eval_loss eval_perplexity eval_bits_per_byte skipped loss_scale expert_load
+"""One step: step epoch loss loss_sum num_tokens aux_loss grad_norm lr samples tokens micro_batches padding_share step_s
+tokens_per_s positions, and where they apply eval_loss eval_perplexity eval_bits_per_byte skipped loss_scale expert_load
 expert_max_share max_expert_share."""
 
 

@@ -158,11 +158,22 @@ def first_to_fail() -> bool:
 
 
 def parallelise(
-    model: nn.Module, how: Literal["ddp", "fsdp"], world: World, *, device: torch.device, layers: list[nn.Module]
+    model: nn.Module,
+    how: Literal["ddp", "fsdp"],
+    world: World,
+    *,
+    device: torch.device,
+    layers: list[nn.Module],
+    low: torch.dtype | None = None,
+    wide: Callable[[nn.Module], list[nn.Module]] | None = None,
 ) -> nn.Module:
     """What to call in `model`'s place: DDP around it, or the model itself with its parameters sharded by FSDP2.
 
     `layers` are sharded one by one, so that only one of them is whole at a time. Alone, `model` as it is.
+
+    With `low`, what autocast would turn a layer's matrices into, FSDP2 gathers them in it: half the bytes, and the same
+    numbers. `wide(layer)` are the modules that read their parameters in full; gradients are added up and sent in
+    float32 all the same.
     """
     if world.size == 1:
         return model
@@ -172,14 +183,19 @@ def parallelise(
             model, device_ids=ids, process_group=world.group, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     _show_fsdp_what_is_in_a_loss_output()
     group = world.group or dist.group.WORLD
     assert group is not None
     mesh = DeviceMesh.from_group(group, device.type)
+    policy = MixedPrecisionPolicy()
+    if low is not None and wide is not None:
+        policy = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
     for layer in layers:
-        fully_shard(layer, mesh=mesh)
+        if low is not None and wide is not None:
+            fully_shard(wide(layer), mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     return model
 

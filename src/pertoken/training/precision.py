@@ -28,10 +28,13 @@ class Precision:
     def parameter_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == "float64" else torch.float32
 
+    @property
+    def low_dtype(self) -> torch.dtype | None:
+        """What autocast computes matrix products in; None without it."""
+        return None if self.dtype in ("float32", "float64") else getattr(torch, self.dtype)
+
     def autocast(self) -> AbstractContextManager[object]:
-        if self.dtype in ("float32", "float64"):
-            return nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.dtype))
+        return nullcontext() if self.low_dtype is None else torch.autocast(self.device.type, self.low_dtype)
 
     def is_emulated(self) -> bool:
         """Whether this is bfloat16 on a processor without instructions for it, where float32 is faster (measured)."""

@@ -15,6 +15,7 @@ from pertoken.data.order import steps_per_epoch
 from pertoken.data.store import Store, build_store
 from pertoken.data.tokenizer import end_of_turn_id, load_tokenizer
 from pertoken.errors import CheckpointError, RecipeError
+from pertoken.fused_heads import require_head
 from pertoken.kernels.memory import keep_freed_memory
 from pertoken.model.folder import resize_embeddings
 from pertoken.model.transformer import CausalLM
@@ -42,6 +43,7 @@ _MAY_CHANGE = {
     *("out_dir", "data.path", "data.eval_path", "data.tokenizer", "data.store", "data.workers"),
     *("train.epochs", "train.max_steps", "train.eval_interval"),
     *("train.micro_batch_tokens", "train.device", "train.compile", "train.activation_checkpointing", "train.parallel"),
+    "train.loss_impl",
 }
 _BALANCE_LOSS = ("aux_loss", "aux_loss_coef")
 _SECTIONS_MAY_CHANGE = ("log.", "checkpoint.")
@@ -247,6 +249,9 @@ def _prepare_model(
     """For training; whether code was generated for this machine."""
     train = recipe.train
     model.activation_checkpointing = train.activation_checkpointing
+    if train.loss_impl != "auto":
+        require_head(train.loss_impl, precision.device.type, getattr(torch, precision.dtype))
+        model.loss_impl = train.loss_impl
     before = None if checkpoint is None else checkpoint.state.get("compiled")
     compiled, remark = compile_model(model, train.compile, precision, total_steps=total_steps, before=before)
     if remark is not None:
@@ -293,7 +298,16 @@ def _assemble(
 ) -> Run:
     """Optimiser, scaler and files around the model, as they stood at the checkpoint or at the start."""
     train, out_dir = recipe.train, Path(recipe.out_dir)
-    wrapped = parallelise(model, train.parallel, world, device=precision.device, layers=model.layers)
+    wrapped = parallelise(
+        model,
+        train.parallel,
+        world,
+        device=precision.device,
+        layers=model.layers,
+        # Between processes of a CPU it saves nothing.
+        low=precision.low_dtype if precision.device.type == "cuda" else None,
+        wide=model.wide_modules if isinstance(model, CausalLM) else None,
+    )
     optimizer = build_optimizer(model, train)
     scaler = precision.new_scaler()
     token_budget = train.micro_batch_tokens

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 
 from pertoken.config import Recipe
-from pertoken.data.batch import Sample, collate, plan
+from pertoken.data.batch import Sample, collate
 from pertoken.data.order import step_at, steps_per_epoch
+from pertoken.data.share import Share, share_of
 from pertoken.data.store import Store
 from pertoken.data.view import supervised_pieces
 from pertoken.model.transformer import CausalLM
 from pertoken.training.parallel import synchronised
+from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState
 
 __all__ = ["Summary", "summarise"]
@@ -41,6 +43,7 @@ class Summary:
     data_notes: tuple[str, ...]  # what was skipped, dropped or cut while preparing
     batch_size: int
     micro_batches: int  # of the first step, on each rank
+    padding_share: float  # of the operations of this rank's part of the first step
     world_size: int
     epochs: int
     start_step: int  # the last step already done
@@ -65,7 +68,9 @@ def summarise(
     """Of a run that is about to take step `start_step + 1`. Computes a few samples to see how long they take."""
     train = recipe.train
     first = step_at(start_step + 1, num_samples=len(store), batch_size=train.batch_size, seed=train.seed)
-    lengths = store.lengths[first.sample_ids].tolist()
+    share = share_of(
+        store, first.sample_ids, token_budget=token_budget, rank=state.world.rank, world_size=state.world.size
+    )
     epochs = total_steps / steps_per_epoch(len(store), train.batch_size)
     tokens_left = float(store.lengths.sum()) * epochs * max(0.0, 1 - start_step / total_steps)
     example = int(first.sample_ids[0])
@@ -83,7 +88,8 @@ def summarise(
         total_tokens=int(store.lengths.sum()),
         data_notes=tuple(store.report.notes()),
         batch_size=train.batch_size,
-        micro_batches=len(plan(lengths, world_size=state.world.size, token_budget=token_budget)[0]),
+        micro_batches=len(share.micro_batches),
+        padding_share=_padding_share(model, share, state.precision),
         world_size=state.world.size,
         epochs=-(-total_steps // steps_per_epoch(len(store), train.batch_size)),
         start_step=start_step,
@@ -92,6 +98,13 @@ def summarise(
         example_source=store.where(example),
         example=tuple(supervised_pieces(store[example], tokenizer)),
     )
+
+
+def _padding_share(model: CausalLM, share: Share, precision: Precision) -> float:
+    with precision.autocast():  # attention's form depends on what it would be given
+        counts = [model.padding(micro_batch.to(precision.device)) for micro_batch in share.micro_batches]
+    operations = sum(float(of_all) for _, of_all in counts)
+    return sum(float(on_padding) for on_padding, _ in counts) / operations if operations else 0.0
 
 
 def _seconds_per_token(state: TrainState, store: Store, sample_ids: np.ndarray) -> float:

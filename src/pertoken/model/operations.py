@@ -1,0 +1,39 @@
+"""How many operations a forward and backward pass takes, for what it is about and for padding.
+
+An operation is a multiplication or an addition in a matrix product, whose forward pass is 2 for a weight and row, and
+whose backward pass 4 (Kaplan et al., "Scaling Laws for Neural Language Models", section 2.1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pertoken.model_config import ResolvedModelConfig
+
+__all__ = ["attention_operations", "body_parameters", "padding_metric"]
+
+
+def body_parameters(config: ResolvedModelConfig) -> int:
+    """Weights of the blocks' matrices that one token meets; embedding, head and norms are not among them."""
+    query, key = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    attention = 2 * config.hidden_size * (query + key)
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    if config.use_moe:
+        experts = config.num_experts_per_tok * 3 * config.hidden_size * config.moe_intermediate_size
+        mlp = experts + config.hidden_size * config.num_experts
+    return config.num_hidden_layers * (attention + mlp)
+
+
+def attention_operations(config: ResolvedModelConfig, pairs: int) -> float:
+    """Of q k^T and p v in all layers, for so many pairs of a query and a key, half of which causality leaves."""
+    return 6.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
+
+
+def padding_metric(*, useful: float, padding: float, head: int, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum, count) of one micro-batch: operations on padding, and all of them. 0-d float64 on `loss_mask`'s device.
+
+    `useful` and `padding` are those of the blocks, `head` the head's weights, which supervised rows alone meet.
+    """
+    supervised = 6.0 * head * torch.count_nonzero(loss_mask).double()
+    return torch.full_like(supervised, padding), supervised + (useful + padding)
