@@ -6,11 +6,10 @@ size or head dimension, H query heads, K key-value heads, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +28,13 @@ from pertoken.model.attention import (
     varlen_attention,
     which_attention,
 )
-from pertoken.model.mlp import MLP
+from pertoken.model.blocks import Attend, Decoder, Rope, compute_dtype, rope_angles
 from pertoken.model.moe import Documents, Load, MixtureOfExperts, with_balance_loss
-from pertoken.model.native import Casts, NativeBatch, attention_block, embed, final_norm, mlp_block
+from pertoken.model.native import Casts, NativeBatch, embed, final_norm
 from pertoken.model.operations import attention_operations, body_parameters, padding_metric
 from pertoken.model_config import ResolvedModelConfig
 
 __all__ = ["CausalLM"]
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H, D]
-Rope = tuple[Tensor, Tensor]  # cos and sin, [N, 1, D / 2] each
 
 
 class CausalLM(nn.Module):
@@ -65,7 +61,7 @@ class CausalLM(nn.Module):
         self.native = False  # see `use_kernels`
         self._casts: Casts | None = None
         with torch.device("meta"):  # the layers' own initialisation would draw from the global random state
-            self.model = _Decoder(config)
+            self.model = Decoder(config)
             self.lm_head = (
                 None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             )
@@ -183,10 +179,10 @@ class CausalLM(nn.Module):
         if not self.native or not on_cpu or not bool((micro_batch.loss_mask != 0).any()):
             return False
         weight = self.model.embed_tokens.weight
-        return weight.dtype == torch.float32 and _compute_dtype(weight) in (torch.float32, torch.bfloat16)
+        return weight.dtype == torch.float32 and compute_dtype(weight) in (torch.float32, torch.bfloat16)
 
     def _native_batch(self, micro_batch: MicroBatch) -> NativeBatch:
-        kernels = Kernels(_compute_dtype(self.model.embed_tokens.weight))
+        kernels = Kernels(compute_dtype(self.model.embed_tokens.weight))
         return NativeBatch.of(self.config, kernels, micro_batch.lengths, casts=self._casts)
 
     def _run_natively(
@@ -244,7 +240,7 @@ class CausalLM(nn.Module):
             kv_heads=self.config.num_key_value_heads,
             head_dim=self.config.head_dim,
             max_length=max_length,
-            like=weight.new_empty((), dtype=_compute_dtype(weight)),
+            like=weight.new_empty((), dtype=compute_dtype(weight)),
         )
 
     def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
@@ -268,7 +264,7 @@ class CausalLM(nn.Module):
         return self._run(micro_batch.input_ids, micro_batch.position_ids, attends, documents, asked)
 
     def _layout(self, micro_batch: MicroBatch) -> AttentionLayout:
-        device, dtype = micro_batch.input_ids.device, _compute_dtype(self.model.embed_tokens.weight)
+        device, dtype = micro_batch.input_ids.device, compute_dtype(self.model.embed_tokens.weight)
         form = which_attention(device.type, dtype, self.config.head_dim, flash_capability(device))
         cu_seqlens = micro_batch.cu_seqlens if form == "varlen" else None
         return AttentionLayout.of(micro_batch.lengths, device, cu_seqlens=cu_seqlens)
@@ -284,7 +280,7 @@ class CausalLM(nn.Module):
         """Hidden states [N, D] (of the rows `asked`, if given) after the final norm, and what each layer's experts were
         given, if `documents` are."""
         hidden: Tensor = self.model.embed_tokens(input_ids)
-        rope = _rope(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
+        rope = rope_angles(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
         hidden, loads = self._run_layers(hidden, rope, attends, documents, asked)
         return self.model.norm(hidden), loads
 
@@ -307,139 +303,3 @@ class CausalLM(nn.Module):
                 hidden, load = out
                 loads.append(load)
         return hidden, loads
-
-
-class _Decoder(nn.Module):
-    """Only holds what Hugging Face's names begin with `model.` for; `CausalLM` runs it."""
-
-    def __init__(self, config: ResolvedModelConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
-class _Layer(nn.Module):
-    def __init__(self, config: ResolvedModelConfig) -> None:
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = _Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MixtureOfExperts(config) if config.use_moe else MLP(config.hidden_size, config.intermediate_size)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        rope: Rope | None,
-        attend: Attend | NativeBatch,
-        documents: Documents | None,
-        asked: Tensor | None,
-    ) -> Tensor | tuple[Tensor, Load]:
-        """The hidden states, of the rows `asked` if given; with `documents` the load of the experts, if any."""
-        dtype = _compute_dtype(hidden)
-        if isinstance(attend, NativeBatch):
-            hidden = self._native_attention(hidden, attend)
-            if isinstance(self.mlp, MLP):
-                matrices = (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
-                return mlp_block(hidden, self.post_attention_layernorm, matrices, attend)
-        else:
-            # Cast once here, not once in every linear layer that reads it.
-            normed = self.input_layernorm(hidden).to(dtype)
-            hidden = (hidden if asked is None else hidden[asked]) + self.self_attn(normed, rope, attend, asked)
-        normed = self.post_attention_layernorm(hidden)
-        if isinstance(self.mlp, MixtureOfExperts):
-            update, load = self.mlp(normed, dtype, documents)
-            hidden = hidden + update
-            return hidden if load is None else (hidden, load)
-        update = self.mlp(normed.to(dtype))
-        out: Tensor = hidden + update
-        return out
-
-    def _native_attention(self, hidden: Tensor, batch: NativeBatch) -> Tensor:
-        attn = self.self_attn
-        matrices = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)
-        return attention_block(hidden, self.input_layernorm, matrices, (attn.q_norm, attn.k_norm), batch)
-
-
-class _Attention(nn.Module):
-    def __init__(self, config: ResolvedModelConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        query_size = config.num_attention_heads * config.head_dim
-        kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        has_norm = config.family == "qwen3"
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if has_norm else None
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if has_norm else None
-
-    def forward(self, x: Tensor, rope: Rope, attend: Attend, asked: Tensor | None) -> Tensor:
-        """Of the rows `asked`, if given; the others have keys and values, and queries of zeros that nobody reads."""
-        k_NKD, v_NKD = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.k_proj, self.v_proj))
-        k_NKD = self._turn(k_NKD, self.k_norm, rope)
-        if asked is not None:
-            x, rope = x[asked], (rope[0][asked], rope[1][asked])
-        q_NHD = self._turn(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), self.q_norm, rope)
-        if asked is not None:
-            q_NHD = q_NHD.new_zeros(len(k_NKD), *q_NHD.shape[1:]).index_copy(0, asked, q_NHD)
-        out_NHD = attend(q_NHD, k_NKD, v_NKD)
-        if asked is not None:
-            out_NHD = out_NHD[asked]
-        out: Tensor = self.o_proj(out_NHD.flatten(1))
-        return out
-
-    def _turn(self, x_NHD: Tensor, norm: nn.RMSNorm | None, rope: Rope) -> Tensor:
-        """Normalised and rotated in the width of `rope`, returned in the dtype it came in."""
-        wide = x_NHD.to(rope[0].dtype)
-        if norm is not None:
-            wide = norm(wide)
-        if torch.compiler.is_compiling():  # the compiler fuses the plain code, and trips over writes into views
-            (a, b), (cos, sin) = wide.chunk(2, -1), rope
-            return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_NHD.dtype)
-        turned: Tensor = _Rotate.apply(wide, *rope)  # type: ignore[no-untyped-call]
-        return turned.to(x_NHD.dtype)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer turns `x` into: the autocast dtype where one is active."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # autocast leaves float64 alone
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
-def _rope(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
-    """Cosine and sine of the rotary angles (Su et al., "RoFormer", 3.2): [N, 1, head_dim / 2], at least float32."""
-    dtype = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, head_dim, 2, dtype=dtype, device=position_ids.device) / head_dim
-    angles = (position_ids.to(dtype)[:, None] * (1.0 / theta**exponents))[:, None, :]
-    return angles.cos(), angles.sin()
-
-
-class _Rotate(torch.autograd.Function):
-    """Rotary embedding in Hugging Face's convention: dimension i turns with dimension i + D/2.
-
-    Plain code would be `torch.cat((a * cos - b * sin, b * cos + a * sin), -1)` for halves a and b. Turning back by the
-    same angle is its gradient, so both directions are four passes over half the data and keep nothing but the angles:
-    about half the time of the plain code on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, -sin), None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out = torch.empty_like(x)
-    (a, b), (out_a, out_b) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
-    return out
