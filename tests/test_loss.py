@@ -106,17 +106,20 @@ def autocast_errors(dtype: torch.dtype, impl: str, share: float = 0.4) -> list[f
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_errs_no_more_than_the_reference_does(dtype):
-    for ours, theirs in zip(autocast_errors(dtype, "auto"), autocast_errors(dtype, "reference"), strict=True):
+@pytest.mark.parametrize("impl", ["auto", "chunked"])
+def test_low_precision_errs_no_more_than_the_reference_does(dtype, impl):
+    for ours, theirs in zip(autocast_errors(dtype, impl), autocast_errors(dtype, "reference"), strict=True):
         assert ours <= 1.5 * theirs + 1e-6
 
 
-def test_bfloat16_accumulates_the_sum_and_the_weights_gradient_in_float32(monkeypatch):
+@pytest.mark.parametrize("impl", ["native", "chunked"])
+def test_bfloat16_accumulates_the_sum_and_the_weights_gradient_in_float32(monkeypatch, impl):
     """Many chunks whose shares would be lost if they were added up in bfloat16."""
-    whole = autocast_errors(torch.bfloat16, "auto", 1.0)
+    whole = autocast_errors(torch.bfloat16, impl, 1.0)
     monkeypatch.setattr(pertoken.loss, "_MIN_CHUNK_ROWS", 2)
     monkeypatch.setattr(pertoken.loss, "_CHUNK_BYTES", 1)
-    for chunked, at_once in zip(autocast_errors(torch.bfloat16, "auto", 1.0), whole, strict=True):
+    monkeypatch.setattr(pertoken.loss, "_chunk_rows", lambda vocab_size, hidden_size, dtype: 2)
+    for chunked, at_once in zip(autocast_errors(torch.bfloat16, impl, 1.0), whole, strict=True):
         assert chunked <= 1.5 * at_once + 1e-6
 
 
@@ -134,8 +137,10 @@ def test_float16_keeps_the_gradient_of_improbable_tokens():
     assert float(grad[1]) == pytest.approx(p, rel=0.05)
 
 
-def test_logits_never_exist_whole(monkeypatch):
+@pytest.mark.parametrize("impl", ["native", "chunked"])
+def test_logits_never_exist_whole(monkeypatch, impl):
     """The largest product has a chunk of rows, not all of them."""
+    monkeypatch.setattr(pertoken.loss, "_chunk_rows", lambda vocab_size, hidden_size, dtype: 16)
     monkeypatch.setattr(pertoken.loss, "_MIN_CHUNK_ROWS", 16)
     monkeypatch.setattr(pertoken.loss, "_CHUNK_BYTES", 1)
     sizes, real = [], torch.mm
@@ -147,8 +152,25 @@ def test_logits_never_exist_whole(monkeypatch):
 
     monkeypatch.setattr(torch, "mm", mm)
     hidden, weight, labels, mask = problem(129, 8, 1000, 1.0, torch.float32)
-    linear_cross_entropy(hidden, weight, labels, mask).loss_sum.backward()
+    linear_cross_entropy(hidden, weight, labels, mask, impl=impl).loss_sum.backward()
     assert max(rows for rows, columns in sizes if columns == 1000) == 16
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["bool", "float"])
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(("n", "d", "v"), SIZES)
+def test_native_equals_the_definition(n, d, v, share, weights, monkeypatch):
+    monkeypatch.setattr(pertoken.loss, "_chunk_rows", lambda vocab_size, hidden_size, dtype: 3)
+    monkeypatch.setattr(pertoken.loss, "_VOCAB_BLOCK", 48)
+    hidden, weight, labels, mask = problem(n, d, v, share, torch.float32, weights=weights)
+    out = linear_cross_entropy(hidden, weight, labels, mask, impl="native")
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = plain(*exact, labels, mask)
+    torch.testing.assert_close(out.loss_sum.double(), expected, rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad(out.loss_sum * 0.37, (hidden, weight))
+    theirs = torch.autograd.grad(expected * 0.37, exact)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.double() - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 def test_the_objective_divides_by_the_steps_count_not_its_own():

@@ -202,6 +202,12 @@ def _forward(
     return loss_sum
 
 
+def _chunk_rows(vocab_size: int, hidden_size: int, dtype: torch.dtype) -> int:
+    """Every chunk but the first adds to the weight's gradient, so its logits may be half as large as that."""
+    chunk_bytes = max(_CHUNK_BYTES, 2 * vocab_size * hidden_size)
+    return max(1, chunk_bytes // (vocab_size * dtype.itemsize))
+
+
 def _native_forward(
     ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, kernels: Kernels
 ) -> Tensor:
@@ -216,9 +222,7 @@ def _native_forward(
     d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
     weights = None if weights is None else weights.float().contiguous()
     loss_sum = torch.zeros((), dtype=torch.float32)
-    # Every chunk but the first adds to the weight's gradient, so chunks may be half as large as that.
-    chunk_bytes = max(_CHUNK_BYTES, 2 * weight.numel())
-    chunk = max(1, chunk_bytes // (vocab_size * dtype.itemsize))
+    chunk = _chunk_rows(vocab_size, weight.shape[1], dtype)
     for start in range(0, num_rows, chunk):
         rows = slice(start, min(start + chunk, num_rows))
         x_CD, scale_C = x_ND[rows], None if weights is None else weights[rows]

@@ -135,7 +135,10 @@ def test_cross_entropy_turns_logits_into_their_gradient(dtype, n, v, weights):
     assert torch.equal(logits, untouched)
     found = kernels.cross_entropy(logits, labels, weight, boost=2.0, gradient=True)
     assert (found.double() - nll.detach()).abs().max() <= 1e-6 * max(1.0, float(untouched.abs().max()))
-    close(logits, exact.grad)
+    # Of probabilities: where all but 1 goes to one label, its gradient is what rounding leaves of 1 - p.
+    assert (logits.double() - exact.grad).abs().max() <= 4 * torch.finfo(dtype).eps * max(
+        1.0, float(exact.grad.abs().max())
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

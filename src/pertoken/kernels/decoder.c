@@ -41,8 +41,9 @@ typedef int32_t places __attribute__((vector_size(64)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (places){__VA_ARGS__})
 #endif
 
-/* exp(x) to 2 units in the last place: exp(x) = 2^n exp(r), |r| <= ln(2) / 2, exp(r) by Taylor's series to r^7.
- * Below -75 (3e-33) the result is 0, since arithmetic on denormal numbers is slow; above 88 it is 1.6e38. NaN gives NaN. */
+/* exp(x) = 2^n exp(r), |r| <= ln(2) / 2, exp(r) by Taylor's series: to 2 units in the last place of float32.
+ * Below -75 it stays at 3e-33, which is nothing beside 1 and makes no denormal numbers, on which arithmetic is slow; above
+ * 88 at 1.6e38. NaN gives NaN. */
 static inline float exp_(float x) {
     x = x > 88.0f ? 88.0f : x;
     x = x < -75.0f ? -75.0f : x;
@@ -62,7 +63,31 @@ static inline float exp_(float x) {
     uint32_t power = (bits + 127u) << 23;
     float scale;
     memcpy(&scale, &power, 4);
-    return x == -75.0f ? 0.0f : p * scale;
+    return p * scale;
+}
+
+/* The same where the result becomes an activation: in bfloat16 (half a unit is 2e-3) 3e-5 will do. */
+static inline float exp_act(float x) {
+#ifdef BFLOAT16
+    x = x > 88.0f ? 88.0f : x;
+    x = x < -75.0f ? -75.0f : x;
+    float n = x * 1.44269504f + 12582912.0f;
+    uint32_t bits;
+    memcpy(&bits, &n, 4);
+    n -= 12582912.0f;
+    float r = x - n * 0.69314718f;
+    float p = 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    uint32_t power = (bits + 127u) << 23;
+    float scale;
+    memcpy(&scale, &power, 4);
+    return p * scale;
+#else
+    return exp_(x);
+#endif
 }
 
 /* Transposing: 16 x 16 words at a time, by four rounds of a perfect shuffle. Two rows of bfloat16 make a row of words. */
@@ -84,20 +109,27 @@ static inline void transpose(words *x) {
     }
 }
 
-/* values [ROWS, 16] -> to [16, ...], `stride` from line to line. */
-static inline void put_transposed(const act (*values)[LINES], act *to, int64_t stride) {
-    words x[16];
-    for (int i = 0; i < 16; i++) {
+#define COLUMNS 512 /* of a strip of ROWS rows that is made in the first cache and then transposed */
+
+/* strip [rows, COLUMNS], `width` columns of it -> to [width, ...], `stride` from line to line. */
+static inline void put_transposed(const act (*strip)[COLUMNS], int64_t rows, int64_t width, act *to, int64_t stride) {
+    int64_t whole = rows == ROWS ? width / LINES * LINES : 0;
+    for (int64_t d = 0; d < whole; d += LINES) {
+        words x[16];
+        for (int i = 0; i < 16; i++) {
 #ifdef BFLOAT16
-        uint32_t pair[16];
-        for (int j = 0; j < 16; j++) pair[j] = (uint32_t)values[2 * i][j] | (uint32_t)values[2 * i + 1][j] << 16;
-        memcpy(x + i, pair, 64);
+            uint32_t pair[16];
+            for (int j = 0; j < 16; j++) pair[j] = (uint32_t)strip[2 * i][d + j] | (uint32_t)strip[2 * i + 1][d + j] << 16;
+            memcpy(x + i, pair, 64);
 #else
-        memcpy(x + i, values[i], 64);
+            memcpy(x + i, strip[i] + d, 64);
 #endif
+        }
+        transpose(x);
+        for (int i = 0; i < 16; i++) memcpy(to + (d + i) * stride, x + i, 64);
     }
-    transpose(x);
-    for (int i = 0; i < 16; i++) memcpy(to + i * stride, x + i, 64);
+    for (int64_t d = whole; d < width; d++)
+        for (int64_t i = 0; i < rows; i++) to[d * stride + i] = strip[i][d];
 }
 
 /* out[i] = low(h[i] * rstd[i] * w), rstd[i] = 1 / sqrt(mean(h[i]^2) + eps). h [N, D] float32, out [N, D]. */
@@ -120,19 +152,16 @@ void norm_transposed(const float *h, const float *w, const float *rstd, act *out
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t start = 0; start < N; start += ROWS) {
         int64_t rows = N - start < ROWS ? N - start : ROWS;
-        for (int64_t d = 0; d < D; d += LINES) {
-            int64_t width = D - d < LINES ? D - d : LINES;
-            act values[ROWS][LINES];
-            if (rows == ROWS && width == LINES) {
-                for (int64_t i = 0; i < ROWS; i++)
-                    for (int64_t j = 0; j < LINES; j++)
-                        values[i][j] = low(h[(start + i) * D + d + j] * rstd[start + i] * w[d + j]);
-                put_transposed(values, out + d * N + start, N);
-            } else {
-                for (int64_t j = 0; j < width; j++)
-                    for (int64_t i = 0; i < rows; i++)
-                        out[(d + j) * N + start + i] = low(h[(start + i) * D + d + j] * rstd[start + i] * w[d + j]);
+        for (int64_t first = 0; first < D; first += COLUMNS) {
+            int64_t width = D - first < COLUMNS ? D - first : COLUMNS;
+            act strip[ROWS][COLUMNS];
+            for (int64_t i = 0; i < rows; i++) {
+                const float *x = h + (start + i) * D + first;
+                float r = rstd[start + i];
+#pragma omp simd
+                for (int64_t d = 0; d < width; d++) strip[i][d] = low(x[d] * r * w[first + d]);
             }
+            put_transposed(strip, rows, width, out + first * N + start, N);
         }
     }
 }
@@ -172,19 +201,16 @@ void lower_both_ways(const float *x, act *straight, act *turned, int64_t N, int6
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t start = 0; start < N; start += ROWS) {
         int64_t rows = N - start < ROWS ? N - start : ROWS;
-        for (int64_t d = 0; d < D; d += LINES) {
-            int64_t width = D - d < LINES ? D - d : LINES;
-            act values[ROWS][LINES];
-            if (rows == ROWS && width == LINES) {
-                for (int64_t i = 0; i < ROWS; i++)
-                    for (int64_t j = 0; j < LINES; j++) values[i][j] = low(x[(start + i) * D + d + j]);
-                for (int64_t i = 0; i < ROWS; i++) memcpy(straight + (start + i) * D + d, values[i], sizeof values[i]);
-                put_transposed(values, turned + d * N + start, N);
-            } else {
-                for (int64_t i = 0; i < rows; i++)
-                    for (int64_t j = 0; j < width; j++)
-                        straight[(start + i) * D + d + j] = turned[(d + j) * N + start + i] = low(x[(start + i) * D + d + j]);
+        for (int64_t first = 0; first < D; first += COLUMNS) {
+            int64_t width = D - first < COLUMNS ? D - first : COLUMNS;
+            act strip[ROWS][COLUMNS];
+            for (int64_t i = 0; i < rows; i++) {
+                const float *from = x + (start + i) * D + first;
+#pragma omp simd
+                for (int64_t d = 0; d < width; d++) strip[i][d] = low(from[d]);
+                memcpy(straight + (start + i) * D + first, strip[i], (size_t)width * sizeof(act));
             }
+            put_transposed(strip, rows, width, turned + first * N + start, N);
         }
     }
 }
@@ -231,7 +257,7 @@ void swiglu_forward(const act *gate_up, act *out, int64_t N, int64_t F, int thre
 #pragma omp simd
         for (int64_t f = 0; f < F; f++) {
             float x = load(gate[f]);
-            to[f] = low(x / (1.0f + exp_(-x)) * load(up[f]));
+            to[f] = low(x / (1.0f + exp_act(-x)) * load(up[f]));
         }
     }
 }
@@ -245,7 +271,7 @@ void swiglu_backward(act *gate_up, const act *d_out, act *out, int64_t N, int64_
 #pragma omp simd
         for (int64_t f = 0; f < F; f++) {
             float x = load(gate[f]), u = load(up[f]), g = load(grad[f]);
-            float s = 1.0f / (1.0f + exp_(-x)), silu = x * s;
+            float s = 1.0f / (1.0f + exp_act(-x)), silu = x * s;
             again[f] = low(silu * u);
             up[f] = low(g * silu);
             gate[f] = low(g * u * s * (1.0f + x * (1.0f - s)));
@@ -262,11 +288,16 @@ typedef struct {
     int32_t last;   /* whether no row of its document comes after it */
 } seat;
 
-/* Row of head h: documents first, then groups of `share` heads, then blocks, then heads of the group, then rows. */
-static inline int64_t row_of(const seat *s, int64_t row, int64_t heads, int64_t share, int64_t h) {
-    int64_t block = row / s->block;
-    return (int64_t)s->first * heads + (h / share) * share * s->width + block * share * s->block + (h % share) * s->block +
-           row % s->block;
+/* Row of the first head: documents first, then groups of `share` heads, then blocks, then heads of a group, then rows. */
+static inline int64_t row_of(const seat *s, int32_t row, int64_t heads, int64_t share) {
+    int32_t block = row / s->block;
+    return (int64_t)s->first * heads + block * share * s->block + (row - block * s->block);
+}
+
+/* How far head h lies behind it. */
+static inline int64_t head_after(const seat *s, int32_t share, int32_t h) {
+    int32_t group = h / share;
+    return (int64_t)group * share * s->width + (int64_t)(h - group * share) * s->block;
 }
 
 /* x [N, ...] -> out [heads * rows, Dh], rows as seats say, padding zero. With `w` [Dh] each head is normalised; with
@@ -277,9 +308,10 @@ void seat_heads(const act *x, int64_t stride, act *out, const seat *seats, const
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < N; i++) {
         const seat *s = seats + i;
+        int64_t first = row_of(s, s->row, heads, share);
         for (int64_t h = 0; h < heads; h++) {
             const act *from = x + i * stride + h * Dh;
-            act *to = out + row_of(s, s->row, heads, share, h) * Dh;
+            act *to = out + (first + head_after(s, share, h)) * Dh;
             float r = 1.0f;
             if (w) {
                 float sum = 0.0f;
@@ -299,8 +331,8 @@ void seat_heads(const act *x, int64_t stride, act *out, const seat *seats, const
                 memcpy(to, from, Dh * sizeof(act));
             }
             if (s->last)
-                for (int64_t row = s->row + 1; row < s->width; row++)
-                    memset(out + row_of(s, row, heads, share, h) * Dh, 0, Dh * sizeof(act));
+                for (int32_t row = s->row + 1; row < s->width; row++)
+                    memset(out + (row_of(s, row, heads, share) + head_after(s, share, h)) * Dh, 0, Dh * sizeof(act));
         }
     }
 }
@@ -316,8 +348,9 @@ void unseat_heads(const act *d_out, const act *x, int64_t x_stride, act *d_x, in
     for (int64_t part = 0; part < threads; part++) {
         for (int64_t i = N * part / threads; i < N * (part + 1) / threads; i++) {
             const seat *s = seats + i;
+            int64_t first = row_of(s, s->row, heads, share);
             for (int64_t h = 0; h < heads; h++) {
-                const act *g = d_out + row_of(s, s->row, heads, share, h) * Dh;
+                const act *g = d_out + (first + head_after(s, share, h)) * Dh;
                 act *to = d_x + i * stride + h * Dh;
                 if (!angles) {
                     memcpy(to, g, Dh * sizeof(act));
@@ -361,46 +394,50 @@ void unseat_heads(const act *d_out, const act *x, int64_t x_stride, act *d_x, in
         }
 }
 
+/* A loop over whole vectors needs no slow loop for what is left. */
+static inline int32_t whole_vectors(int32_t end, int64_t C) {
+    int32_t filled = (end + 15) / 16 * 16;
+    return filled < C ? filled : (int32_t)C;
+}
+
 /* In place: a row of scores, times scale, becomes its soft-max over the columns that its query may see, zero after them;
  * log_z gets the logarithm of the sum. scores [documents, copies, R, C]; limits [documents, R] says how many columns. */
 void softmax_forward(act *scores, float *log_z, const int32_t *limits, int64_t documents, int64_t copies, int64_t R,
                      int64_t C, float scale, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 8)
     for (int64_t i = 0; i < documents * copies * R; i++) {
-        int64_t end = limits[i / (copies * R) * R + i % R];
+        int32_t end = limits[i / (copies * R) * R + i % R];
         act *row = scores + i * C;
+        int32_t filled = whole_vectors(end, C);
         if (end > 0) {
             float top = -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : top)
-            for (int64_t j = 0; j < end; j++) {
-                float s = load(row[j]);
+            for (int32_t j = 0; j < filled; j++) {
+                float s = j < end ? load(row[j]) : -INFINITY;
                 top = s > top ? s : top;
             }
             float shift = top * scale;
             float buffer[4096];
-            for (int64_t from = 0; from < end; from += 4096) {
-                int64_t n = end - from < 4096 ? end - from : 4096;
+            int32_t kept = filled < 4096 ? filled : 4096; /* the rest of a long row is computed once more */
 #pragma omp simd reduction(+ : sum)
-                for (int64_t j = 0; j < n; j++) {
-                    float e = exp_(load(row[from + j]) * scale - shift);
-                    buffer[j] = e;
-                    sum += e;
-                }
-                if (end > 4096) continue; /* too long to keep: once more below */
-                float inverse = 1.0f / sum;
-#pragma omp simd
-                for (int64_t j = 0; j < n; j++) row[j] = low(buffer[j] * inverse);
+            for (int32_t j = 0; j < kept; j++) {
+                float e = exp_act(load(row[j]) * scale - shift);
+                buffer[j] = j < end ? e : 0.0f;
+                sum += buffer[j];
             }
+#pragma omp simd reduction(+ : sum)
+            for (int32_t j = kept; j < filled; j++) sum += j < end ? exp_act(load(row[j]) * scale - shift) : 0.0f;
+            float inverse = 1.0f / sum;
+#pragma omp simd
+            for (int32_t j = 0; j < kept; j++) row[j] = low(buffer[j] * inverse);
+#pragma omp simd
+            for (int32_t j = kept; j < filled; j++)
+                row[j] = low(j < end ? exp_act(load(row[j]) * scale - shift) * inverse : 0.0f);
             log_z[i] = shift + logf(sum);
-            if (end > 4096) {
-                float z = log_z[i];
-#pragma omp simd
-                for (int64_t j = 0; j < end; j++) row[j] = low(exp_(load(row[j]) * scale - z));
-            }
         } else {
             log_z[i] = 0.0f;
         }
-        if (end < C) memset(row + end, 0, (size_t)(C - end) * sizeof(act));
+        if (filled < C) memset(row + filled, 0, (size_t)(C - filled) * sizeof(act));
     }
 }
 
@@ -409,20 +446,21 @@ void softmax_backward(act *scores, act *d_p, const float *log_z, const int32_t *
                       int64_t copies, int64_t R, int64_t C, float scale, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 8)
     for (int64_t i = 0; i < documents * copies * R; i++) {
-        int64_t end = limits[i / (copies * R) * R + i % R];
+        int32_t end = limits[i / (copies * R) * R + i % R];
         act *row = scores + i * C, *grad = d_p + i * C;
+        int32_t filled = whole_vectors(end, C);
         float z = log_z[i], delta = 0.0f;
 #pragma omp simd reduction(+ : delta)
-        for (int64_t j = 0; j < end; j++) {
-            float p = exp_(load(row[j]) * scale - z);
+        for (int32_t j = 0; j < filled; j++) {
+            float p = j < end ? exp_act(load(row[j]) * scale - z) : 0.0f;
             delta += p * load(grad[j]);
             row[j] = low(p);
         }
 #pragma omp simd
-        for (int64_t j = 0; j < end; j++) grad[j] = low(load(row[j]) * (load(grad[j]) - delta) * scale);
-        if (end < C) {
-            memset(row + end, 0, (size_t)(C - end) * sizeof(act));
-            memset(grad + end, 0, (size_t)(C - end) * sizeof(act));
+        for (int32_t j = 0; j < filled; j++) grad[j] = low(load(row[j]) * (load(grad[j]) - delta) * scale);
+        if (filled < C) {
+            memset(row + filled, 0, (size_t)(C - filled) * sizeof(act));
+            memset(grad + filled, 0, (size_t)(C - filled) * sizeof(act));
         }
     }
 }
@@ -447,7 +485,7 @@ void cross_entropy(act *logits, const int64_t *labels, const float *weights, flo
         if (!with_gradient) continue;
         float factor = boost * (weights ? weights[i] : 1.0f);
 #pragma omp simd
-        for (int64_t v = 0; v < V; v++) row[v] = low(factor * exp_(load(row[v]) - log_z));
+        for (int64_t v = 0; v < V; v++) row[v] = low(factor * exp_act(load(row[v]) - log_z));
         row[labels[i]] = low(factor * (exp_(at_label - log_z) - 1.0f));
     }
 }
