@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pertoken.data.chat import ChatTemplate, chat_sample, rendered_chat
@@ -98,6 +98,7 @@ _chats = st.lists(st.tuples(_words, _words), min_size=1, max_size=4).map(
 )
 
 
+@settings(deadline=None)
 @given(chat=_chats)
 def test_masks_and_bytes_equal_a_slow_recount_with_and_without_generation_marks(
     bpe_folder: Path, chat: Conversation
