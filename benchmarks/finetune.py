@@ -317,8 +317,11 @@ def main() -> None:
         notes=[
             f"steps {arguments.warm_up + 1} to {arguments.round_steps} of {arguments.rounds} rounds; samples/s at the "
             "median step; in brackets the least and the greatest, for steps differ in length",
-            "TRL with torch_compile compiles again for new lengths, which is in its steps; it has one round, "
-            f"which ends after step {arguments.compiled_round_steps}",
+            *(
+                f"{name}: compiles again for new lengths, which is in its steps; one round, up to step "
+                f"{arguments.compiled_round_steps}"
+                for name in once
+            ),
             *(f"{name}: {reason}" for name, reason in reasons.items()),
         ],
     )

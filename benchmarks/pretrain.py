@@ -79,6 +79,8 @@ def main() -> None:
         print(json.dumps(matrix_rates(arguments.matrix_rates, arguments.repeats)))
         return
 
+    if any(key.startswith(("model.", "data.", "train.batch_size")) for key in arguments.set):
+        parser.error("--set: model, data and batch are fixed here, since the useful operations are counted for them")
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     text, tokenizer = work / "text.txt", work / "tokenizer"

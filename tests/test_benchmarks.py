@@ -31,15 +31,19 @@ def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
 
 
-@pytest.fixture(scope="module")
-def common() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_common", FOLDER / "common.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmarks_common"] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def common() -> ModuleType:
+    return load("common")
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -50,9 +54,14 @@ def test_every_script_says_how_to_run_it(name):
     assert "--out" in result.stdout
 
 
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in LIGHT and name != "prepare"])
+def test_what_the_others_import_is_still_there(name):
+    assert callable(load(name).main)
+
+
 def test_every_script_is_named_in_the_readme():
     readme = (FOLDER / "README.md").read_text()
-    assert [name for name in SCRIPTS if name not in ("bench",) and f"`{name}.py`" not in readme] == []
+    assert [name for name in SCRIPTS if f"`{name}.py`" not in readme] == []
 
 
 def test_the_head_is_measured_with_errors_against_float64(tmp_path):
@@ -117,6 +126,20 @@ def test_contenders_alternate_and_one_that_failed_is_left_out(common):
 )
 def test_a_claim_is_judged_by_its_bound(common, measured, bounds, verdict):
     assert common.claim("x", measured, **bounds)["verdict"] == verdict
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_timed_from_the_position_it_is_given(tmp_path):
+    few = ["--samples", 3000, "--position", 1600, "--rounds", 1, "--models", "tiny"]
+    result = script("startup", *few, "--out", tmp_path / "out", "--work", tmp_path / "work")
+    assert result.returncode == 0, result.stderr
+    (line,) = json.loads((tmp_path / "out" / "startup.json").read_text())["claims"]
+    assert line["measured"] is not None
+    rows = [
+        json.loads(row) for row in (tmp_path / "work" / "3000" / "resumed" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert rows[100]["step"] == 101  # the step after 1,600 samples
+    assert rows[100]["positions"] == [1600, 1616]
 
 
 def test_what_is_missing_is_named_and_nothing_is_passed(tmp_path):
