@@ -190,7 +190,7 @@ def orthogonalised(x: Tensor) -> Tensor:
     """
     a, b, c = _NEWTON_SCHULZ
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    x = x.mT.contiguous() if tall else x  # the smaller Gram matrix; a view would triple the time of small ones
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
