@@ -156,6 +156,17 @@ def test_logits_never_exist_whole(monkeypatch, impl):
     assert max(rows for rows, columns in sizes if columns == 1000) == 16
 
 
+@pytest.mark.parametrize("impl", ["native", "chunked"])
+def test_without_gradients_one_product_is_enough(monkeypatch, impl):
+    calls, real = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    hidden, weight, labels, mask = problem(129, 8, 1000, 1.0, torch.float32)
+    with torch.no_grad():
+        out = linear_cross_entropy(hidden, weight, labels, mask, impl=impl)
+    assert len(calls) == 1
+    torch.testing.assert_close(out.loss_sum, plain(hidden, weight, labels, mask).detach())
+
+
 @pytest.mark.parametrize("weights", [False, True], ids=["bool", "float"])
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize(("n", "d", "v"), SIZES)

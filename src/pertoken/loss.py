@@ -96,6 +96,8 @@ def linear_cross_entropy(
         rows = loss_mask.nonzero().squeeze(1)
         if rows.numel() < loss_mask.numel():
             hidden, labels, loss_mask = hidden[rows], labels[rows], loss_mask[rows]
+        if not torch.is_grad_enabled():  # which the function's `needs_input_grad` would not know
+            hidden, weight = hidden.detach(), weight.detach()
         weights = None if loss_mask.dtype == torch.bool else loss_mask
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

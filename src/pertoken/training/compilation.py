@@ -29,6 +29,8 @@ def compile_model(
     cannot be generated.
     """
     if how == "off" or (how == "auto" and before is False):
+        if model.loss_impl == "auto":
+            model.loss_impl = "chunked"  # which a foreign model would choose kernels for
         return False, None
     if precision.device.type != "cpu":
         if how == "auto" and before is None and (total_steps < _WORTH_COMPILING or not isinstance(model, CausalLM)):
