@@ -300,36 +300,89 @@ static inline int64_t head_after(const seat *s, int32_t share, int32_t h) {
     return (int64_t)group * share * s->width + (int64_t)(h - group * share) * s->block;
 }
 
+#define INLINE static inline __attribute__((always_inline))
+
+/* One head from row to seat, and its gradient back. Inlined with constants for Dh, w and angles: loops without ends. */
+INLINE void seat_head(const act *from, act *to, const float *w, const float *cosine, const float *sine, int64_t Dh, float eps) {
+    int64_t half = Dh / 2;
+    float r = 1.0f;
+    if (!cosine) {
+        memcpy(to, from, Dh * sizeof(act));
+        return;
+    }
+    if (w) {
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t d = 0; d < Dh; d++) sum += load(from[d]) * load(from[d]);
+        r = 1.0f / sqrtf(sum / Dh + eps);
+    }
+#pragma omp simd
+    for (int64_t d = 0; d < half; d++) {
+        float a = load(from[d]), b = load(from[half + d]);
+        if (w) a *= r * w[d], b *= r * w[half + d];
+        to[d] = low(a * cosine[d] - b * sine[d]);
+        to[half + d] = low(b * cosine[d] + a * sine[d]);
+    }
+}
+
+INLINE void unseat_head(const act *g, const act *from, act *to, const float *w, float *d_w, const float *cosine,
+                        const float *sine, int64_t Dh, float eps) {
+    int64_t half = Dh / 2;
+    float back[1024];
+    if (!cosine) {
+        memcpy(to, g, Dh * sizeof(act));
+        return;
+    }
+#pragma omp simd
+    for (int64_t d = 0; d < half; d++) {
+        float a = load(g[d]), b = load(g[half + d]);
+        back[d] = a * cosine[d] + b * sine[d];
+        back[half + d] = b * cosine[d] - a * sine[d];
+    }
+    if (w) {
+        float sum = 0.0f, dot = 0.0f;
+#pragma omp simd reduction(+ : sum, dot)
+        for (int64_t d = 0; d < Dh; d++) {
+            float v = load(from[d]);
+            sum += v * v;
+            dot += back[d] * w[d] * v;
+        }
+        float r = 1.0f / sqrtf(sum / Dh + eps), pull = dot * r * r * r / Dh;
+#pragma omp simd
+        for (int64_t d = 0; d < Dh; d++) {
+            float v = load(from[d]);
+            d_w[d] += back[d] * v * r;
+            back[d] = back[d] * w[d] * r - v * pull;
+        }
+    }
+#pragma omp simd
+    for (int64_t d = 0; d < Dh; d++) to[d] = low(back[d]);
+}
+
+/* CALL(Dh, w, cosine) with what is known at compile time where it is usual. */
+#define SPECIALISED(CALL)                                                    \
+    if (!angles) CALL(Dh, NULL, NULL);                                       \
+    else if (Dh == 64 && w) CALL(64, w, cosine);                             \
+    else if (Dh == 64) CALL(64, NULL, cosine);                               \
+    else if (Dh == 32 && w) CALL(32, w, cosine);                             \
+    else if (Dh == 128 && w) CALL(128, w, cosine);                           \
+    else CALL(Dh, w, cosine)
+
 /* x [N, ...] -> out [heads * rows, Dh], rows as seats say, padding zero. With `w` [Dh] each head is normalised; with
- * `angles` (cos and sin, [positions, Dh]: cos first half, sin second) turned by the angle of its position. */
+ * `angles` (cos and sin, [positions, Dh]: cos first half, sin second) turned by the angle of its position. `w` is not used
+ * without `angles`. */
 void seat_heads(const act *x, int64_t stride, act *out, const seat *seats, const int32_t *positions, const float *w,
                 const float *angles, int64_t N, int64_t heads, int64_t share, int64_t Dh, float eps, int threads) {
-    int64_t half = Dh / 2;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < N; i++) {
         const seat *s = seats + i;
-        int64_t first = row_of(s, s->row, heads, share);
+        const float *cosine = angles ? angles + (int64_t)positions[i] * Dh : NULL;
+        act *first = out + row_of(s, s->row, heads, share) * Dh;
         for (int64_t h = 0; h < heads; h++) {
             const act *from = x + i * stride + h * Dh;
-            act *to = out + (first + head_after(s, share, h)) * Dh;
-            float r = 1.0f;
-            if (w) {
-                float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t d = 0; d < Dh; d++) sum += load(from[d]) * load(from[d]);
-                r = 1.0f / sqrtf(sum / Dh + eps);
-            }
-            if (angles) {
-                const float *cosine = angles + (int64_t)positions[i] * Dh, *sine = cosine + half;
-#pragma omp simd
-                for (int64_t d = 0; d < half; d++) {
-                    float a = load(from[d]) * r * (w ? w[d] : 1.0f), b = load(from[half + d]) * r * (w ? w[half + d] : 1.0f);
-                    to[d] = low(a * cosine[d] - b * sine[d]);
-                    to[half + d] = low(b * cosine[d] + a * sine[d]);
-                }
-            } else {
-                memcpy(to, from, Dh * sizeof(act));
-            }
+            act *to = first + head_after(s, share, h) * Dh;
+#define SEAT(DIM, NORM, COSINE) seat_head(from, to, NORM, COSINE, COSINE + DIM / 2, DIM, eps)
+            SPECIALISED(SEAT);
             if (s->last)
                 for (int32_t row = s->row + 1; row < s->width; row++)
                     memset(out + (row_of(s, row, heads, share) + head_after(s, share, h)) * Dh, 0, Dh * sizeof(act));
@@ -338,51 +391,23 @@ void seat_heads(const act *x, int64_t stride, act *out, const seat *seats, const
 }
 
 /* The gradient of seat_heads: d_out in the padded layout -> d_x [N, ...] with `stride`; d_w [Dh] where normalised.
- * `x` is the forward pass's input, `partial` [threads, Dh] scratch. Without `w` and `angles` it brings rows back. */
+ * `x` is the forward pass's input, `partial` [threads, Dh] scratch. Without `angles` it brings rows back. */
 void unseat_heads(const act *d_out, const act *x, int64_t x_stride, act *d_x, int64_t stride, const seat *seats,
                   const int32_t *positions, const float *w, const float *angles, float *d_w, float *partial, int64_t N,
                   int64_t heads, int64_t share, int64_t Dh, float eps, int threads) {
-    int64_t half = Dh / 2;
     if (w) memset(partial, 0, (size_t)threads * Dh * sizeof(float));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < threads; part++) {
+        float *mine = w ? partial + part * Dh : NULL;
         for (int64_t i = N * part / threads; i < N * (part + 1) / threads; i++) {
             const seat *s = seats + i;
-            int64_t first = row_of(s, s->row, heads, share);
+            const float *cosine = angles ? angles + (int64_t)positions[i] * Dh : NULL;
+            const act *first = d_out + row_of(s, s->row, heads, share) * Dh;
             for (int64_t h = 0; h < heads; h++) {
-                const act *g = d_out + (first + head_after(s, share, h)) * Dh;
+                const act *g = first + head_after(s, share, h) * Dh, *from = w ? x + i * x_stride + h * Dh : NULL;
                 act *to = d_x + i * stride + h * Dh;
-                if (!angles) {
-                    memcpy(to, g, Dh * sizeof(act));
-                    continue;
-                }
-                const float *cosine = angles + (int64_t)positions[i] * Dh, *sine = cosine + half;
-                float back[1024];
-#pragma omp simd
-                for (int64_t d = 0; d < half; d++) {
-                    float a = load(g[d]), b = load(g[half + d]);
-                    back[d] = a * cosine[d] + b * sine[d];
-                    back[half + d] = b * cosine[d] - a * sine[d];
-                }
-                if (w) {
-                    const act *from = x + i * x_stride + h * Dh;
-                    float *mine = partial + part * Dh, sum = 0.0f, dot = 0.0f;
-#pragma omp simd reduction(+ : sum, dot)
-                    for (int64_t d = 0; d < Dh; d++) {
-                        float v = load(from[d]);
-                        sum += v * v;
-                        dot += back[d] * w[d] * v;
-                    }
-                    float r = 1.0f / sqrtf(sum / Dh + eps), pull = dot * r * r * r / Dh;
-#pragma omp simd
-                    for (int64_t d = 0; d < Dh; d++) {
-                        float v = load(from[d]);
-                        mine[d] += back[d] * v * r;
-                        back[d] = back[d] * w[d] * r - v * pull;
-                    }
-                }
-#pragma omp simd
-                for (int64_t d = 0; d < Dh; d++) to[d] = low(back[d]);
+#define UNSEAT(DIM, NORM, COSINE) unseat_head(g, from, to, NORM, mine, COSINE, COSINE + DIM / 2, DIM, eps)
+                SPECIALISED(UNSEAT);
             }
         }
     }
@@ -394,48 +419,57 @@ void unseat_heads(const act *d_out, const act *x, int64_t x_stride, act *d_x, in
         }
 }
 
-/* A loop over whole vectors needs no slow loop for what is left. */
-static inline int32_t whole_vectors(int32_t end, int64_t C) {
-    int32_t filled = (end + 15) / 16 * 16;
-    return filled < C ? filled : (int32_t)C;
+#define VECTOR 16 /* a row is worked on so many columns at a time, those beyond its end masked: no slow loop at its end */
+#define KEPT 4096 /* exponentials of so many columns are kept; the rest of a longer row is computed once more */
+
+INLINE float largest(const float *x) {
+    float out = x[0];
+    for (int k = 1; k < VECTOR; k++) out = x[k] > out ? x[k] : out;
+    return out;
+}
+
+INLINE float total(const float *x) {
+    float out = 0.0f;
+    for (int k = 0; k < VECTOR; k++) out += x[k];
+    return out;
 }
 
 /* In place: a row of scores, times scale, becomes its soft-max over the columns that its query may see, zero after them;
- * log_z gets the logarithm of the sum. scores [documents, copies, R, C]; limits [documents, R] says how many columns. */
+ * log_z gets the logarithm of the sum. scores [documents, copies, R, C]; limits [documents, R] says how many columns.
+ * C is a multiple of VECTOR. */
 void softmax_forward(act *scores, float *log_z, const int32_t *limits, int64_t documents, int64_t copies, int64_t R,
                      int64_t C, float scale, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 8)
     for (int64_t i = 0; i < documents * copies * R; i++) {
-        int32_t end = limits[i / (copies * R) * R + i % R];
+        int32_t end = limits[i / (copies * R) * R + i % R], filled = (end + VECTOR - 1) / VECTOR * VECTOR;
         act *row = scores + i * C;
-        int32_t filled = whole_vectors(end, C);
+        log_z[i] = 0.0f;
         if (end > 0) {
-            float top = -INFINITY, sum = 0.0f;
-#pragma omp simd reduction(max : top)
-            for (int32_t j = 0; j < filled; j++) {
-                float s = j < end ? load(row[j]) : -INFINITY;
-                top = s > top ? s : top;
-            }
-            float shift = top * scale;
-            float buffer[4096];
-            int32_t kept = filled < 4096 ? filled : 4096; /* the rest of a long row is computed once more */
-#pragma omp simd reduction(+ : sum)
-            for (int32_t j = 0; j < kept; j++) {
-                float e = exp_act(load(row[j]) * scale - shift);
-                buffer[j] = j < end ? e : 0.0f;
-                sum += buffer[j];
-            }
-#pragma omp simd reduction(+ : sum)
-            for (int32_t j = kept; j < filled; j++) sum += j < end ? exp_act(load(row[j]) * scale - shift) : 0.0f;
-            float inverse = 1.0f / sum;
+            float tops[VECTOR], sums[VECTOR], kept[KEPT];
+            for (int k = 0; k < VECTOR; k++) tops[k] = -INFINITY, sums[k] = 0.0f;
+            for (int32_t j = 0; j < filled; j += VECTOR)
 #pragma omp simd
-            for (int32_t j = 0; j < kept; j++) row[j] = low(buffer[j] * inverse);
+                for (int k = 0; k < VECTOR; k++) {
+                    float s = j + k < end ? load(row[j + k]) : -INFINITY;
+                    tops[k] = s > tops[k] ? s : tops[k];
+                }
+            float shift = largest(tops) * scale;
+            for (int32_t j = 0; j < filled; j += VECTOR)
 #pragma omp simd
-            for (int32_t j = kept; j < filled; j++)
-                row[j] = low(j < end ? exp_act(load(row[j]) * scale - shift) * inverse : 0.0f);
+                for (int k = 0; k < VECTOR; k++) {
+                    float e = exp_act(load(row[j + k]) * scale - shift);
+                    e = j + k < end ? e : 0.0f;
+                    sums[k] += e;
+                    if (j < KEPT) kept[j + k] = e;
+                }
+            float sum = total(sums), inverse = 1.0f / sum;
+            for (int32_t j = 0; j < filled; j += VECTOR)
+#pragma omp simd
+                for (int k = 0; k < VECTOR; k++) {
+                    float e = j < KEPT ? kept[j + k] : j + k < end ? exp_act(load(row[j + k]) * scale - shift) : 0.0f;
+                    row[j + k] = low(e * inverse);
+                }
             log_z[i] = shift + logf(sum);
-        } else {
-            log_z[i] = 0.0f;
         }
         if (filled < C) memset(row + filled, 0, (size_t)(C - filled) * sizeof(act));
     }
@@ -446,18 +480,23 @@ void softmax_backward(act *scores, act *d_p, const float *log_z, const int32_t *
                       int64_t copies, int64_t R, int64_t C, float scale, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 8)
     for (int64_t i = 0; i < documents * copies * R; i++) {
-        int32_t end = limits[i / (copies * R) * R + i % R];
+        int32_t end = limits[i / (copies * R) * R + i % R], filled = (end + VECTOR - 1) / VECTOR * VECTOR;
         act *row = scores + i * C, *grad = d_p + i * C;
-        int32_t filled = whole_vectors(end, C);
-        float z = log_z[i], delta = 0.0f;
-#pragma omp simd reduction(+ : delta)
-        for (int32_t j = 0; j < filled; j++) {
-            float p = j < end ? exp_act(load(row[j]) * scale - z) : 0.0f;
-            delta += p * load(grad[j]);
-            row[j] = low(p);
-        }
+        float z = log_z[i], sums[VECTOR];
+        for (int k = 0; k < VECTOR; k++) sums[k] = 0.0f;
+        for (int32_t j = 0; j < filled; j += VECTOR)
 #pragma omp simd
-        for (int32_t j = 0; j < filled; j++) grad[j] = low(load(row[j]) * (load(grad[j]) - delta) * scale);
+            for (int k = 0; k < VECTOR; k++) {
+                float p = exp_act(load(row[j + k]) * scale - z);
+                p = j + k < end ? p : 0.0f;
+                sums[k] += p * load(grad[j + k]);
+                row[j + k] = low(p);
+            }
+        float delta = total(sums);
+        for (int32_t j = 0; j < filled; j += VECTOR)
+#pragma omp simd
+            for (int k = 0; k < VECTOR; k++)
+                grad[j + k] = low(load(row[j + k]) * (load(grad[j + k]) - delta) * scale);
         if (filled < C) {
             memset(row + filled, 0, (size_t)(C - filled) * sizeof(act));
             memset(grad + filled, 0, (size_t)(C - filled) * sizeof(act));

@@ -156,9 +156,11 @@ class Kernels:
 
     def softmax_forward(self, scores_BRC: Tensor, log_z_BR: Tensor, limits_SR: Tensor, scale: float) -> None:
         """In place: scores [S * copies, R, C] times `scale` to probabilities, over the first `limits` [S, R] int32
-        columns of each row, zero after them; `log_z` [S * copies, R] gets the logarithm of the normaliser."""
+        columns of each row, zero after them; `log_z` [S * copies, R] gets the logarithm of the normaliser. C must be a
+        multiple of 16."""
         b, r, c = scores_BRC.shape
         s = limits_SR.shape[0]
+        assert c % 16 == 0, c
         self._call("softmax_forward", scores_BRC, log_z_BR, limits_SR, s, b // s, r, c, _F(scale))
 
     def softmax_backward(
@@ -167,6 +169,7 @@ class Kernels:
         """In place: scores to probabilities once more, and their gradient `d_p` to that of the scores."""
         b, r, c = scores_BRC.shape
         s = limits_SR.shape[0]
+        assert c % 16 == 0, c
         self._call("softmax_backward", scores_BRC, d_p_BRC, log_z_BR, limits_SR, s, b // s, r, c, _F(scale))
 
     def cross_entropy(
