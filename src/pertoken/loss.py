@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pertoken.errors import CompilerError
 from pertoken.fused_heads import fused_loss_sum
+from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import Kernels
 
 __all__ = ["LossImpl", "LossOutput", "TiedGradient", "linear_cross_entropy"]
@@ -221,14 +222,16 @@ def _native_forward(
     x_ND, w_VD = hidden.detach().to(dtype), weight.detach().to(dtype)
     needs_hidden, needs_weight = ctx.needs_input_grad[:2]
     d_hidden = torch.empty_like(x_ND) if needs_hidden else None
-    d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+    d_weight = empty(*weight.shape, dtype=torch.float32) if needs_weight else None
+    if d_weight is not None and not num_rows:
+        d_weight.zero_()
     weights = None if weights is None else weights.float().contiguous()
     loss_sum = torch.zeros((), dtype=torch.float32)
     chunk = _chunk_rows(vocab_size, weight.shape[1], dtype)
     for start in range(0, num_rows, chunk):
         rows = slice(start, min(start + chunk, num_rows))
         x_CD, scale_C = x_ND[rows], None if weights is None else weights[rows]
-        logits_CV = torch.mm(x_CD, w_VD.t())
+        logits_CV = torch.mm(x_CD, w_VD.t(), out=empty(len(x_CD), vocab_size, dtype=dtype))
         nll_C = kernels.cross_entropy(
             logits_CV, labels[rows].contiguous(), scale_C, boost=1.0, gradient=needs_hidden or needs_weight
         )

@@ -1,26 +1,66 @@
-"""Keeps freed memory for the next step."""
+"""Memory that one step frees serves the next one."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
+import mmap
+import threading
+from contextlib import suppress
 
-__all__ = ["keep_freed_memory"]
+import torch
+from torch import Tensor
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
+__all__ = ["empty", "forget_blocks"]
 
 
-def keep_freed_memory() -> None:
-    """Let glibc's malloc serve large tensors from memory it keeps, for the rest of this process.
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised, on the CPU, in memory that an earlier tensor of about this size no longer uses, if there is any.
 
-    By default it returns every block above 32 MiB to the system at once, and the system clears each page anew when the
-    block is next asked for: for the logits of a step that takes longer than computing them. Elsewhere, nothing is done.
+    malloc returns large blocks to the system, which clears their pages when they are next asked for: for the logits of
+    a step that takes longer than computing them. Told to keep them, glibc before 2.38 cannot give the same aligned
+    block out again (posix_memalign looks for a larger one), and a process comes to hold twice what it uses.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # musl has none
-        return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_TOP_PAD, 64 * 2**20)
+    size = dtype.itemsize
+    for n in shape:
+        size *= n
+    if size < _SMALL:
+        return torch.empty(shape, dtype=dtype)
+    with _lock:
+        free = [block for block in _blocks if size <= 2 * block.nbytes() <= 4 * size and _users(block) == _OURS]
+        block = min((b for b in free if b.nbytes() >= size), key=torch.UntypedStorage.nbytes, default=None)
+        if block is None:
+            if free:  # a larger one takes the place of one that has become too small
+                too_small = max(free, key=torch.UntypedStorage.nbytes)
+                _blocks[:] = [b for b in _blocks if b is not too_small]
+                del too_small
+            free.clear()
+            block = _new_block(size)
+            _blocks.append(block)
+        return torch.empty(0, dtype=dtype).set_(block, 0, shape)  # type: ignore[call-overload, no-any-return]
+
+
+def _new_block(size: int) -> torch.UntypedStorage:
+    """A mapping of its own, gone when it is given up; in large pages where the system has them."""
+    step = 2 ** (size.bit_length() - 3)  # so that sizes repeat
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    mapping = mmap.mmap(-1, -(-size // step) * step, **private)
+    if size >= _LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=torch.uint8).untyped_storage()
+
+
+def forget_blocks() -> None:
+    """Give back what `empty` keeps, as soon as nobody uses it."""
+    with _lock:
+        _blocks.clear()
+
+
+def _users(block: torch.UntypedStorage) -> int:
+    count: int = torch._C._storage_Use_Count(block._cdata)
+    return count
+
+
+_SMALL, _LARGE = 2**20, 2**23
+_lock = threading.Lock()
+_blocks: list[torch.UntypedStorage] = []
+_OURS = _users(torch.empty(1).untyped_storage())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pertoken.kernels.build import load_library
+from pertoken.kernels.memory import empty
 
 __all__ = ["MAX_HEAD_DIM", "Kernels", "Seats"]
 
@@ -46,14 +47,14 @@ class Kernels:
     def norm_forward(self, h_ND: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """RMS norm: (out [N, D] in the dtype of activations, 1 / rms [N])."""
         n, d = h_ND.shape
-        out, rstd = h_ND.new_empty(n, d, dtype=self.dtype), h_ND.new_empty(n)
+        out, rstd = empty(n, d, dtype=self.dtype), h_ND.new_empty(n)
         self._call("norm_forward", h_ND, weight, out, rstd, n, d, _F(eps))
         return out, rstd
 
     def norm_transposed(self, h_ND: Tensor, weight: Tensor, rstd_N: Tensor) -> Tensor:
         """What `norm_forward` gave, as [D, N]."""
         n, d = h_ND.shape
-        out = h_ND.new_empty(d, n, dtype=self.dtype)
+        out = empty(d, n, dtype=self.dtype)
         self._call("norm_transposed", h_ND, weight, rstd_N, out, n, d)
         return out
 
@@ -62,7 +63,7 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         """(d_residual, where given, plus the gradient through the norm [N, D], the gradient of its weight [D])."""
         n, d = h_ND.shape
-        d_h, d_weight = torch.empty_like(h_ND), torch.empty_like(weight)
+        d_h, d_weight = empty(n, d, dtype=h_ND.dtype), torch.empty_like(weight)
         partial = h_ND.new_empty(torch.get_num_threads(), d)
         self._call("norm_backward", d_out_ND, h_ND, weight, rstd_N, d_residual_ND, d_h, d_weight, partial, n, d)
         return d_h, d_weight
@@ -70,7 +71,7 @@ class Kernels:
     def lower_both_ways(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """float32 [N, D] in the dtype of activations: as it is, and transposed [D, N]."""
         n, d = x_ND.shape
-        straight, turned = x_ND.new_empty(n, d, dtype=self.dtype), x_ND.new_empty(d, n, dtype=self.dtype)
+        straight, turned = empty(n, d, dtype=self.dtype), empty(d, n, dtype=self.dtype)
         self._call("lower_both_ways", x_ND, straight, turned, n, d)
         return straight, turned
 
@@ -83,21 +84,21 @@ class Kernels:
         return out_CR
 
     def add_residual(self, h_ND: Tensor, delta_ND: Tensor) -> Tensor:
-        out = torch.empty_like(h_ND)
+        out = empty(*h_ND.shape, dtype=h_ND.dtype)
         self._call("add_residual", h_ND, delta_ND, out, h_ND.numel())
         return out
 
     def swiglu_forward(self, gate_up_NF: Tensor) -> Tensor:
         """[N, 2F], the gates first -> silu(gate) * up [N, F]."""
         n, f = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
-        out = gate_up_NF.new_empty(n, f)
+        out = empty(n, f, dtype=self.dtype)
         self._call("swiglu_forward", gate_up_NF, out, n, f)
         return out
 
     def swiglu_backward(self, gate_up_NF: Tensor, d_out_NF: Tensor) -> Tensor:
         """In place: `gate_up` becomes its gradient. Returns what `swiglu_forward` gave."""
         n, f = d_out_NF.shape
-        again = torch.empty_like(d_out_NF)
+        again = empty(n, f, dtype=self.dtype)
         self._call("swiglu_backward", gate_up_NF, d_out_NF, again, n, f)
         return again
 
@@ -118,7 +119,7 @@ class Kernels:
         Heads are normalised with `norm` [head_dim] where given, and turned by their position's row of `angles`
         [positions, head_dim] (cosines, then sines), where given.
         """
-        out = x.new_empty(heads * seats.num_rows, head_dim)
+        out = empty(heads * seats.num_rows, head_dim, dtype=self.dtype)
         self._call(
             "seat_heads",
             *(_Rows(x), x.stride(0), out, seats.table, seats.positions, norm, angles),

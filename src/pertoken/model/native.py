@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import MAX_HEAD_DIM, Kernels
 from pertoken.loss import TiedGradient
 from pertoken.model.native_attention import AttentionPlan, Heads, attention_backward, attention_forward, round_up
@@ -122,7 +123,7 @@ class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, input_ids: Tensor, batch: NativeBatch, tied: TiedGradient | None) -> Tensor:
         n = batch.num_rows
-        out = weight.new_empty(batch.padded(n), weight.shape[1])
+        out = empty(batch.padded(n), weight.shape[1], dtype=weight.dtype)
         torch.index_select(weight, 0, input_ids, out=out[:n])
         out[n:].zero_()
         ctx.save_for_backward(input_ids)
@@ -160,6 +161,14 @@ class _Norm(torch.autograd.Function):
         m = ctx.batch.num_asked
         d_hidden, d_weight = ctx.batch.kernels.norm_backward(grads[0].contiguous(), hidden[:m], weight, rstd, None)
         return _with_zero_rows(d_hidden, hidden.shape[0]), d_weight, None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b, out=empty(a.shape[0], b.shape[1], dtype=a.dtype))
+
+
+def _widened(x: Tensor) -> Tensor:
+    return empty(*x.shape, dtype=torch.float32).copy_(x)
 
 
 def _with_zero_rows(x: Tensor, rows: int) -> Tensor:
@@ -206,19 +215,19 @@ class _AttentionBlock(torch.autograd.Function):
         x_ND, rstd = kernels.norm_forward(hidden, norm, batch.eps)
         if batch.asked is None:
             residual = hidden
-            projected = torch.mm(x_ND, w_qkv.t())
+            projected = _product(x_ND, w_qkv.t())
             q_rows, kv_rows = projected, projected[:, w_q.shape[0] :]
         else:
             m = batch.padded(batch.num_asked)
             residual = _rows(hidden, batch.asked, m)
-            q_rows = torch.mm(_rows(x_ND, batch.asked, m), w_qkv[: w_q.shape[0]].t())
-            kv_rows = projected = torch.mm(x_ND, w_qkv[w_q.shape[0] :].t())
+            q_rows = _product(_rows(x_ND, batch.asked, m), w_qkv[: w_q.shape[0]].t())
+            kv_rows = projected = _product(x_ND, w_qkv[w_q.shape[0] :].t())
         q, k, v = _seat_all(batch, q_rows, kv_rows, q_norm, k_norm)
         seated, log_zs = attention_forward(kernels, q, k, v, batch.plan, heads)
-        mixed = q_rows.new_empty(q_rows.shape[0], heads.query * heads.dim)
+        mixed = empty(q_rows.shape[0], heads.query * heads.dim, dtype=q_rows.dtype)
         mixed[batch.num_asked :].zero_()
         kernels.unseat_heads(seated, mixed, batch.plan.queries, heads.query, heads.share, heads.dim)
-        out = kernels.add_residual(residual, torch.mm(mixed, w_out.t()))
+        out = kernels.add_residual(residual, _product(mixed, w_out.t()))
         ctx.save_for_backward(hidden, norm, rstd, q_rows, projected, mixed, w_qkv, w_out, q_norm, k_norm, *log_zs)
         ctx.batch, ctx.sizes = batch, [w.shape[0] for w in (w_q, w_k, w_v)]
         return out
@@ -230,15 +239,15 @@ class _AttentionBlock(torch.autograd.Function):
         kernels, heads, plan = batch.kernels, batch.heads, batch.plan
         d_out = grads[0].contiguous()
         low, low_t = kernels.lower_both_ways(d_out)
-        d_w_out = torch.mm(low_t, mixed).float()
-        d_mixed = torch.mm(low, w_out)
+        d_w_out = _widened(torch.mm(low_t, mixed))
+        d_mixed = _product(low, w_out)
         del low, low_t
         query_size = ctx.sizes[0]
         kv_rows = projected[:, query_size:] if batch.asked is None else projected
         d_seated = kernels.seat_heads(d_mixed, plan.queries, heads.query, heads.share, heads.dim)
         q, k, v = _seat_all(batch, q_rows, kv_rows, q_norm, k_norm)
         d_q, d_k, d_v = attention_backward(kernels, q, k, v, d_seated, log_zs, plan, heads)
-        d_projected = torch.empty_like(projected)
+        d_projected = empty(*projected.shape, dtype=projected.dtype)
         d_projected[batch.num_rows :].zero_()
         d_q_rows, d_kv_rows = d_projected, d_projected[:, query_size:]
         if batch.asked is not None:
@@ -249,25 +258,25 @@ class _AttentionBlock(torch.autograd.Function):
         )
 
         x_t = kernels.norm_transposed(hidden, norm, rstd)
-        d_w_qkv = norm.new_empty(w_qkv.shape)
+        d_w_qkv = empty(*w_qkv.shape, dtype=norm.dtype)
         if batch.asked is None:
-            d_x, d_residual = torch.mm(d_projected, w_qkv), d_out
+            d_x, d_residual = _product(d_projected, w_qkv), d_out
             kernels.widen_transposed(torch.mm(x_t, d_projected), d_w_qkv)
         else:
             m = q_rows.shape[0]
-            d_x = torch.mm(d_projected, w_qkv[query_size:])
+            d_x = _product(d_projected, w_qkv[query_size:])
             d_x.index_add_(0, batch.asked, torch.mm(d_q_rows, w_qkv[:query_size])[: batch.num_asked])
             d_residual = torch.zeros_like(hidden).index_copy_(0, batch.asked, d_out[: batch.num_asked])
             asked_t = kernels.norm_transposed(_rows(hidden, batch.asked, m), norm, _rows(rstd, batch.asked, m))
             kernels.widen_transposed(torch.mm(asked_t, d_q_rows), d_w_qkv[:query_size])
             kernels.widen_transposed(torch.mm(x_t, d_projected), d_w_qkv[query_size:])
         d_hidden, d_norm = kernels.norm_backward(d_x, hidden, norm, rstd, d_residual)
-        return None, None, d_hidden, d_norm, *d_w_qkv.split(ctx.sizes), d_w_out, d_q_norm, d_k_norm
+        return None, None, d_hidden, d_norm, *torch.split(d_w_qkv, ctx.sizes), d_w_out, d_q_norm, d_k_norm
 
 
 def _rows(x: Tensor, index: Tensor, rows: int) -> Tensor:
     """Those of `index`, followed by zeros."""
-    out = x.new_empty(rows, *x.shape[1:])
+    out = empty(rows, *x.shape[1:], dtype=x.dtype)
     torch.index_select(x, 0, index, out=out[: index.shape[0]])
     out[index.shape[0] :].zero_()
     return out
@@ -327,8 +336,8 @@ class _MLPBlock(torch.autograd.Function):
         kernels = batch.kernels
         w_gate_up, w_low_down = low
         x_ND, rstd = kernels.norm_forward(hidden, norm, batch.eps)
-        gate_up = torch.mm(x_ND, w_gate_up.t())
-        out = kernels.add_residual(hidden, torch.mm(kernels.swiglu_forward(gate_up), w_low_down.t()))
+        gate_up = _product(x_ND, w_gate_up.t())
+        out = kernels.add_residual(hidden, _product(kernels.swiglu_forward(gate_up), w_low_down.t()))
         ctx.save_for_backward(hidden, norm, rstd, gate_up, w_gate_up, w_low_down)
         ctx.kernels = kernels
         return out
@@ -339,11 +348,11 @@ class _MLPBlock(torch.autograd.Function):
         kernels: Kernels = ctx.kernels
         d_out = grads[0].contiguous()
         low, low_t = kernels.lower_both_ways(d_out)
-        activated = kernels.swiglu_backward(gate_up, torch.mm(low, w_down))  # gate_up is its gradient from here on
+        activated = kernels.swiglu_backward(gate_up, _product(low, w_down))  # gate_up is its gradient from here on
         torch.autograd.graph.increment_version(gate_up)  # so that a second backward pass is refused
-        d_w_down = torch.mm(low_t, activated).float()
+        d_w_down = _widened(torch.mm(low_t, activated))
         del low, low_t, activated
-        d_w_gate_up = norm.new_empty(w_gate_up.shape)
+        d_w_gate_up = empty(*w_gate_up.shape, dtype=norm.dtype)
         kernels.widen_transposed(torch.mm(kernels.norm_transposed(hidden, norm, rstd), gate_up), d_w_gate_up)
-        d_hidden, d_norm = kernels.norm_backward(torch.mm(gate_up, w_gate_up), hidden, norm, rstd, d_out)
+        d_hidden, d_norm = kernels.norm_backward(_product(gate_up, w_gate_up), hidden, norm, rstd, d_out)
         return None, None, d_hidden, d_norm, *d_w_gate_up.chunk(2), d_w_down

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import Kernels, Seats
 
 __all__ = ["AttentionPlan", "Heads", "attention_backward", "attention_forward", "round_up"]
@@ -180,7 +181,7 @@ def attention_forward(
     kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, heads: Heads
 ) -> tuple[Tensor, list[Tensor]]:
     """softmax(scale * q k^T) v, all in the padded layout, and the logarithm of each block's normalisers."""
-    out, log_zs = torch.empty_like(q), []
+    out, log_zs = empty(*q.shape, dtype=q.dtype), []
     for block in plan.blocks:
         scores = torch.bmm(_queries(q, block, heads), _keys(k, block, heads).transpose(1, 2))
         shape = (block.documents * heads.query, block.rows)
@@ -202,8 +203,10 @@ def attention_backward(
     heads: Heads,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, all in the padded layout. Probabilities are computed once more."""
-    d_q = torch.empty_like(q)
-    d_k, d_v = (torch.empty_like(x) if plan.all_keys_used else torch.zeros_like(x) for x in (k, v))
+    d_q, d_k, d_v = (empty(*x.shape, dtype=x.dtype) for x in (q, k, v))
+    if not plan.all_keys_used:
+        d_k.zero_()
+        d_v.zero_()
     # Several blocks add to the same keys: in float32.
     wide = {}
     for block, log_z in zip(plan.blocks, log_zs, strict=True):

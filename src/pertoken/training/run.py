@@ -16,7 +16,7 @@ from pertoken.data.store import Store, build_store
 from pertoken.data.tokenizer import end_of_turn_id, load_tokenizer
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.fused_heads import require_head
-from pertoken.kernels.memory import keep_freed_memory
+from pertoken.kernels.memory import forget_blocks
 from pertoken.model.folder import resize_embeddings
 from pertoken.model.transformer import CausalLM
 from pertoken.model_config import MOE_KEYS
@@ -118,6 +118,7 @@ def _train(recipe: Recipe, world: World, listener: Listener, *, resume: bool, ov
             run.metrics.close()
         for tracker in run.trackers.values():
             tracker.close()
+        forget_blocks()
     assert run.last_checkpoint is not None, "a finished run has a checkpoint"
     return TrainResult(out_dir, run.last_checkpoint, run.total_steps, run.best_eval_loss)
 
@@ -256,8 +257,6 @@ def _prepare_model(
     compiled, remark = compile_model(model, train.compile, precision, total_steps=total_steps, before=before)
     if remark is not None:
         listener.message(remark)
-    if precision.device.type == "cpu":
-        keep_freed_memory()
     return compiled
 
 
