@@ -41,10 +41,12 @@ typedef int32_t places __attribute__((vector_size(64)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (places){__VA_ARGS__})
 #endif
 
-/* exp(x) = 2^n exp(r), |r| <= ln(2) / 2, exp(r) by Taylor's series: to 2 units in the last place of float32.
- * Below -75 it stays at 3e-33, which is nothing beside 1 and makes no denormal numbers, on which arithmetic is slow; above
- * 88 at 1.6e38. NaN gives NaN. */
-static inline float exp_(float x) {
+#define INLINE static inline __attribute__((always_inline))
+
+/* exp(x) = 2^n exp(r), |r| <= ln(2) / 2, exp(r) by Taylor's series: if `precise` to 2 units in the last place of float32,
+ * else to 5e-5. Below -75 it stays at 3e-33, which is nothing beside 1 and makes no denormal numbers, on which arithmetic
+ * is slow; above 88 at 1.6e38. NaN gives NaN. */
+INLINE float exponential(float x, int precise) {
     x = x > 88.0f ? 88.0f : x;
     x = x < -75.0f ? -75.0f : x;
     float n = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, kept in the low bits */
@@ -52,10 +54,13 @@ static inline float exp_(float x) {
     memcpy(&bits, &n, 4);
     n -= 12582912.0f;
     float r = (x - n * 0.693145752f) - n * 1.42860677e-6f; /* ln(2) in two parts */
-    float p = 1.0f / 5040.0f;
-    p = p * r + 1.0f / 720.0f;
-    p = p * r + 1.0f / 120.0f;
-    p = p * r + 1.0f / 24.0f;
+    float p = 1.0f / 24.0f;
+    if (precise) {
+        p = 1.0f / 5040.0f;
+        p = p * r + 1.0f / 720.0f;
+        p = p * r + 1.0f / 120.0f;
+        p = p * r + 1.0f / 24.0f;
+    }
     p = p * r + 1.0f / 6.0f;
     p = p * r + 0.5f;
     p = p * r + 1.0f;
@@ -66,29 +71,10 @@ static inline float exp_(float x) {
     return p * scale;
 }
 
-/* The same where the result becomes an activation: in bfloat16 (half a unit is 2e-3) 3e-5 will do. */
-static inline float exp_act(float x) {
-#ifdef BFLOAT16
-    x = x > 88.0f ? 88.0f : x;
-    x = x < -75.0f ? -75.0f : x;
-    float n = x * 1.44269504f + 12582912.0f;
-    uint32_t bits;
-    memcpy(&bits, &n, 4);
-    n -= 12582912.0f;
-    float r = x - n * 0.69314718f;
-    float p = 1.0f / 24.0f;
-    p = p * r + 1.0f / 6.0f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    uint32_t power = (bits + 127u) << 23;
-    float scale;
-    memcpy(&scale, &power, 4);
-    return p * scale;
-#else
-    return exp_(x);
-#endif
-}
+INLINE float exp_(float x) { return exponential(x, 1); }
+
+/* Where the result becomes an activation: half a unit of bfloat16 is 2e-3. */
+INLINE float exp_act(float x) { return exponential(x, sizeof(act) == 4); }
 
 /* Transposing: 16 x 16 words at a time, by four rounds of a perfect shuffle. Two rows of bfloat16 make a row of words. */
 typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));
@@ -299,8 +285,6 @@ static inline int64_t head_after(const seat *s, int32_t share, int32_t h) {
     int32_t group = h / share;
     return (int64_t)group * share * s->width + (int64_t)(h - group * share) * s->block;
 }
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* One head from row to seat, and its gradient back. Inlined with constants for Dh, w and angles: loops without ends. */
 INLINE void seat_head(const act *from, act *to, const float *w, const float *cosine, const float *sine, int64_t Dh, float eps) {

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from pertoken.errors import CompilerError, RecipeError
+from pertoken.kernels.ops import Kernels
 from pertoken.model.transformer import CausalLM
 from pertoken.training.precision import Precision
 
@@ -29,31 +30,37 @@ def compile_model(
     cannot be generated.
     """
     if how == "off" or (how == "auto" and before is False):
-        if model.loss_impl == "auto":
-            model.loss_impl = "chunked"  # which a foreign model would choose kernels for
-        return False, None
+        return _without(model), None
     if precision.device.type != "cpu":
         if how == "auto" and before is None and (total_steps < _WORTH_COMPILING or not isinstance(model, CausalLM)):
             return False, None
         model.compile_layers()
         return True, None
     why = None
-    if not isinstance(model, CausalLM):
+    if how == "on" and not isinstance(model, CausalLM):
         why = "the kernels are for pertoken's own decoder"
     elif precision.dtype not in ("bfloat16", "float32"):
         why = f"the kernels are for bfloat16 and float32, not for {precision.dtype}"
     else:
+        dtype = getattr(torch, precision.dtype)
         try:
-            model.use_kernels(getattr(torch, precision.dtype))
+            model.use_kernels(dtype) if isinstance(model, CausalLM) else Kernels(
+                dtype
+            )  # a foreign model's loss has them
+            return True, None
         except CompilerError as error:
             why = str(error)
             if how == "auto":
-                return False, f"training without compiled kernels, several times slower: {why}"
-    if why is None:
-        return True, None
+                return _without(model), f"training without compiled kernels, several times slower: {why}"
     if how == "on":
         raise RecipeError(f'train.compile="on": {why}; set it to "auto" or "off"')
-    return False, None
+    return _without(model), None
+
+
+def _without(model: CausalLM) -> bool:
+    if model.loss_impl == "auto":
+        model.loss_impl = "chunked"  # which would look for kernels by itself
+    return False
 
 
 def has_compiler() -> bool:
