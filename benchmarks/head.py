@@ -139,6 +139,9 @@ def measure(name: str, shape: str, share: float, passes: int, reference: Path | 
 
 def _trim() -> None:
     """Give freed memory back, so that a pass begins without what the last one left."""
+    from pertoken.kernels.memory import forget_blocks
+
+    forget_blocks()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):  # not glibc

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -22,7 +23,7 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     size = dtype.itemsize
     for n in shape:
         size *= n
-    if size < _SMALL:
+    if size < _SMALL or _use_count is None:
         return torch.empty(shape, dtype=dtype)
     with _lock:
         free = [block for block in _blocks if size <= 2 * block.nbytes() <= 4 * size and _users(block) == _OURS]
@@ -56,10 +57,11 @@ def forget_blocks() -> None:
 
 
 def _users(block: torch.UntypedStorage) -> int:
-    count: int = torch._C._storage_Use_Count(block._cdata)
-    return count
+    return 0 if _use_count is None else _use_count(block._cdata)
 
 
+# Not public, though torch's own CUDA graphs rest on it; without it, memory comes from malloc.
+_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 _SMALL, _LARGE = 2**20, 2**23
 _lock = threading.Lock()
 _blocks: list[torch.UntypedStorage] = []
