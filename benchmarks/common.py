@@ -264,7 +264,7 @@ def parser_of(doc: str, *, name: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the tables")
     parser.add_argument(
-        "--work", type=Path, default=ROOT / "benchmarks" / "work" / name, help="folder for data, runs and caches"
+        "--work", type=Path, default=ROOT / "benchmarks" / "scratch" / name, help="folder for data, runs and caches"
     )
     return parser
 

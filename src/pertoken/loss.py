@@ -233,7 +233,7 @@ def _native_forward(
         x_CD, scale_C = x_ND[rows], None if weights is None else weights[rows]
         logits_CV = torch.mm(x_CD, w_VD.t(), out=empty(len(x_CD), vocab_size, dtype=dtype))
         nll_C = kernels.cross_entropy(
-            logits_CV, labels[rows].contiguous(), scale_C, boost=1.0, gradient=needs_hidden or needs_weight
+            logits_CV, labels[rows].contiguous(), scale_C, gradient=needs_hidden or needs_weight
         )
         loss_sum += nll_C.sum() if scale_C is None else (nll_C * scale_C).sum()
         if d_hidden is not None:

@@ -126,14 +126,14 @@ def test_cross_entropy_turns_logits_into_their_gradient(dtype, n, v, weights):
     weight = None if weights is None else values(n, seed=4).abs()
     exact = logits.double().requires_grad_()
     nll = F.cross_entropy(exact, labels, reduction="none")
-    (nll * (1.0 if weight is None else weight.double())).sum().mul(2.0).backward()
+    (nll * (1.0 if weight is None else weight.double())).sum().backward()
     untouched = logits.clone()
     assert torch.equal(
-        kernels.cross_entropy(logits, labels, weight, boost=2.0, gradient=False),
-        kernels.cross_entropy(untouched.clone(), labels, weight, boost=2.0, gradient=True),
+        kernels.cross_entropy(logits, labels, weight, gradient=False),
+        kernels.cross_entropy(untouched.clone(), labels, weight, gradient=True),
     )
     assert torch.equal(logits, untouched)
-    found = kernels.cross_entropy(logits, labels, weight, boost=2.0, gradient=True)
+    found = kernels.cross_entropy(logits, labels, weight, gradient=True)
     assert (found.double() - nll.detach()).abs().max() <= 1e-6 * max(1.0, float(untouched.abs().max()))
     # Of probabilities: where all but 1 goes to one label, its gradient is what rounding leaves of 1 - p.
     assert (logits.double() - exact.grad).abs().max() <= 4 * torch.finfo(dtype).eps * max(
@@ -152,7 +152,7 @@ def test_what_is_not_finite_stays_so(dtype, what):
     assert not kernels.norm_forward(row, torch.ones(48), EPS)[0].isfinite().all()
     assert not kernels.lower_both_ways(row)[1].isfinite().all()
     assert not kernels.swiglu_forward(torch.cat((low, low), 1)).isfinite().all()
-    assert not kernels.cross_entropy(low.clone(), labels, None, boost=1.0, gradient=True).isfinite().all()
+    assert not kernels.cross_entropy(low.clone(), labels, None, gradient=True).isfinite().all()
     scores = low.clone().unsqueeze(0)
     kernels.softmax_forward(scores, torch.empty(1, 1), torch.tensor([[48]], dtype=torch.int32), 1.0)
     assert not scores.isfinite().all()

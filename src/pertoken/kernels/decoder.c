@@ -488,10 +488,10 @@ void softmax_backward(act *scores, act *d_p, const float *log_z, const int32_t *
     }
 }
 
-/* In place: logits [N, V] become boost * weight * (softmax(logits) - one_hot(label)), the gradient of the sum of
+/* In place: logits [N, V] become weight * (softmax(logits) - one_hot(label)), the gradient of the sum of
  * weight * nll; nll [N] gets the negative log-likelihoods, unweighted. `weights` may be null: all 1. */
 void cross_entropy(act *logits, const int64_t *labels, const float *weights, float *nll, int64_t N, int64_t V,
-                   int64_t stride, float boost, int with_gradient, int threads) {
+                   int64_t stride, int with_gradient, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 4)
     for (int64_t i = 0; i < N; i++) {
         act *row = logits + i * stride;
@@ -506,7 +506,7 @@ void cross_entropy(act *logits, const int64_t *labels, const float *weights, flo
         float log_z = top + logf(sum), at_label = load(row[labels[i]]);
         nll[i] = log_z - at_label;
         if (!with_gradient) continue;
-        float factor = boost * (weights ? weights[i] : 1.0f);
+        float factor = weights ? weights[i] : 1.0f;
 #pragma omp simd
         for (int64_t v = 0; v < V; v++) row[v] = low(factor * exp_act(load(row[v]) - log_z));
         row[labels[i]] = low(factor * (exp_(at_label - log_z) - 1.0f));

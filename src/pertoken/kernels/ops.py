@@ -173,10 +173,8 @@ class Kernels:
         assert c % 16 == 0, c
         self._call("softmax_backward", scores_BRC, d_p_BRC, log_z_BR, limits_SR, s, b // s, r, c, _F(scale))
 
-    def cross_entropy(
-        self, logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None, *, boost: float, gradient: bool
-    ) -> Tensor:
-        """Negative log-likelihoods [N] in nats. With `gradient`, `logits` become boost * weight * (softmax - one hot).
+    def cross_entropy(self, logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None, *, gradient: bool) -> Tensor:
+        """Negative log-likelihoods [N] in nats. With `gradient`, `logits` become weight * (softmax - one hot).
 
         Labels must be known to be inside of the vocabulary.
         """
@@ -184,7 +182,7 @@ class Kernels:
         nll = torch.empty(n)
         self._call(
             "cross_entropy",
-            *(_Rows(logits_NV), labels_N, weights_N, nll, n, v, logits_NV.stride(0), _F(boost), _I(gradient)),
+            *(_Rows(logits_NV), labels_N, weights_N, nll, n, v, logits_NV.stride(0), _I(gradient)),
         )
         return nll
 
