@@ -251,7 +251,7 @@ class _AttentionBlock(torch.autograd.Function):
         d_projected[batch.num_rows :].zero_()
         d_q_rows, d_kv_rows = d_projected, d_projected[:, query_size:]
         if batch.asked is not None:
-            d_q_rows, d_kv_rows = torch.empty_like(q_rows), d_projected
+            d_q_rows, d_kv_rows = empty(*q_rows.shape, dtype=q_rows.dtype), d_projected
             d_q_rows[batch.num_asked :].zero_()
         d_q_norm, d_k_norm = _unseat_all(
             batch, (d_q, d_k, d_v), (q_rows, kv_rows), (d_q_rows, d_kv_rows), q_norm, k_norm
