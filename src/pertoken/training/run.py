@@ -33,17 +33,18 @@ from pertoken.training.metrics import Listener, MetricsFile, open_trackers
 from pertoken.training.optim import build_optimizer
 from pertoken.training.parallel import World, join_world, parallelise
 from pertoken.training.precision import Precision, resolve_device
+from pertoken.training.spikes import Spikes
 from pertoken.training.step import TrainState
 from pertoken.training.summary import summarise
 
-__all__ = ["RunData", "TrainResult", "build_model", "load_data", "prepare", "train"]
+__all__ = ["RunData", "TrainResult", "build_model", "load_data", "prepare", "rebuild", "train"]
 
 # What may differ from the checkpoint on --resume. Paths of data and tokenizer may, since their contents are compared.
 _MAY_CHANGE = {
     *("out_dir", "data.path", "data.eval_path", "data.tokenizer", "data.store", "data.workers"),
     *("train.epochs", "train.max_steps", "train.eval_interval"),
     *("train.micro_batch_tokens", "train.device", "train.compile", "train.activation_checkpointing", "train.parallel"),
-    "train.loss_impl",
+    *("train.loss_impl", "train.on_spike", "train.spike_factor"),
 }
 _BALANCE_LOSS = ("aux_loss", "aux_loss_coef")
 _SECTIONS_MAY_CHANGE = ("log.", "checkpoint.")
@@ -121,6 +122,24 @@ def _train(recipe: Recipe, world: World, listener: Listener, *, resume: bool, ov
         forget_blocks()
     assert run.last_checkpoint is not None, "a finished run has a checkpoint"
     return TrainResult(out_dir, run.last_checkpoint, run.total_steps, run.best_eval_loss)
+
+
+def rebuild(recipe: Recipe, checkpoint: Checkpoint | None, known: Checkpoint | None, listener: Listener) -> Run:
+    """The run as it stood at `checkpoint` (None: before its first step), on this one process, with nothing written.
+
+    `known`, any checkpoint of the run, says which data it is about and whether code was generated.
+    Raises what `train` raises for data, model or checkpoint.
+    """
+    world, precision = World(), Precision(recipe.train.dtype, resolve_device(recipe.train.device))
+    data = load_data(recipe, listener, world)
+    if known is not None:
+        _refuse_other_data(data, known)
+    total_steps = _total_steps(recipe, len(data.train))
+    model = build_model(recipe, data, checkpoint, precision)
+    compiled = _prepare_model(model, recipe, known, precision, total_steps, listener)
+    return _assemble(
+        recipe, data, model, checkpoint, total_steps, precision, world, listener, compiled=compiled, writes=False
+    )
 
 
 def prepare(recipe: Recipe, listener: Listener | None = None) -> tuple[Store, Store | None]:
@@ -294,8 +313,9 @@ def _assemble(
     listener: Listener,
     *,
     compiled: bool,
+    writes: bool = True,
 ) -> Run:
-    """Optimiser, scaler and files around the model, as they stood at the checkpoint or at the start."""
+    """Optimiser, scaler and files (if it `writes`) around the model, as they stood at the checkpoint or the start."""
     train, out_dir = recipe.train, Path(recipe.out_dir)
     wrapped = parallelise(
         model,
@@ -330,16 +350,18 @@ def _assemble(
         start_step=start_step,
         total_steps=total_steps,
     )
-    trackers = world.on_main_alone(
-        lambda: open_trackers(
-            recipe.log,
-            out_dir,
-            recipe=recipe.flat(),
-            run_ids=saved.get("tracker_run_ids", {}),
-            last_step=start_step,
+    trackers, metrics = None, None
+    if writes:
+        trackers = world.on_main_alone(
+            lambda: open_trackers(
+                recipe.log,
+                out_dir,
+                recipe=recipe.flat(),
+                run_ids=saved.get("tracker_run_ids", {}),
+                last_step=start_step,
+            )
         )
-    )
-    metrics = world.on_main_alone(lambda: MetricsFile(out_dir / "metrics.jsonl", last_step=start_step))
+        metrics = world.on_main_alone(lambda: MetricsFile(out_dir / "metrics.jsonl", last_step=start_step))
     return Run(
         recipe=recipe,
         out_dir=out_dir,
@@ -356,6 +378,7 @@ def _assemble(
         best_eval_loss=saved.get("best_eval_loss"),
         last_saved=start_step if checkpoint is not None else None,
         last_checkpoint=checkpoint.folder if checkpoint is not None else None,
+        spikes=Spikes(train.on_spike, train.spike_factor, saved.get("grad_norms", ())),
         carried={
             "recipe": recipe.model_dump(mode="json", exclude_none=True),
             "data": data.fingerprints,
