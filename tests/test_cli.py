@@ -16,7 +16,7 @@ from pertoken.chatting import Talker
 from pertoken.model.transformer import CausalLM
 from pertoken.starter import STARTERS
 
-COMMANDS = "train prepare eval inspect generate chat export tokenizer new demo".split()
+COMMANDS = "train prepare eval inspect replay generate chat export tokenizer new demo".split()
 
 
 @pytest.fixture(scope="module")

@@ -261,6 +261,37 @@ def inspect(
 
 
 @app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The out_dir of a run")],
+    step: Annotated[int, typer.Option(help="A step of metrics.jsonl, or the one after its last")],
+    worst: Annotated[int, typer.Option(help="For so many of its samples, show the loss of every token")] = 3,
+    json_file: JsonFile = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto: as the run, if it is there")] = "auto",
+) -> None:
+    """Compute a recorded step again, compare it, and show its samples, worst first; exit 1 if it is another."""
+    from dataclasses import asdict
+
+    from pertoken.console import ConsoleListener, show_replay, show_token_losses
+    from pertoken.inspection import token_losses
+    from pertoken.training.replay import for_json
+    from pertoken.training.replay import replay as run_again
+
+    if worst < 0:
+        raise RecipeError(f"--worst {worst}: must be at least 0")
+    console = _console()
+    again = run_again(run, step, device=device, listener=ConsoleListener(console, log_interval=10))
+    show_replay(console, again)
+    result = again.to_dict()
+    for sample, entry in zip(again.samples[:worst], result["samples"], strict=False):
+        with again.run.state.precision.autocast():
+            losses = token_losses(again.run.model, again.run.train_store[sample.sample_id], again.run.tokenizer)
+        show_token_losses(console, losses, sample.where)
+        entry["losses"] = [asdict(loss) for loss in losses]
+    _write_json(json_file, json.dumps(for_json(result), indent=1))
+    again.raise_if_different()
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, a checkpoint or any model folder")],
     out: Annotated[Path, typer.Option(help="The folder to write (hf), or the folder or .pth file (minimind)")],

@@ -86,6 +86,10 @@ class TrainConfig(Section):
     weight_decay: float = Field(default=0.01, ge=0)
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
     grad_clip: float = Field(default=1.0, ge=0)
+    # A finite gradient norm above `spike_factor` times the median of the last 100 steps' norms (of at least 20) is a
+    # spike; 0 turns this off. "warn" says so and updates, "skip" leaves the update out, "stop" ends the run (exit 3).
+    on_spike: Literal["stop", "skip", "warn"] = "warn"
+    spike_factor: float = Field(default=10.0, ge=0)
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16"
     device: str = "auto"
     seed: int = Field(default=42, ge=0)
@@ -111,6 +115,13 @@ class TrainConfig(Section):
     def _betas_below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not all(0 <= beta < 1 for beta in value):
             raise ValueError("each must be at least 0 and below 1")
+        return value
+
+    @field_validator("spike_factor")
+    @classmethod
+    def _spikes_are_above_the_median(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError("must be above 1, or half of all steps would be spikes; 0 turns spikes off")
         return value
 
     @field_validator("device")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,7 +18,18 @@ from pertoken.text import plain
 from pertoken.training.metrics import GradStats, Listener, Row
 from pertoken.training.summary import Summary
 
-__all__ = ["ConsoleListener", "duration", "show_proof", "show_proof_header", "show_result", "show_token_losses"]
+if TYPE_CHECKING:
+    from pertoken.training.replay import Replay
+
+__all__ = [
+    "ConsoleListener",
+    "duration",
+    "show_proof",
+    "show_proof_header",
+    "show_replay",
+    "show_result",
+    "show_token_losses",
+]
 
 _EXAMPLE_CHARACTERS = 1200
 
@@ -174,6 +185,23 @@ def show_token_losses(console: Console, losses: Sequence[TokenLoss], source: str
     counted = [row.loss for row in losses if row.supervised]
     mean = f"{sum(counted) / len(counted):.4f} nats" if counted else "none"
     console.print(f"{len(counted)} of {len(losses)} tokens supervised; mean loss of these: {mean}", highlight=False)
+
+
+def show_replay(console: Console, replay: Replay) -> None:
+    """The step's figures beside the recorded ones, and its samples, worst first."""
+    source = "the start" if replay.checkpoint is None else replay.checkpoint.name
+    lines = [f"step {replay.step}, rebuilt from {source} by repeating {replay.repeated} steps"]
+    if replay.problem is not None:
+        lines.append(f"not finite: {replay.problem}")
+    if replay.compared:
+        lines.append(f"{'':<12}{'recorded':<24}{'replayed':<24}(rounding: up to {replay.rounding:g} of the value)")
+        lines += [f"{c.name:<12}{c.recorded!s:<24}{c.replayed!s:<24}{c.verdict}" for c in replay.compared]
+    else:
+        lines.append("metrics.jsonl has no row of this step, so there is nothing to compare with")
+    lines += ["", f"{'mean loss':>10}{'supervised':>12}{'tokens':>9}  sample"]
+    lines += [f"{s.loss:>10.4f}{s.num_tokens:>12g}{s.tokens:>9}  {s.where}" for s in replay.samples]
+    for line in lines:
+        console.print(Text(plain(line)))
 
 
 _PROOF_LINE = "{:<29}{:<10}{:>9}{:>10}{:>10}{:>10}  {:<9}{}"

@@ -8,6 +8,7 @@
     ├── CheckpointError          2   a run folder or checkpoint that cannot be used
     ├── CheckFailed              1   a check ran and its answer is no
     ├── NonFiniteError           3   training became non-finite; the weights were not touched
+    ├── SpikeError               3   a gradient norm was an outlier, and train.on_spike = "stop"; the same
     └── Interrupted    130 or 143   stopped by SIGINT or SIGTERM after saving
 
 Anything else that escapes is a bug of pertoken's and keeps its traceback.
@@ -25,6 +26,7 @@ __all__ = [
     "NonFiniteError",
     "PertokenError",
     "RecipeError",
+    "SpikeError",
 ]
 
 
@@ -62,6 +64,12 @@ class CheckFailed(PertokenError):
 
 class NonFiniteError(PertokenError):
     """A loss or a gradient norm was NaN or infinite. Raised before the weights are touched."""
+
+    exit_code = 3
+
+
+class SpikeError(PertokenError):
+    """A gradient norm was far above the usual, and the recipe says to stop there. Raised before the weights change."""
 
     exit_code = 3
 

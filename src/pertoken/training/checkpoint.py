@@ -151,10 +151,15 @@ def _steps(run_dir: Path) -> Iterator[tuple[int, Path]]:
     yield from sorted(found, reverse=True)
 
 
-def newest_checkpoint(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint of a run, and a line for each newer one that is damaged and left for inspection."""
+def newest_checkpoint(run_dir: Path, *, at_most: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint of a run, and a line for each newer one that is damaged and left for inspection.
+
+    With `at_most`, checkpoints of later steps are not looked at.
+    """
     damaged: list[str] = []
-    for _, folder in _steps(run_dir):
+    for step, folder in _steps(run_dir):
+        if at_most is not None and step > at_most:
+            continue
         problem = problem_with(folder)
         if problem is None:
             return Checkpoint(folder), damaged

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pertoken.config import Recipe
-from pertoken.data.batch import collate
 from pertoken.data.order import Step, step_at
 from pertoken.data.share import Share, share_of
 from pertoken.data.store import Store
-from pertoken.errors import CheckpointError, Interrupted, NonFiniteError, PertokenError
+from pertoken.errors import CheckpointError, Interrupted, PertokenError
 from pertoken.model.transformer import CausalLM
 from pertoken.training.evaluate import evaluate
 from pertoken.training.metrics import Listener, MetricsFile, Row, Tracker, gradient_stats, routing_of
 from pertoken.training.optim import lr_at
 from pertoken.training.parallel import World
 from pertoken.training.probe import Probe
+from pertoken.training.reports import non_finite_error, spike_error, spike_message
 from pertoken.training.saving import Outcome, Progress, Saver, take_snapshot
 from pertoken.training.signals import StopRequest
+from pertoken.training.spikes import Spikes, SpikeStep
 from pertoken.training.step import NonFiniteStep, StepMetrics, TrainState, train_step
 from pertoken.training.summary import Summary
 
-__all__ = ["Run", "fit"]
+__all__ = ["Run", "fit", "samples_of", "update"]
 
 
 @dataclass
@@ -51,6 +55,7 @@ class Run:
     last_saved: int | None  # its step
     saver: Saver
     probe: Probe
+    spikes: Spikes
     carried: dict[str, Any]  # what a checkpoint must know besides: recipe, fingerprints, versions
     metrics: MetricsFile | None  # as trackers and listener, on rank 0 alone
     trackers: dict[str, Tracker]
@@ -62,13 +67,17 @@ class Run:
 def fit(run: Run, stop: StopRequest) -> int:
     """Train from `run.start_step` to `run.total_steps`; the last step done, which is earlier if time is up.
 
-    Raises NonFiniteError or Interrupted, both after saving, and CheckpointError where the last save failed: one before
+    Raises NonFiniteError, SpikeError or Interrupted, all after saving, and CheckpointError where the last save failed: one before
     it is a message, since the next may succeed.
     """
     train, checkpoint = run.recipe.train, run.recipe.checkpoint
     for step in range(run.start_step + 1, run.total_steps + 1):
-        this = _samples_of(run, step)
-        row = _update(run, this)
+        this = samples_of(run, step)
+        try:
+            row = update(run, this, skips=partial(run.spikes.skips, world=run.world))
+        except (NonFiniteStep, SpikeStep) as problem:
+            raise _given_up(run, this, problem) from None
+        _watch_norm(run, this, row)
         last = step == run.total_steps
         best = False
         if run.eval_store is not None and (last or _due(step, train.eval_interval, this)):
@@ -132,26 +141,21 @@ def _due(step: int, interval: int | None, this: Step) -> bool:
     return step % interval == 0 if interval else this.last_of_epoch
 
 
-def _samples_of(run: Run, step: int) -> Step:
+def samples_of(run: Run, step: int) -> Step:
+    """Which samples step `step` takes."""
     train = run.recipe.train
     return step_at(step, num_samples=len(run.train_store), batch_size=train.batch_size, seed=train.seed)
 
 
-def _update(run: Run, this: Step) -> Row:
-    """One optimiser step, and its row."""
-    train, store = run.recipe.train, run.train_store
-    ids = this.sample_ids
-    lr = lr_at(
-        this.step,
-        peak=train.learning_rate or 0.0,
-        warmup_steps=train.warmup_steps,
-        total_steps=run.total_steps,
-        schedule=train.schedule,
-        min_lr_ratio=train.min_lr_ratio,
-        decay_ratio=train.decay_ratio,
-    )
+def update(run: Run, this: Step, *, skips: Callable[[float], bool], lr: float | None = None) -> Row:
+    """One optimiser step, and its row. `lr` is the schedule's if not given, `skips` is `train_step`'s.
+
+    Raises what `train_step` raises, with nothing changed or written.
+    """
+    store, ids = run.train_store, this.sample_ids
+    lr = _scheduled_lr(run, this.step) if lr is None else lr
     start = time.perf_counter()
-    metrics, micro_batches = _step_within_memory(run, this, lr)
+    metrics, micro_batches = _step_within_memory(run, this, lr, skips)
     step_s = time.perf_counter() - start
     tokens = int(store.lengths[ids].sum())
     padding, operations = metrics.sums["padding"]
@@ -174,8 +178,10 @@ def _update(run: Run, this: Step) -> Row:
     }
     row |= routing_of(metrics.sums)
     if metrics.loss_scale is not None:
-        row |= {"loss_scale": metrics.loss_scale, "skipped": metrics.skipped}
-    if metrics.skipped:
+        row["loss_scale"] = metrics.loss_scale
+    if metrics.skipped or metrics.loss_scale is not None:
+        row["skipped"] = metrics.skipped
+    if not math.isfinite(metrics.grad_norm):
         run.listener.message(
             f"step {this.step}: the float16 gradient overflowed at loss scale {metrics.loss_scale:g}; "
             "update skipped, scale halved"
@@ -183,7 +189,20 @@ def _update(run: Run, this: Step) -> Row:
     return row
 
 
-def _step_within_memory(run: Run, this: Step, lr: float) -> tuple[StepMetrics, int]:
+def _scheduled_lr(run: Run, step: int) -> float:
+    train = run.recipe.train
+    return lr_at(
+        step,
+        peak=train.learning_rate or 0.0,
+        warmup_steps=train.warmup_steps,
+        total_steps=run.total_steps,
+        schedule=train.schedule,
+        min_lr_ratio=train.min_lr_ratio,
+        decay_ratio=train.decay_ratio,
+    )
+
+
+def _step_within_memory(run: Run, this: Step, lr: float, skips: Callable[[float], bool]) -> tuple[StepMetrics, int]:
     """The step, in micro-batches that fit: on out-of-memory the budget is halved and the step done again.
 
     Not with several ranks, where the others are already further on and wait for this one.
@@ -205,10 +224,9 @@ def _step_within_memory(run: Run, this: Step, lr: float) -> tuple[StepMetrics, i
                 lr=lr,
                 max_norm=run.recipe.train.grad_clip,
                 on_gradients=on_gradients,
+                skips=skips,
             )
             return metrics, len(share.micro_batches) * run.world.size
-        except NonFiniteStep as problem:
-            raise _non_finite(run, this, problem) from None
         except torch.OutOfMemoryError:
             if run.world.size > 1 or len(share.micro_batches) == len(this.sample_ids):
                 raise PertokenError(_out_of_memory(run, this.step)) from None
@@ -244,33 +262,31 @@ def _out_of_memory(run: Run, step: int) -> str:
     )
 
 
-def _non_finite(run: Run, this: Step, problem: NonFiniteStep) -> NonFiniteError:
-    """Keep the last good weights, and say which samples make the loss non-finite."""
-    step, suspects = this.step, this.sample_ids
+def _given_up(run: Run, this: Step, problem: NonFiniteStep | SpikeStep) -> PertokenError:
+    """Keep the last good weights, and say why this step was not made."""
+    _hear(run, run.saver.wait())
+    saved = f"step {this.step - 1} is saved"
+    if run.last_saved != this.step - 1:
+        try:
+            _save(run, this.step - 1, last=True)
+        except CheckpointError as error:
+            saved = str(error)
+    if isinstance(problem, SpikeStep):
+        return spike_error(this, problem, run.train_store, run.out_dir, saved)
+    suspects = this.sample_ids
     if problem.micro_batch is not None:
         rank, index = problem.micro_batch
         suspects = _share_of(run, this, rank).sample_ids[index]
-    _hear(run, run.saver.wait())
-    saved = f"step {step - 1} is saved"
-    if run.last_saved != step - 1:
-        try:
-            _save(run, step - 1, last=True)
-        except CheckpointError as error:
-            saved = str(error)
-    guilty = [i for i in suspects if not _finite_alone(run, int(i))]
-    named = [run.train_store.where(int(i)) for i in (guilty or suspects)]
-    shown = ", ".join(named[:20]) + (f" and {len(named) - 20} more" if len(named) > 20 else "")
-    return NonFiniteError(
-        f"step {step}: {problem}; the weights were not touched; {saved}. "
-        f"{'Non-finite by itself' if guilty else 'Its samples'}: {shown}"
-    )
+    return non_finite_error(this, problem, suspects, run.state, run.model, run.train_store, run.out_dir, saved)
 
 
-@torch.no_grad()
-def _finite_alone(run: Run, sample_id: int) -> bool:
-    with run.state.precision.autocast():
-        out = run.model(collate([run.train_store[sample_id]]).to(run.state.precision.device))
-    return bool(out.loss_sum.isfinite())
+def _watch_norm(run: Run, this: Step, row: Row) -> None:
+    """Say it if this step's gradient norm is an outlier, and remember the norm for the steps to come."""
+    ratio = run.spikes.ratio(row["grad_norm"])
+    if ratio is not None:
+        row["spike"] = ratio
+        run.listener.message(spike_message(this, run.spikes, row, run.train_store, run.out_dir))
+    run.spikes.remember(row["grad_norm"])
 
 
 def _evaluate(run: Run, store: Store, row: Row) -> bool:
@@ -297,6 +313,7 @@ def _save(run: Run, step: int, *, is_best: bool = False, last: bool = False) -> 
     state = {
         **run.carried,
         "scaler": run.state.scaler.state_dict(),
+        "grad_norms": run.spikes.norms,
         "micro_batch_tokens": run.token_budget,
         "best_eval_loss": run.best_eval_loss,
         "tracker_run_ids": run_ids,

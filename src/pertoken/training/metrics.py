@@ -35,7 +35,7 @@ __all__ = [
 Row = dict[str, Any]
 """One step: step epoch loss loss_sum num_tokens aux_loss grad_norm lr samples tokens micro_batches padding_share step_s
 tokens_per_s positions, and where they apply eval_loss eval_perplexity eval_bits_per_byte skipped loss_scale expert_load
-expert_max_share max_expert_share."""
+expert_max_share max_expert_share spike."""
 
 
 @dataclass(frozen=True)

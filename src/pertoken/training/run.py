@@ -37,10 +37,11 @@ from pertoken.training.probe import Probe, environment, verify
 from pertoken.training.run_folder import changed_data, earlier_run, keep_others_out, make_room, refuse_changes
 from pertoken.training.saving import Saver
 from pertoken.training.signals import stop_on_signals
+from pertoken.training.spikes import Spikes
 from pertoken.training.step import TrainState
 from pertoken.training.summary import summarise
 
-__all__ = ["RunData", "TrainResult", "build_model", "load_data", "prepare", "train"]
+__all__ = ["RunData", "TrainResult", "build_model", "load_data", "prepare", "rebuild", "train"]
 
 _BALANCE_LOSS = ("aux_loss", "aux_loss_coef")
 
@@ -144,6 +145,24 @@ def _train(
         forget_blocks()
     assert run.last_checkpoint is not None, "a finished run has a checkpoint"
     return TrainResult(out_dir, run.last_checkpoint, step, run.best_eval_loss)
+
+
+def rebuild(recipe: Recipe, checkpoint: Checkpoint | None, known: Checkpoint | None, listener: Listener) -> Run:
+    """The run as it stood at `checkpoint` (None: before its first step), on this one process, with nothing written.
+
+    `known`, any checkpoint of the run, says which data it is about and whether code was generated.
+    Raises what `train` raises for data, model or checkpoint.
+    """
+    world, precision = World(), Precision(recipe.train.dtype, resolve_device(recipe.train.device))
+    data = load_data(recipe, listener, world)
+    if known is not None:
+        _refuse_other_data(data, known, force=False, listener=listener)
+    total_steps = _total_steps(recipe, len(data.train))
+    model = build_model(recipe, data, checkpoint, precision)
+    compiled = _prepare_model(model, recipe, known, precision, total_steps, listener)
+    return _assemble(
+        recipe, data, model, checkpoint, total_steps, precision, world, listener, compiled=compiled, writes=False
+    )
 
 
 def prepare(recipe: Recipe, listener: Listener | None = None) -> tuple[Store, Store | None]:
@@ -278,8 +297,9 @@ def _assemble(
     compiled: bool,
     force: bool = False,
     started_s: float = 0.0,
+    writes: bool = True,
 ) -> Run:
-    """Optimiser, scaler and files around the model, as they stood at the checkpoint or at the start."""
+    """Optimiser, scaler and files (if it `writes`) around the model, as they stood at the checkpoint or the start."""
     train, out_dir = recipe.train, Path(recipe.out_dir)
     wrapped = parallelise(
         model,
@@ -321,16 +341,18 @@ def _assemble(
         start_step=start_step,
         total_steps=total_steps,
     )
-    trackers = world.on_main_alone(
-        lambda: open_trackers(
-            recipe.log,
-            out_dir,
-            recipe=recipe.flat(),
-            run_ids=saved.get("tracker_run_ids", {}),
-            last_step=start_step,
+    trackers, metrics = None, None
+    if writes:
+        trackers = world.on_main_alone(
+            lambda: open_trackers(
+                recipe.log,
+                out_dir,
+                recipe=recipe.flat(),
+                run_ids=saved.get("tracker_run_ids", {}),
+                last_step=start_step,
+            )
         )
-    )
-    metrics = world.on_main_alone(lambda: MetricsFile(out_dir / "metrics.jsonl", last_step=start_step))
+        metrics = world.on_main_alone(lambda: MetricsFile(out_dir / "metrics.jsonl", last_step=start_step))
     return Run(
         recipe=recipe,
         out_dir=out_dir,
@@ -349,6 +371,7 @@ def _assemble(
         last_checkpoint=checkpoint.folder if checkpoint is not None else None,
         saver=Saver(world, keep_last=recipe.checkpoint.keep_last),
         probe=probe,
+        spikes=Spikes(train.on_spike, train.spike_factor, saved.get("grad_norms", ())),
         carried={
             "recipe": recipe.model_dump(mode="json", exclude_none=True),
             "data": data.fingerprints,

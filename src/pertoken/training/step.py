@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pertoken.data.batch import MicroBatch
+from pertoken.training.faults import nearest_bad_gradient
 from pertoken.training.optim import set_lr
 from pertoken.training.parallel import World, synchronised, whole
 from pertoken.training.precision import Precision, keeping_casts
@@ -27,9 +28,10 @@ __all__ = ["NonFiniteStep", "StepMetrics", "TrainState", "train_step"]
 class NonFiniteStep(Exception):
     """A loss or gradient norm of this step is NaN or infinite. Gradients are cleared, weights untouched."""
 
-    def __init__(self, what: str, micro_batch: tuple[int, int] | None) -> None:
+    def __init__(self, what: str, *, micro_batch: tuple[int, int] | None = None, parameter: str | None = None) -> None:
         super().__init__(what)
         self.micro_batch = micro_batch  # (rank, index) of the first one at fault, where that is known
+        self.parameter = parameter  # the one nearest to the loss whose gradient is non-finite, where the loss is finite
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class StepMetrics:
 
     loss_sum: float  # nats
     num_tokens: float  # supervised
-    grad_norm: float  # before clipping, in the loss's own scale; infinite where `skipped`
-    skipped: bool  # float16 only: the scaled gradient overflowed, the weights stayed as they were
+    grad_norm: float  # before clipping, in the loss's own scale; non-finite where float16's scaled gradient overflowed
+    skipped: bool  # the weights stayed as they were: for that overflow, or because `skips` said so
     loss_scale: float | None  # float16 only: the scale this step was computed with
     sums: dict[str, tuple[np.ndarray, float]] = field(default_factory=dict)  # the model's metrics: (sum, count)
 
@@ -59,12 +61,17 @@ class TrainState:
         torch.autograd.backward(self.scaler.scale(objective))
 
     def clip_and_step(
-        self, lr: float, max_norm: float, on_gradients: Callable[[], None] | None = None
+        self,
+        lr: float,
+        max_norm: float,
+        on_gradients: Callable[[], None] | None = None,
+        skips: Callable[[float], bool] | None = None,
     ) -> tuple[float, bool]:
         """Unscale, clip the true gradients to `max_norm` (0: do not), update, clear them: (norm before, skipped).
 
         A non-finite norm raises NonFiniteStep before anything changes, unless the loss scale caused it: then the update
-        is skipped and the scale halves. `on_gradients` is called while the true gradients are in `.grad`.
+        is skipped and the scale halves. A finite one is told to `skips`: where that is true the update is left out, and
+        what it raises comes before anything changes. `on_gradients` is called while the true gradients are in `.grad`.
         """
         self.scaler.unscale_(self.optimizer)
         if on_gradients is not None:
@@ -74,15 +81,16 @@ class TrainState:
         grad_norm = float(norm)
         finite = math.isfinite(grad_norm)
         if not finite and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):
-            raise NonFiniteStep(f"the gradient norm is {grad_norm}", None)
-        if finite:
+            raise NonFiniteStep(f"the gradient norm is {grad_norm}", parameter=nearest_bad_gradient(self.model))
+        updates = finite and not (skips is not None and skips(grad_norm))
+        if updates:
             if max_norm > 0:
                 nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
             set_lr(self.optimizer, lr)
             self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm, not finite
+        return grad_norm, not updates
 
 
 def train_step(
@@ -94,11 +102,13 @@ def train_step(
     lr: float,
     max_norm: float,
     on_gradients: Callable[[], None] | None = None,
+    skips: Callable[[float], bool] | None = None,
 ) -> StepMetrics:
     """Update the weights once from `micro_batches`, this rank's share of the step; every rank has equally many.
 
     `num_tokens` (supervised, or the sum of weights) and `num_routed` (all inputs, which is what a mixture's balance
     loss is divided by) are the whole step's, over all ranks. Gradients travel once, with the last micro-batch.
+    `skips`, told a finite norm, may leave the update out; it must answer alike on all ranks.
 
     Raises NonFiniteStep, on all ranks and with weights untouched; whatever else escapes (out of memory, say) leaves
     them untouched too, and gradients cleared.
@@ -120,8 +130,8 @@ def train_step(
         loss_sum, seen = float(sums["loss"][0]), sums["loss"][1]
         assert math.isclose(seen, num_tokens, rel_tol=1e-6), f"{seen} supervised tokens seen, {num_tokens} expected"
         if not math.isfinite(loss_sum):
-            raise NonFiniteStep(f"the loss is {loss_sum}", _first_non_finite(metrics, state.world))
-        grad_norm, skipped = state.clip_and_step(lr, max_norm, on_gradients)
+            raise NonFiniteStep(f"the loss is {loss_sum}", micro_batch=_first_non_finite(metrics, state.world))
+        grad_norm, skipped = state.clip_and_step(lr, max_norm, on_gradients, skips)
     except BaseException:
         state.optimizer.zero_grad(set_to_none=True)
         raise
