@@ -67,8 +67,8 @@ class Run:
 def fit(run: Run, stop: StopRequest) -> int:
     """Train from `run.start_step` to `run.total_steps`; the last step done, which is earlier if time is up.
 
-    Raises NonFiniteError, SpikeError or Interrupted, all after saving, and CheckpointError where the last save failed: one before
-    it is a message, since the next may succeed.
+    Raises NonFiniteError, SpikeError or Interrupted, all after saving, and CheckpointError where the last save failed:
+    one before it is a message, since the next may succeed.
     """
     train, checkpoint = run.recipe.train, run.recipe.checkpoint
     for step in range(run.start_step + 1, run.total_steps + 1):
