@@ -124,7 +124,7 @@ def _batch(rows: list[Row]) -> Any:
 # Between numpy and Arrow by their buffers: `pa.array` and `to_numpy` would import pandas where it is installed.
 
 
-def _array(values: Sequence[Any], type: Any) -> Any:
+def _array(values: Sequence[Any] | np.ndarray, type: Any) -> Any:
     """A column of numbers, of truth values or of lists of numbers."""
     if pa.types.is_list(type):
         offsets = pa.py_buffer(np.cumsum([0, *map(len, values)]).astype(np.int32))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,9 @@ class CausalLM(nn.Module):
             )
         self.to(dtype)
         if torch.device(device).type != "meta":
-            self.to_empty(device=device)
+            # As `to_empty` does, which imports symbolic algebra to find out how a tensor on "meta" is laid out.
+            empty = {n: torch.empty(p.shape, dtype=p.dtype, device=device) for n, p in self.named_parameters()}
+            self.load_state_dict(empty, assign=True)
             self.reset_parameters(seed)
 
     @torch.no_grad()
@@ -139,9 +142,10 @@ class CausalLM(nn.Module):
         Attention stays as it is, and so do experts: their shapes differ from one micro-batch to the next.
         """
         # Here and not as decorators, which would import the compiler, two seconds' work, with this module.
-        self._attention = torch.compiler.disable(attention)  # or every set of rectangles would be a graph of its own
+        disable: Callable[[Any], Any] = torch.compiler.disable
+        self._attention = disable(attention)  # or every set of rectangles would be a graph of its own
         for layer in self.model.layers:
-            layer.call_experts = torch.compiler.disable(call)
+            layer.call_experts = disable(call)
             layer.compile(dynamic=True)
 
     def forward(self, micro_batch: MicroBatch, *, impl: LossImpl | None = None) -> LossOutput:
