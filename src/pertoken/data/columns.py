@@ -106,7 +106,7 @@ def join(paths: Iterable[Path], path: Path) -> None:
 
 
 def _batch(rows: list[Row]) -> Any:
-    columns = {
+    columns: dict[str, list[Any]] = {
         "tokens": [row.tokens for row in rows],
         "loss_mask": [row.loss_mask for row in rows],
         "length": [len(row.loss_mask) for row in rows],

@@ -158,7 +158,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[
     Raises RecipeError where the template cannot render a question and its answer, or neither token exists.
     """
     if isinstance(tokenizer, TrainedTokenizer) and tokenizer.chat_template == CHATML and not template_kwargs:
-        return int(tokenizer.eos_token_id)  # as below, without transformers
+        return tokenizer.eos_token_id  # as below, without transformers
     if tokenizer.chat_template is not None:
         words = "An answer"
         probe = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": words}]

@@ -90,9 +90,8 @@ class TrainedTokenizer:
         self.backend_tokenizer = backend
         self.chat_template = chat_template
         self.special_tokens_map = dict(_NAMED)
-        self.bos_token_id, self.eos_token_id, self.unk_token_id, self.pad_token_id = map(
-            backend.token_to_id, _NAMED.values()
-        )
+        ids: list[int] = [backend.token_to_id(token) for token in _NAMED.values()]
+        self.bos_token_id, self.eos_token_id, self.unk_token_id, self.pad_token_id = ids
 
     @classmethod
     def new(cls, backend: Tokenizer) -> TrainedTokenizer:
@@ -141,7 +140,7 @@ class TrainedTokenizer:
 
     @property
     def all_special_ids(self) -> list[int]:
-        return [int(self.backend_tokenizer.token_to_id(token)) for token in dict.fromkeys(_NAMED.values())]
+        return list(dict.fromkeys((self.bos_token_id, self.eos_token_id, self.unk_token_id)))
 
     def convert_ids_to_tokens(self, token_id: int) -> str:
         return str(self.backend_tokenizer.id_to_token(token_id))
