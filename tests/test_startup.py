@@ -28,7 +28,7 @@ def heavy_after(*arguments: object, also: str = "") -> str:
 
 
 def test_a_tokenizer_is_trained_by_tokenizers_alone(text_file: Path, tmp_path: Path) -> None:
-    also = "torch numpy pyarrow pydantic"
+    also = "torch numpy pyarrow"
     command = ("tokenizer", "train", text_file, "--kind", "char", "--out", tmp_path / "t")
     assert heavy_after(*command, also=also) == "[]"
 

@@ -53,8 +53,11 @@ def command() -> None:
         others = {"torch._inductor", "wandb"} & sys.modules.keys()
         if others or any(not thread.daemon for thread in threading.enumerate()[1:]) or not isinstance(end.code, int):
             raise
-        sys.stdout.flush()
-        sys.stderr.flush()
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:
+            raise end from None  # Python has its own way to say so
         os._exit(end.code)
 
 

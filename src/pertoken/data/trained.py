@@ -90,8 +90,10 @@ class TrainedTokenizer:
         self.backend_tokenizer = backend
         self.chat_template = chat_template
         self.special_tokens_map = dict(_NAMED)
-        ids: list[int] = [backend.token_to_id(token) for token in _NAMED.values()]
-        self.bos_token_id, self.eos_token_id, self.unk_token_id, self.pad_token_id = ids
+        ids = {token.content: i for i, token in self.added_tokens_decoder.items()}
+        self.bos_token_id, self.eos_token_id, self.unk_token_id, self.pad_token_id = (
+            ids[name] for name in _NAMED.values()
+        )
 
     @classmethod
     def new(cls, backend: Tokenizer) -> TrainedTokenizer:
