@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pertoken.data.tokenizer import end_of_turn_id, load_tokenizer, render
+from pertoken.data.tokenizer import end_of_turn_id, open_tokenizer, render
 from pertoken.errors import ModelError, RecipeError
 from pertoken.generate import generate, stream_text
 from pertoken.model.transformer import CausalLM
@@ -32,7 +32,7 @@ class Talker:
         folder = resolve_model_folder(path)
         if not folder.is_dir():
             raise ModelError(f"{path}: has no tokenizer; `pertoken export` it as a Hugging Face folder with one first")
-        tokenizer = load_tokenizer(folder)
+        tokenizer = open_tokenizer(folder)
         recipe = recipe_of(folder)
         template_kwargs = recipe["data"].get("template_kwargs", {}) if recipe else {}
         stops = {tokenizer.eos_token_id} - {None}
@@ -43,7 +43,7 @@ class Talker:
 
     def encode(self, text: str) -> list[int]:
         """Text to go on from, encoded as the tokenizer does by itself (with a BOS where it adds one)."""
-        ids: list[int] = self.tokenizer(text).input_ids
+        ids: list[int] = self.tokenizer.encode(text)
         if not ids:
             raise RecipeError("--prompt: gives no token; write something to go on from")
         return ids
@@ -56,7 +56,7 @@ class Talker:
             text, _ = render(self.tokenizer, messages, template_kwargs=self.template_kwargs, add_generation_prompt=True)
         except ValueError as error:
             raise ModelError(f"the chat template cannot render this conversation: {error}") from None
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
 
     def reply(self, input_ids: list[int], **sampling: Any) -> Iterator[str]:

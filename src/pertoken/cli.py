@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from pertoken.data.store import Store
 
-__all__ = ["app", "main"]
+__all__ = ["app", "command", "main"]
 
 app = typer.Typer(
     name="pertoken",
@@ -38,6 +39,26 @@ Overrides = Annotated[
 
 DataPath = Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder or a glob of data")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there as JSON too")]
+
+
+def command() -> None:
+    """`main` as a process of its own, which ends at once where nothing waits for its end.
+
+    Python takes a third of a second to take apart what torch has loaded. Left to it are threads that are still at work,
+    and libraries that have more to do: the compiler's workers, a tracker's connection.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        others = {"torch._inductor", "wandb"} & sys.modules.keys()
+        if others or any(not thread.daemon for thread in threading.enumerate()[1:]) or not isinstance(end.code, int):
+            raise
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:
+            raise end from None  # Python has its own way to say so
+        os._exit(end.code)
 
 
 def main() -> None:

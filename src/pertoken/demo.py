@@ -22,7 +22,7 @@ from pertoken.console import ConsoleListener, duration
 from pertoken.data.batch import collate
 from pertoken.data.order import step_at
 from pertoken.data.store import Store, build_store
-from pertoken.data.tokenizer import load_tokenizer, train_tokenizer
+from pertoken.data.tokenizer import open_tokenizer, train_tokenizer
 from pertoken.errors import DataError, RecipeError
 from pertoken.model.transformer import CausalLM
 from pertoken.text import plain
@@ -253,7 +253,7 @@ def _train(console: Console, out: Path, name: str, recipe: Recipe) -> None:
 
 def _store(recipe: Recipe) -> Store:
     assert recipe.data.tokenizer is not None
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    tokenizer = open_tokenizer(recipe.data.tokenizer)
     return build_store(recipe.data.path, stage=recipe.stage, tokenizer=tokenizer, data=recipe.data)
 
 

@@ -76,7 +76,7 @@ def test_conversations_and_text_rows_are_trained_on(write_jsonl: Callable[..., P
     )
     texts = write_jsonl("texts.jsonl", [{"body": "ef"}])
     pairs = write_jsonl("pairs.jsonl", [{"q": "gh", "a": "ij"}])
-    tokenizer = train_tokenizer(
+    train_tokenizer(
         [chats, texts, pairs],
         vocab_size=None,
         kind="char",
@@ -85,7 +85,8 @@ def test_conversations_and_text_rows_are_trained_on(write_jsonl: Callable[..., P
         prompt_key="q",
         completion_key="a",
     )
-    assert set(tokenizer.get_vocab()) == {*SPECIAL_TOKENS, *"abcdefghij", *"\nassistantsystemtooluser"}
+    vocab = load_tokenizer(tmp_path / "t").get_vocab()
+    assert set(vocab) == {*SPECIAL_TOKENS, *"abcdefghij", *"\nassistantsystemtooluser"}
 
 
 @pytest.mark.parametrize(

@@ -161,3 +161,23 @@ def test_how_many_matrices_are_stacked_changes_nothing(monkeypatch, numbers):
         ends.append(steps_of(muon_of(model, torch.float64), dict(model.named_parameters())))
     for name, end in ends[0].items():
         assert (end - ends[1][name]).abs().max() < 1e-12, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adamw_is_torchs_to_the_bit(dtype):
+    models = [small_model(dtype), small_model(dtype)]
+    ours = build_adamw(models[0], weight_decay=0.3, betas=(0.8, 0.9))
+    parts = ([p for p in models[1].parameters() if p.ndim == n] for n in (2, 1))
+    groups = [{"params": part, "weight_decay": decay} for part, decay in zip(parts, (0.3, 0.0), strict=True)]
+    theirs = torch.optim.AdamW(groups, lr=0.0, betas=(0.8, 0.9), fused=True)
+    for optimizer, model in zip((ours, theirs), models, strict=True):
+        steps_of(optimizer, dict(model.named_parameters()))
+        optimizer.zero_grad(set_to_none=True)
+        model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)  # and the others have none
+        optimizer.step()
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert ours.state[a].keys() == theirs.state[b].keys()
+        for key, value in theirs.state[b].items():
+            assert torch.equal(ours.state[a][key], value), (name, key)
+            assert ours.state[a][key].dtype == value.dtype

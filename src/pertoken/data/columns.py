@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Columns:
         return int(self._starts[-1])
 
     def column(self, name: str) -> np.ndarray:
-        parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self._batches]
+        parts = [_values(batch.column(name)) for batch in self._batches]
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def value(self, name: str, i: int) -> int:
@@ -69,7 +69,7 @@ class Columns:
 
 
 def _list_views(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    return column.offsets.to_numpy(zero_copy_only=True), column.values.to_numpy(zero_copy_only=True)
+    return _values(column.offsets), _values(column.values)
 
 
 def write(path: Path, rows: Iterable[Row]) -> dict[str, int]:
@@ -106,21 +106,41 @@ def join(paths: Iterable[Path], path: Path) -> None:
 
 
 def _batch(rows: list[Row]) -> Any:
-    columns = {
-        "tokens": _lists([row.tokens for row in rows], pa.int32()),
-        "loss_mask": _lists([row.loss_mask.view(np.uint8) for row in rows], pa.uint8()),
+    columns: dict[str, list[Any]] = {
+        "tokens": [row.tokens for row in rows],
+        "loss_mask": [row.loss_mask for row in rows],
         "length": [len(row.loss_mask) for row in rows],
         "num_tokens": [int(row.loss_mask.sum()) for row in rows],
         "num_bytes": [row.num_bytes for row in rows],
         "max_token_id": [int(row.tokens.max()) for row in rows],
         "file": [row.file for row in rows],
         "line": [row.line for row in rows],
-        "row_digest": np.array([row.digest for row in rows], dtype=np.uint64),
+        "row_digest": [row.digest for row in rows],
         "is_tail": [row.is_tail for row in rows],
     }
-    return pa.record_batch([pa.array(columns[field.name], type=field.type) for field in _SCHEMA], schema=_SCHEMA)
+    return pa.record_batch([_array(columns[field.name], field.type) for field in _SCHEMA], schema=_SCHEMA)
 
 
-def _lists(parts: list[np.ndarray], type: Any) -> Any:
-    offsets = np.cumsum([0, *map(len, parts)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(parts), type=type))
+# Between numpy and Arrow by their buffers: `pa.array` and `to_numpy` would import pandas where it is installed.
+
+
+def _array(values: Sequence[Any] | np.ndarray, type: Any) -> Any:
+    """A column of numbers, of truth values or of lists of numbers."""
+    if pa.types.is_list(type):
+        offsets = pa.py_buffer(np.cumsum([0, *map(len, values)]).astype(np.int32))
+        return pa.Array.from_buffers(
+            type, len(values), [None, offsets], children=[_array(np.concatenate(values), type.value_type)]
+        )
+    if type == pa.bool_():  # a bit each
+        data = np.packbits(np.array(values, np.bool_), bitorder="little")
+    else:
+        data = np.array(values, np.dtype(str(type)))
+    return pa.Array.from_buffers(type, len(values), [None, pa.py_buffer(data)])
+
+
+def _values(array: Any) -> np.ndarray:
+    """A column of numbers as it lies in the file; of truth values a copy, a byte each."""
+    data, start, end = array.buffers()[1], array.offset, array.offset + len(array)
+    if array.type == pa.bool_():
+        return np.unpackbits(np.frombuffer(data, np.uint8), count=end, bitorder="little")[start:].view(np.bool_)
+    return np.frombuffer(data, np.dtype(str(array.type)))[start:end]

@@ -8,58 +8,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pertoken.data.formats import detect_format, to_conversation, to_text
 from pertoken.data.records import BadRow, Problems, Record, read_records
+from pertoken.data.trained import CHATML, SPECIAL_TOKENS, TrainedTokenizer, bpe_backend, char_backend
 from pertoken.errors import DataError, ModelError, RecipeError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CHATML", "SPECIAL_TOKENS", "end_of_turn_id", "load_tokenizer", "render", "special_ids", "train_tokenizer"]
+__all__ = [
+    "CHATML",
+    "SPECIAL_TOKENS",
+    "as_transformers",
+    "end_of_turn_id",
+    "load_tokenizer",
+    "open_tokenizer",
+    "render",
+    "special_ids",
+    "train_tokenizer",
+]
 
-# Ids 0, 1, 2 of a trained tokenizer: padding and unknown, start of a turn (bos), end of a turn (eos).
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-
-# The assistant's words and the end of its turn are marked as generated; its header and the last newline are not.
-CHATML = """\
-{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {%- if messages[0].role == 'system' %}
-        {{- messages[0].content + '\\n\\n' }}
-    {%- endif %}
-    {{- 'Tools, one JSON object a line:' }}
-    {%- for tool in tools %}
-        {{- '\\n' + (tool | tojson) }}
-    {%- endfor %}
-    {{- '<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {{- '<|im_start|>assistant\\n' }}
-        {%- generation %}
-        {%- if message.reasoning_content %}
-            {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
-        {%- endif %}
-        {{- message.content }}
-        {%- for call in message.tool_calls or [] %}
-            {{- '\\n<tool_call>' + (call | tojson) + '</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>' }}
-        {%- endgeneration %}
-        {{- '\\n' }}
-    {%- elif not (tools and loop.first and message.role == 'system') %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-
-# Contractions, words with the sign before them, single digits, runs of other signs, newlines, spaces.
-_WORDS = (
-    r"(?i:'(?:s|t|re|ve|m|ll|d))|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _PIECE_CHARS = 1 << 16
 
 
@@ -101,6 +68,33 @@ def load_tokenizer(
                 f'data.chat_template="chatml": the tokenizer lacks {missing}; add data.add_tokens={missing}'
             )
     return tokenizer
+
+
+def open_tokenizer(path: str | Path, *, add_tokens: Sequence[str] = (), chat_template: str | None = None) -> Any:
+    """As `load_tokenizer`, but without transformers where the folder is one of ours: what pertoken itself works with.
+
+    The result answers what pertoken asks of a tokenizer; `as_transformers` makes of it what others may want.
+    """
+    tokenizer = None if add_tokens else TrainedTokenizer.open(path)
+    if tokenizer is None:
+        return load_tokenizer(path, add_tokens=add_tokens, chat_template=chat_template)
+    if chat_template is not None:
+        tokenizer.chat_template = _template_text(chat_template)
+    return tokenizer
+
+
+def as_transformers(tokenizer: TrainedTokenizer | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The same tokenizer as transformers' own object."""
+    if not isinstance(tokenizer, TrainedTokenizer):
+        return tokenizer
+    import transformers
+
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        **tokenizer.special_tokens_map,
+        clean_up_tokenization_spaces=False,
+        chat_template=tokenizer.chat_template,
+    )
 
 
 def _template_text(chat_template: str) -> str:
@@ -163,6 +157,8 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[
     A tokenizer without a template, or with one that ends turns in plain text, has its `eos_token_id` for it.
     Raises RecipeError where the template cannot render a question and its answer, or neither token exists.
     """
+    if isinstance(tokenizer, TrainedTokenizer) and tokenizer.chat_template == CHATML and not template_kwargs:
+        return tokenizer.eos_token_id  # as below, without transformers
     if tokenizer.chat_template is not None:
         words = "An answer"
         probe = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": words}]
@@ -192,8 +188,8 @@ def train_tokenizer(
     text_key: str = "text",
     prompt_key: str = "prompt",
     completion_key: str = "completion",
-) -> PreTrainedTokenizerBase:
-    """Train a tokenizer on the text and the conversations in `files`, save it as a folder, and load that.
+) -> TrainedTokenizer:
+    """Train a tokenizer on the text and the conversations in `files`, and save it as a folder.
 
     "bpe": byte-level byte-pair encoding of at most `vocab_size` tokens; any text round-trips exactly.
     "char": a token per character seen or written by the template, others become <|endoftext|>; `vocab_size`, which may
@@ -202,41 +198,22 @@ def train_tokenizer(
     Raises RecipeError for a `vocab_size` that is too small, DataError for files that give no text or bad rows.
     """
     texts = _texts(files, text_key, prompt_key, completion_key)
-    backend = _train_bpe(texts, vocab_size) if kind == "bpe" else _train_char(texts, vocab_size)
-    import transformers
-
-    pad, bos, eos = SPECIAL_TOKENS
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=pad,
-        unk_token=pad,
-        bos_token=bos,
-        eos_token=eos,
-        clean_up_tokenization_spaces=False,
-        chat_template=CHATML,
-    )
+    tokenizer = TrainedTokenizer.new(_train_bpe(texts, vocab_size) if kind == "bpe" else _train_char(texts, vocab_size))
     try:
-        tokenizer.save_pretrained(str(out_dir))
+        tokenizer.save_pretrained(out_dir)
     except OSError as error:
         raise RecipeError(f"{out_dir}: cannot be written ({error.strerror}); choose another folder") from None
-    return load_tokenizer(out_dir)
+    return tokenizer
 
 
 def _train_bpe(texts: Iterator[str], vocab_size: int | None) -> Tokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers, trainers
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     least = len(alphabet) + len(SPECIAL_TOKENS)
     if vocab_size is None or vocab_size < least:
         raise RecipeError(f"vocab_size={vocab_size}: a byte-level tokenizer needs at least {least}")
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
+    backend = bpe_backend()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
@@ -248,19 +225,13 @@ def _train_bpe(texts: Iterator[str], vocab_size: int | None) -> Tokenizer:
 
 
 def _train_char(texts: Iterator[str], vocab_size: int | None) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models
-
     characters = sorted(set("\nassistantsystemtooluser").union(*texts))  # what the chat template itself writes
-    vocab = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *characters))}
-    if vocab_size is not None and vocab_size < len(vocab):
+    least = len(SPECIAL_TOKENS) + len(characters)
+    if vocab_size is not None and vocab_size < least:
         raise RecipeError(
-            f"vocab_size={vocab_size}: the text has {len(characters)} characters, so at least {len(vocab)} are needed"
+            f"vocab_size={vocab_size}: the text has {len(characters)} characters, so at least {least} are needed"
         )
-    # Byte-pair encoding without a single merge: every character stays as it is.
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=SPECIAL_TOKENS[0]))
-    backend.add_special_tokens(list(SPECIAL_TOKENS))
-    backend.decoder = decoders.Fuse()
-    return backend
+    return char_backend(characters)
 
 
 def _pieces(text: str) -> Iterator[str]:

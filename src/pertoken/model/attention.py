@@ -116,7 +116,6 @@ def _cut_into_rectangles(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(reversed(rectangles))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # or every set of rectangles would be a graph of its own
 def attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, *, layout: AttentionLayout) -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each document, every token seeing itself and what precedes it. [N, H, D]
 

@@ -16,7 +16,7 @@ from pertoken.model.moe import Documents, Load, MixtureOfExperts
 from pertoken.model.native import NativeBatch, attention_block, mlp_block
 from pertoken.model_config import ResolvedModelConfig
 
-__all__ = ["Attend", "Decoder", "Rope", "compute_dtype", "rope_angles"]
+__all__ = ["Attend", "Decoder", "Rope", "call", "compute_dtype", "rope_angles"]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H, D]
 Rope = tuple[Tensor, Tensor]  # cos and sin, [N, 1, D / 2] each
@@ -27,7 +27,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ResolvedModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not `nn.Embedding(...)`, whose initialisation imports torch's compiler where the device is "meta".
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(table, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -39,6 +41,7 @@ class _Layer(nn.Module):
         self.self_attn = _Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MixtureOfExperts(config) if config.use_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.call_experts: Callable[..., tuple[Tensor, Load | None]] = call
 
     def forward(
         self,
@@ -61,7 +64,7 @@ class _Layer(nn.Module):
             hidden = (hidden if asked is None else hidden[asked]) + self.self_attn(normed, rope, attend, asked)
         normed = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, MixtureOfExperts):
-            update, load = self.mlp(normed, dtype, documents)
+            update, load = self.call_experts(self.mlp, normed, dtype, documents)
             hidden = hidden + update
             return hidden if load is None else (hidden, load)
         update = self.mlp(normed.to(dtype))
@@ -113,6 +116,11 @@ class _Attention(nn.Module):
             return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_NHD.dtype)
         turned: Tensor = _Rotate.apply(wide, *rope)  # type: ignore[no-untyped-call]
         return turned.to(x_NHD.dtype)
+
+
+def call(module: nn.Module, *arguments: Any) -> Any:
+    """`module(*arguments)`, as a function that `compile_layers` can keep out of its graphs."""
+    return module(*arguments)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

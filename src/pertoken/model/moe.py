@@ -66,8 +66,6 @@ class MixtureOfExperts(nn.Module):
             MLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
         )
 
-    # Eager inside of a compiled layer: every expert gets another number of tokens in every micro-batch.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x_ND: Tensor, dtype: torch.dtype, documents: Documents | None) -> tuple[Tensor, Load | None]:
         """y [N, D] in the dtype of `x_ND`, the residual stream's; `dtype` is what the experts are given.
 

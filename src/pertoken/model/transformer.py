@@ -6,10 +6,11 @@ size or head dimension, H query heads, K key-value heads, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from pertoken.model.attention import (
     varlen_attention,
     which_attention,
 )
-from pertoken.model.blocks import Attend, Decoder, Rope, compute_dtype, rope_angles
+from pertoken.model.blocks import Attend, Decoder, Rope, call, compute_dtype, rope_angles
 from pertoken.model.moe import Documents, Load, MixtureOfExperts, with_balance_loss
 from pertoken.model.native import Casts, NativeBatch, embed, final_norm
 from pertoken.model.operations import attention_operations, body_parameters, padding_metric
@@ -59,6 +60,7 @@ class CausalLM(nn.Module):
         self.activation_checkpointing = False
         self.loss_impl: LossImpl = "auto"
         self.native = False  # see `use_kernels`
+        self._attention: Callable[..., Tensor] = attention
         self._casts: Casts | None = None
         with torch.device("meta"):  # the layers' own initialisation would draw from the global random state
             self.model = Decoder(config)
@@ -67,7 +69,9 @@ class CausalLM(nn.Module):
             )
         self.to(dtype)
         if torch.device(device).type != "meta":
-            self.to_empty(device=device)
+            # As `to_empty` does, which imports symbolic algebra to find out how a tensor on "meta" is laid out.
+            empty = {n: torch.empty(p.shape, dtype=p.dtype, device=device) for n, p in self.named_parameters()}
+            self.load_state_dict(empty, assign=True)
             self.reset_parameters(seed)
 
     @torch.no_grad()
@@ -137,7 +141,11 @@ class CausalLM(nn.Module):
 
         Attention stays as it is, and so do experts: their shapes differ from one micro-batch to the next.
         """
+        # Here and not as decorators, which would import the compiler, two seconds' work, with this module.
+        disable: Callable[[Any], Any] = torch.compiler.disable
+        self._attention = disable(attention)  # or every set of rectangles would be a graph of its own
         for layer in self.model.layers:
+            layer.call_experts = disable(call)
             layer.compile(dynamic=True)
 
     def forward(self, micro_batch: MicroBatch, *, impl: LossImpl | None = None) -> LossOutput:
@@ -259,7 +267,7 @@ class CausalLM(nn.Module):
         documents: Documents | None,
         asked: Tensor | None,
     ) -> tuple[Tensor, list[Load]]:
-        attend = attention if layout.cu_seqlens is None else varlen_attention
+        attend = self._attention if layout.cu_seqlens is None else varlen_attention
         attends = [partial(attend, layout=layout)] * self.config.num_hidden_layers
         return self._run(micro_batch.input_ids, micro_batch.position_ids, attends, documents, asked)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pertoken.config import Recipe
+from pertoken.data.tokenizer import as_transformers
 from pertoken.errors import RecipeError
 from pertoken.model.transformer import CausalLM
 from pertoken.prove.checks import every_sample_once, who_is_supervised
@@ -74,7 +75,9 @@ def prove(
         on_result(result)
 
     run(_EPOCH, lambda: every_sample_once(_EPOCH, data.train, recipe))
-    run(_SUPERVISED, lambda: who_is_supervised(_SUPERVISED, data.train, chosen, recipe, data.tokenizer))
+    run(
+        _SUPERVISED, lambda: who_is_supervised(_SUPERVISED, data.train, chosen, recipe, as_transformers(data.tokenizer))
+    )
     per_micro_batch = model.config.use_moe and model.config.aux_loss == "micro_batch"
     if per_micro_batch:
         run(_BALANCE, lambda: split_of_balance(_BALANCE, copy.deepcopy(model).double(), chosen))

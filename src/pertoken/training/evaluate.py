@@ -15,7 +15,7 @@ from pertoken.config import Recipe, apply_override
 from pertoken.data.batch import collate, plan
 from pertoken.data.records import Record, find_files, read_records
 from pertoken.data.store import Store, build_store
-from pertoken.data.tokenizer import load_tokenizer
+from pertoken.data.tokenizer import open_tokenizer
 from pertoken.model.transformer import CausalLM
 from pertoken.training.checkpoint import load_model, recipe_of, resolve_model_folder
 from pertoken.training.parallel import World
@@ -114,7 +114,7 @@ def model_and_data(
     recipe = _data_recipe(resolve_model_folder(model), data, overrides, longest=loaded.config.max_position_embeddings)
     settings = recipe.data
     assert settings.tokenizer is not None, "Recipe requires one"
-    tokenizer = load_tokenizer(settings.tokenizer, add_tokens=settings.add_tokens, chat_template=settings.chat_template)
+    tokenizer = open_tokenizer(settings.tokenizer, add_tokens=settings.add_tokens, chat_template=settings.chat_template)
     store = build_store(settings.path, stage=recipe.stage, tokenizer=tokenizer, data=settings)
     store.check_vocab(loaded.config.vocab_size)
     return loaded, store, tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pertoken.data.tokenizer import load_tokenizer
+from pertoken.data.tokenizer import open_tokenizer
 from pertoken.errors import ModelError, RecipeError
 from pertoken.model.folder import save_folder
 from pertoken.model.minimind import save_minimind
@@ -41,7 +41,7 @@ def export_model(path: str, out: Path, *, format_: str, dtype: str | None) -> li
             f"{path}: a .pth has no tokenizer; fine-tune from it with data.tokenizer set, then export the run"
         )
     _must_be_new(out)
-    tokenizer = load_tokenizer(source)
+    tokenizer = open_tokenizer(source)
     out.mkdir(parents=True)
     save_folder(
         model,

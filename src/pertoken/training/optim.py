@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from pertoken.config import TrainConfig
 from pertoken.model.moe import MixtureOfExperts
 from pertoken.training.parallel import shard_like, whole
 
-__all__ = ["MuonAdamW", "build_adamw", "build_muon", "build_optimizer", "lr_at", "orthogonalised", "set_lr"]
+__all__ = ["AdamW", "MuonAdamW", "build_adamw", "build_muon", "build_optimizer", "lr_at", "orthogonalised", "set_lr"]
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al., "Muon", 2024
 _NEWTON_SCHULZ_STEPS = 5
@@ -66,13 +67,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
 
 
-def build_adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+def build_adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> AdamW:
     """AdamW; matrices (the embedding among them) decay, vectors (norms) do not.
 
     The learning rate is set at every step from `lr_at`, so none is given here.
     """
     groups = _groups([p for p in model.parameters() if p.requires_grad], weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    return AdamW(groups, betas=betas)
 
 
 def build_muon(
@@ -118,7 +119,58 @@ def _matrices_of_blocks(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in parameters if p.requires_grad and p.ndim == 2 and p not in excluded]
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class _WithoutCompiler(torch.optim.Optimizer):
+    """The two methods of every optimiser in torch that import its compiler, a second's work, only to keep it away."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        for key, value in self.defaults.items():
+            param_group.setdefault(key, value)
+        self.param_groups.append(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        assert set_to_none
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+class AdamW(_WithoutCompiler, torch.optim.AdamW):
+    """`torch.optim.AdamW(groups, fused=True)`, to the bit: by the function that it is made of."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float]) -> None:
+        super().__init__(groups, lr=0.0, betas=betas, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            states = [self.state[p] or self._new_state(p) for p in parameters]
+            adamw(
+                parameters,
+                [p.grad for p in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+    def _new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        return state
+
+
+class MuonAdamW(_WithoutCompiler):
     """Muon for `matrices` and AdamW for `others`, as one optimiser with one state: one norm, one decision to skip.
 
     For a matrix W [A, B] with gradient G, momentum mu = 0.95 and learning rate eta (Jordan et al., "Muon", 2024; decay
@@ -143,7 +195,7 @@ class MuonAdamW(torch.optim.Optimizer):
         lr_ratio: float,
         dtype: torch.dtype,
     ) -> None:
-        self._adamw = torch.optim.AdamW(others, lr=0.0, betas=betas, fused=True)
+        self._adamw = AdamW(others, betas=betas)
         self._dtype = dtype
         ours = {"params": matrices, "lr": 0.0, "lr_ratio": lr_ratio, "weight_decay": weight_decay}
         super().__init__([*self._adamw.param_groups, ours], {})  # AdamW's own groups, so that it sees what is set

@@ -13,7 +13,7 @@ import torch
 from pertoken.config import Recipe
 from pertoken.data.order import steps_per_epoch
 from pertoken.data.store import Store, build_store
-from pertoken.data.tokenizer import end_of_turn_id, load_tokenizer
+from pertoken.data.tokenizer import end_of_turn_id, open_tokenizer
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.files import FolderLock
 from pertoken.fused_heads import require_head
@@ -186,7 +186,7 @@ def load_data(recipe: Recipe, listener: Listener, world: World) -> RunData:
     folder = Path(source)
     if data.tokenizer is None or (folder / "checkpoints").is_dir():
         folder = resolve_model_folder(folder)
-    tokenizer = load_tokenizer(folder, add_tokens=data.add_tokens, chat_template=data.chat_template)
+    tokenizer = open_tokenizer(folder, add_tokens=data.add_tokens, chat_template=data.chat_template)
     if recipe.stage == "sft":
         eos_token_id = end_of_turn_id(tokenizer, data.template_kwargs)
     elif tokenizer.eos_token_id is None:
