@@ -163,7 +163,7 @@ class Recipe(Section):
         if isinstance(values, dict) and isinstance(values.get("train", {}), dict):
             train = dict(values.get("train", {}))
             if train.get("learning_rate") is None and "stage" in values:
-                train["learning_rate"] = {"pretrain": 5e-4, "sft": 2e-5}.get(values["stage"], 1e-4)
+                train["learning_rate"] = {"pretrain": 5e-4, "sft": 2e-5}.get(str(values["stage"]), 1e-4)
                 values = {**values, "train": train}
         return values
 
