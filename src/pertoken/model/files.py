@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -47,7 +47,7 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
             raise ModelError(f"{index}: weight_map is not an object of file names; copy or download it again")
         found = sorted(set(named.values()))
-        outside = [name for name in found if PurePath(name).name != name or "\\" in name or "\0" in name]
+        outside = [name for name in found if not _is_file_name(name)]
         if outside or not found:
             raise ModelError(f"{index}: weight_map names {names(outside)}; it must name files of this folder alone")
         return [folder / name for name in found]
@@ -58,6 +58,10 @@ def weight_files(folder: Path) -> list[Path]:
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     raise ModelError(f"{folder}: no model.safetensors; name a folder with weights")
+
+
+def _is_file_name(name: str) -> bool:
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
 def count_weights(files: list[Path]) -> tuple[int, int]:
