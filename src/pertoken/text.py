@@ -30,9 +30,10 @@ def shown(value: object) -> str:
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = _SHOWN_CHARS
     try:
-        return one_line(short.repr(value))
+        text = short.repr(value)
     except ValueError:  # a whole number of more digits than Python writes
         return "a number of thousands of digits"
+    return one_line(text if len(text) <= 2 * _SHOWN_CHARS else text[: 2 * _SHOWN_CHARS] + "...")
 
 
 def names(found: Iterable[str]) -> str:

@@ -167,7 +167,7 @@ def test_a_line_far_too_long_costs_no_memory_and_the_rest_is_read(
     assert isinstance(first, Record)
     assert isinstance(last, Record)
     assert (last.line, last.value, last.end) == (3, {"a": 3}, path.stat().st_size)
-    assert peak < 4 << 20, peak
+    assert peak < 8 << 20, peak  # of a line of 64
 
 
 def test_a_file_name_that_could_not_be_printed_is_refused(tmp_path: Path) -> None:
