@@ -11,6 +11,7 @@ from pertoken.data.tokenizer import end_of_turn_id, open_tokenizer, render
 from pertoken.errors import ModelError, RecipeError
 from pertoken.generate import generate, stream_text
 from pertoken.model.transformer import CausalLM
+from pertoken.text import reason
 from pertoken.training.checkpoint import load_model, recipe_of, resolve_model_folder
 from pertoken.training.precision import resolve_device
 
@@ -43,7 +44,7 @@ class Talker:
 
     def encode(self, text: str) -> list[int]:
         """Text to go on from, encoded as the tokenizer does by itself (with a BOS where it adds one)."""
-        ids: list[int] = self.tokenizer.encode(text)
+        ids = self._ids(text)
         if not ids:
             raise RecipeError("--prompt: gives no token; write something to go on from")
         return ids
@@ -56,7 +57,13 @@ class Talker:
             text, _ = render(self.tokenizer, messages, template_kwargs=self.template_kwargs, add_generation_prompt=True)
         except ValueError as error:
             raise ModelError(f"the chat template cannot render this conversation: {error}") from None
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return self._ids(text, add_special_tokens=False)
+
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        try:
+            ids: list[int] = self.tokenizer.encode(text, **options)
+        except Exception as error:  # a tokenizer is a program from elsewhere; and what was typed may not be UTF-8
+            raise ModelError(f"the tokenizer has no tokens for this text ({reason(error)})") from None
         return ids
 
     def reply(self, input_ids: list[int], **sampling: Any) -> Iterator[str]:

@@ -146,7 +146,7 @@ def train(
     finally:
         listener.close()
     if os.environ.get("RANK", "0") == "0":
-        console.print(f"done: {result.checkpoint}", highlight=False, markup=False)
+        _say(console, f"done: {result.checkpoint}")
 
 
 @app.command()
@@ -169,13 +169,20 @@ def prepare(
             _say_what_is_in(console, name, store)
 
 
+def _say(console: Console, text: str) -> None:
+    """A line with names from users or data in it: neither markup nor control characters do anything."""
+    from rich.text import Text
+
+    from pertoken.text import plain
+
+    console.print(Text(plain(text)))
+
+
 def _say_what_is_in(console: Console, name: str, store: Store) -> None:
     supervised, tokens = int(store.num_tokens.sum()), int(store.lengths.sum())
-    console.print(
-        f"{name}: {len(store):,} samples, {supervised:,} of {tokens:,} tokens supervised", highlight=False, markup=False
-    )
+    _say(console, f"{name}: {len(store):,} samples, {supervised:,} of {tokens:,} tokens supervised")
     for note in store.report.notes():
-        console.print(f"  {note}", highlight=False, markup=False)
+        _say(console, f"  {note}")
 
 
 @app.command(name="prove")
@@ -322,10 +329,11 @@ def export(
     ] = None,
 ) -> None:
     """Write a model for others: a Hugging Face folder, or MiniMind's .pth."""
+    from pertoken.text import plain
     from pertoken.training.export import export_model
 
     for path in export_model(run, out, format_=format_, dtype=dtype):
-        print(path)
+        print(plain(str(path)))
 
 
 @tokenizer_app.command(name="train")
@@ -338,9 +346,10 @@ def tokenizer_train(
 ) -> None:
     """Train a tokenizer with a chat template on text or conversations."""
     from pertoken.data.tokenizer import train_tokenizer
+    from pertoken.text import plain
 
     tokenizer = train_tokenizer(files, vocab_size=vocab_size, kind=kind, out_dir=out, text_key=text_key)
-    print(f"{out}: {len(tokenizer):,} tokens")
+    print(plain(f"{out}: {len(tokenizer):,} tokens"))
 
 
 @app.command()

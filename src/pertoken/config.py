@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pertoken.errors import RecipeError
 from pertoken.explain import explain
 from pertoken.model_config import ModelConfig, ResolvedModelConfig, Section
+from pertoken.text import reason, shown
 
 __all__ = [
     "CheckpointConfig",
@@ -175,7 +176,7 @@ class Recipe(Section):
         if isinstance(values, dict) and isinstance(values.get("train", {}), dict):
             train = dict(values.get("train", {}))
             if train.get("learning_rate") is None and "stage" in values:
-                train["learning_rate"] = {"pretrain": 5e-4, "sft": 2e-5}.get(values["stage"], 1e-4)
+                train["learning_rate"] = {"pretrain": 5e-4, "sft": 2e-5}.get(str(values["stage"]), 1e-4)
                 values = {**values, "train": train}
         return values
 
@@ -214,8 +215,8 @@ class Recipe(Section):
         except UnicodeDecodeError as error:
             problem = f"not UTF-8 ({error.reason} at byte {error.start}); save the recipe as UTF-8"
             raise RecipeError(f"{path}: {problem}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"{path}: not valid TOML: {error}") from None
+        except (ValueError, RecursionError) as error:  # TOML's own errors, and numbers of thousands of digits
+            raise RecipeError(f"{path}: not valid TOML: {reason(error)}") from None
         for override in overrides:
             apply_override(values, override)
         return cls.parse(values)
@@ -224,7 +225,10 @@ class Recipe(Section):
     def parse(cls, values: dict[str, Any]) -> Recipe:
         """Validate a nested dict. Raises RecipeError with one line per problem."""
         try:
+            _check_numbers(values)
             return cls.model_validate(values)
+        except RecursionError:
+            raise RecipeError("the recipe is nested too deeply; no key needs more than a few levels") from None
         except ValidationError as error:
             raise RecipeError("\n".join(explain(error, cls))) from None
 
@@ -239,6 +243,14 @@ class Recipe(Section):
     def flat(self) -> dict[str, Any]:
         """Dotted key -> value, for comparing two recipes."""
         return dict(_flatten(self.model_dump(mode="json")))
+
+
+def _check_numbers(value: Any, key: str = "") -> None:
+    """TOML's whole numbers have 64 bits; Python's and its parser's do not, and what computes with them has."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise RecipeError(f"{key}={shown(value)}: must be a number of 64 bits")
+    for name, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        _check_numbers(item, f"{key}.{name}".removeprefix("."))
 
 
 def _without_none(value: Any) -> Any:
@@ -259,13 +271,17 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one dotted `key=value` in place. The value is TOML; what is not TOML, or meant for a text key, is text."""
     key, separator, text = override.partition("=")
     key = key.strip()
+    try:
+        override.encode()
+    except UnicodeEncodeError:
+        raise RecipeError(f"{override}: not UTF-8; write it as UTF-8") from None
     if not separator or not key:
         raise RecipeError(f"{override}: not an override; write key=value, for example train.learning_rate=3e-4")
     value: Any = text
     if not _takes_only_text(key):
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):  # not TOML, or TOML that Python cannot hold
             value = text
     *sections, leaf = key.split(".")
     for section in sections:

@@ -113,13 +113,13 @@ class ConsoleListener(Listener):
         table = Table("parameter", "mean", "std", "norm", title="gradients of this step, before clipping")
         for s in stats:
             if s.norm is None:
-                table.add_row(plain(s.name), "no gradient", "", "", style="red")
+                table.add_row(Text(plain(s.name)), "no gradient", "", "", style="red")
             else:
-                table.add_row(plain(s.name), f"{s.mean:.3e}", f"{s.std:.3e}", f"{s.norm:.3e}")
+                table.add_row(Text(plain(s.name)), f"{s.mean:.3e}", f"{s.std:.3e}", f"{s.norm:.3e}")
         self._console.print(table)
 
     def message(self, text: str) -> None:
-        self._console.print(plain(text), style="yellow", markup=False, highlight=False)
+        self._console.print(Text(plain(text), style="yellow"))
 
 
 def _millions(count: int) -> str:
@@ -170,7 +170,7 @@ def _example(s: Summary) -> Text:
 
 def show_token_losses(console: Console, losses: Sequence[TokenLoss], source: str) -> None:
     """A table of a sample's tokens; supervised rows are green and marked."""
-    table = Table("position", "token", "label", "label id", "supervised", "loss (nats)", title=plain(source))
+    table = Table("position", "token", "label", "label id", "supervised", "loss (nats)", title=Text(plain(source)))
     for row in losses:
         table.add_row(
             str(row.position),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pertoken.chatting import Talker
 from pertoken.config import Recipe
@@ -113,7 +114,7 @@ def _say_what_was_made(console: Console, out: Path, files: _Files, clock: _Clock
         "the chat model": out / "sft",
         "figures": out / "results.json",
     }.items():
-        console.print(f"  {what:<22}{path}", highlight=False, markup=False)
+        console.print(Text(plain(f"  {what:<22}{path}")))
     console.print("\nNext, try:", highlight=False)
     for command in (
         f"pertoken chat {out / 'sft'}",
@@ -121,7 +122,7 @@ def _say_what_was_made(console: Console, out: Path, files: _Files, clock: _Clock
         f"pertoken train {out / 'recipes' / 'sft.toml'} out_dir={out / 'sft-2'} train.learning_rate=1e-3",
         "pertoken new sft        # a recipe for conversations of your own",
     ):
-        console.print(f"  {command}", highlight=False, markup=False)
+        console.print(Text(plain(f"  {command}")))
 
 
 def _heading(console: Console, text: str) -> None:
@@ -324,5 +325,5 @@ def _chat(console: Console, out: Path) -> None:
         )
         answer = "".join(pieces)
         messages.append({"role": "assistant", "content": answer})
-        console.print(f"  you>   {prompt}", highlight=False, markup=False)
-        console.print(f"  model> {plain(answer)}", highlight=False, markup=False)
+        console.print(Text(f"  you>   {prompt}"))
+        console.print(Text(plain(f"  model> {answer}")))

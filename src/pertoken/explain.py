@@ -7,7 +7,11 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel, ValidationError
 
+from pertoken.text import one_line, shown
+
 __all__ = ["explain"]
+
+_KEY_CHARS = 80
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -24,8 +28,9 @@ def explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
     keys = _all_keys(root)
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
+        key = one_line(key if len(key) <= _KEY_CHARS else key[:_KEY_CHARS] + "...")
         kind, context, value = problem["type"], problem.get("ctx", {}), problem.get("input")
-        shown = f"{key}={value!r}" if isinstance(value, str) else f"{key}={value}"
+        what = f"{key}={shown(value)}"
         match kind:
             case "extra_forbidden":
                 leaf = {k.rpartition(".")[2]: k for k in keys}
@@ -37,29 +42,29 @@ def explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
             case "missing":
                 yield f"{key}: missing; add it to the recipe or pass {key}=..."
             case "value_error":
-                text = str(context["error"])
-                yield text if key in ("", *root.model_fields) else f"{shown}: {text}"
+                said = str(context["error"])
+                yield said if key in ("", *root.model_fields) else f"{what}: {said}"
             case "literal_error":
-                yield f"{shown}: must be one of {context['expected']}"
+                yield f"{what}: must be one of {context['expected']}"
             case "greater_than_equal":
-                yield f"{shown}: must be at least {context['ge']}"
+                yield f"{what}: must be at least {context['ge']}"
             case "greater_than":
-                yield f"{shown}: must be more than {context['gt']}"
+                yield f"{what}: must be more than {context['gt']}"
             case "less_than_equal":
-                yield f"{shown}: must be at most {context['le']}"
+                yield f"{what}: must be at most {context['le']}"
             case "less_than":
-                yield f"{shown}: must be less than {context['lt']}"
+                yield f"{what}: must be less than {context['lt']}"
             case "int_type" | "int_from_float":
-                yield f"{shown}: must be a whole number, written without quotes or a point"
+                yield f"{what}: must be a whole number, written without quotes or a point"
             case "float_type" | "finite_number":
-                yield f"{shown}: must be a finite number, written without quotes"
+                yield f"{what}: must be a finite number, written without quotes"
             case "bool_type":
-                yield f"{shown}: must be true or false, written without quotes"
+                yield f"{what}: must be true or false, written without quotes"
             case "string_type":
-                yield f"{shown}: must be text, written in quotes"
+                yield f"{what}: must be text, written in quotes"
             case "too_short" | "string_too_short":
-                yield f"{shown}: must not be empty"
+                yield f"{what}: must not be empty"
             case "model_type" | "model_attributes_type":
-                yield f"{shown}: must be a section, [{key}]"
+                yield f"{what}: must be a section, [{key}]"
             case _:
-                yield f"{shown}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+                yield f"{what}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -2,9 +2,53 @@
 
 from __future__ import annotations
 
-__all__ = ["plain"]
+import reprlib
+from collections.abc import Iterable
+
+__all__ = ["names", "one_line", "plain", "reason", "shown"]
+
+_SHOWN_CHARS, _SHOWN_NAMES, _REASON_CHARS = 60, 8, 300
+# Format characters that scripts and emoji cannot do without: zero-width non-joiner and joiner.
+_HARMLESS = "\n\t\u3000\u00a0\u200c\u200d"
 
 
 def plain(text: str) -> str:
-    """Text that cannot steer a terminal: control characters other than newline and tab are shown, not obeyed."""
-    return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    """Text that cannot steer a terminal: control characters other than newline and tab, signs that turn the direction
+    of writing, and lone surrogates are shown, not obeyed."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in _HARMLESS else _escaped(c) for c in text)
+
+
+def one_line(text: str) -> str:
+    """`plain`, with newlines and tabs shown too: what is listed a line each can then not fake another line."""
+    return plain(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def shown(value: object) -> str:
+    """A value of any type and size as Python writes it, escaped, and shortened to about a line."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = _SHOWN_CHARS
+    try:
+        text = short.repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return "a number of thousands of digits"
+    return one_line(text if len(text) <= 2 * _SHOWN_CHARS else text[: 2 * _SHOWN_CHARS] + "...")
+
+
+def names(found: Iterable[str]) -> str:
+    """Names from data, sorted, escaped and shortened; "none" for none."""
+    in_order = sorted(found)
+    texts = [one_line(name if len(name) <= _SHOWN_CHARS else name[:_SHOWN_CHARS] + "...") for name in in_order]
+    more = f" and {len(texts) - _SHOWN_NAMES} more" if len(texts) > _SHOWN_NAMES else ""
+    return (", ".join(texts[:_SHOWN_NAMES]) or "none") + more
+
+
+def reason(error: BaseException) -> str:
+    """What foreign code says was wrong, in one escaped line of bounded length."""
+    return one_line(" ".join(str(error).split())[:_REASON_CHARS]) or type(error).__name__
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pertoken.data import records
 from pertoken.data.records import BadRow, Problems, Record, find_files, parse_json, read_records
 from pertoken.errors import DataError
 
@@ -47,7 +49,7 @@ def test_duplicate_rows_share_a_digest_and_others_do_not(tmp_path: Path) -> None
         (b'"text"', r"row: a JSON str, not an object"),
         (b'{"a": "\\ud83d"}', r"row: an unpaired surrogate escape"),
         (b'{"a": %s}' % (b"[" * 100_000), r"row: JSON nested too deeply"),
-        (b'{"a": %s}' % (b"9" * 5000), r"row: .*limit"),
+        (b'{"a": %s}' % (b"9" * 5000), r"row: a whole number of more digits than can be read"),
     ],
 )
 def test_a_line_that_is_no_json_object_says_where_and_what(tmp_path: Path, line: bytes, problem: str) -> None:
@@ -146,6 +148,44 @@ def test_the_first_twenty_problems_are_listed_and_the_others_counted(count: int)
     lines = str(error.value).splitlines()
     assert lines[: min(count, 20)] == [f"f.jsonl:{i}: row: bad; fix it" for i in range(1, min(count, 20) + 1)]
     assert lines[20 if count > 20 else count :] == ([f"and {count - 20} more"] if count > 20 else []) + ["hint"]
+
+
+def test_a_line_far_too_long_costs_no_memory_and_the_rest_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1 << 20)
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"a": 1}\n{"a": "')
+        file.writelines(b"x" * (1 << 20) for _ in range(64))
+        file.write(b'"}\n{"a": 3}\n')
+    tracemalloc.start()
+    first, bad, last = read_records(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert str(bad) == (f"{path}:2: row: a line of more than 1,048,576 bytes; end lines with \\n, or split the row")
+    assert isinstance(first, Record)
+    assert isinstance(last, Record)
+    assert (last.line, last.value, last.end) == (3, {"a": 3}, path.stat().st_size)
+    assert peak < 8 << 20, peak  # of a line of 64
+
+
+def test_a_file_name_that_could_not_be_printed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "caf\udce9.jsonl").write_text("{}")
+    with pytest.raises(DataError, match="not UTF-8, so no message could name it; rename it"):
+        find_files([str(tmp_path)])
+
+
+@pytest.mark.parametrize("path", ["x" * 300 + ".jsonl", "~nobody-of-this-name/a.jsonl", "a\0b.jsonl", "[" * 50])
+def test_a_path_that_no_file_can_have_is_an_error_of_the_data(path: str) -> None:
+    with pytest.raises(DataError, match=r"correct data\.path"):
+        find_files([path])
+
+
+def test_a_bad_row_is_one_line_whatever_the_data_says() -> None:
+    assert str(BadRow("a\nb.jsonl", 1, "x\x1b[2J", "bad\r\nb.jsonl:2: ok\u202e")) == (
+        r"a\nb.jsonl:1: x\x1b[2J: bad\x0d\nb.jsonl:2: ok\u202e"
+    )
 
 
 def test_rows_are_streamed(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def _widths(backend: Any) -> np.ndarray | None:
 
     spec = json.loads(backend.to_str())
     model, first = spec["model"], spec["pre_tokenizer"] or {}
-    steps = first["pretokenizers"] if first.get("type") == "Sequence" else [first]
+    steps = (first["pretokenizers"] or [{}]) if first.get("type") == "Sequence" else [first]
     splits = all(step["type"] == "Digits" or step.get("behavior", "Removed") != "Removed" for step in steps[:-1])
     if (
         (spec["normalizer"] or {"type": "NFC"})["type"] != "NFC"

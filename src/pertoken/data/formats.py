@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pertoken.data.records import BadRow, Record, parse_json
+from pertoken.text import names, shown
 
 __all__ = ["FORMATS", "ROLES", "Conversation", "detect_format", "to_conversation", "to_text"]
 
@@ -93,8 +94,7 @@ def _detect(value: dict[str, Any] | str, prompt_key: str, completion_key: str) -
     if fitting:
         raise _RowError("row", f"fits the formats {' and '.join(fitting)}; choose with data.format")
     known = ", ".join(f"{name} ({' and '.join(needed)})" for name, needed in keys.items())
-    found = ", ".join(sorted(row)) or "none"
-    raise _RowError("row", f"unknown format, keys found: {found}; known: {known}; set data.format and its keys")
+    raise _RowError("row", f"unknown format, keys found: {names(row)}; known: {known}; set data.format and its keys")
 
 
 def _prompt_completion(value: dict[str, Any], prompt_key: str, completion_key: str) -> Conversation:
@@ -123,10 +123,9 @@ def _message(value: Any, field: str) -> dict[str, Any]:
     message = {key: item for key, item in value.items() if item is not None}
     role = message.get("role")
     if role is None:
-        found = ", ".join(sorted(message)) or "none"
-        raise _RowError(f"{field}.role", f"missing, keys found: {found}; give one of {', '.join(ROLES)}")
+        raise _RowError(f"{field}.role", f"missing, keys found: {names(message)}; give one of {', '.join(ROLES)}")
     if role not in ROLES:
-        raise _RowError(f"{field}.role", f"unknown role {role!r}; give one of {', '.join(ROLES)}")
+        raise _RowError(f"{field}.role", f"unknown role {shown(role)}; give one of {', '.join(ROLES)}")
     if "tool_calls" in message:
         message["tool_calls"] = _json_list(message["tool_calls"], f"{field}.tool_calls")
         if not message["tool_calls"]:
@@ -170,7 +169,7 @@ def _object(value: dict[str, Any] | str) -> dict[str, Any]:
 
 def _field(value: dict[str, Any], key: str) -> Any:
     if value.get(key) is None:
-        state = "null" if key in value else f"missing, keys found: {', '.join(sorted(value)) or 'none'}"
+        state = "null" if key in value else f"missing, keys found: {names(value)}"
         raise _RowError(key, f"{state}; add it, or name the right key in the recipe's [data]")
     return value[key]
 
@@ -178,6 +177,7 @@ def _field(value: dict[str, Any], key: str) -> Any:
 def _kind(value: Any) -> str:
     if isinstance(value, list):
         odd = next((item for item in value if not isinstance(item, dict)), None)
-        return "a list" if odd is None else f"a list with {_kind(odd)}"
-    names = {dict: "an object", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), "null" if value is None else type(value).__name__)
+        inner = "a list" if isinstance(odd, list) else _kind(odd)  # one level: lists may be nested a thousandfold
+        return "a list" if odd is None else f"a list with {inner}"
+    kinds = {dict: "an object", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return kinds.get(type(value), "null" if value is None else type(value).__name__)

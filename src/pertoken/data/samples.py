@@ -15,6 +15,7 @@ from pertoken.data.encode import Encoded, Encoder, Marked
 from pertoken.data.formats import to_conversation, to_text
 from pertoken.data.records import BadRow, Problems, Record, Span, read_records
 from pertoken.errors import RecipeError
+from pertoken.text import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,13 +122,25 @@ class Making:
         """
         rows = _Rows(self, outcome, skip)
         for chunk in _chunks(rows.documents(part)):
-            encoded = self.encoder.encode([document.marked for document in chunk], append=self.eos_token_id)
-            for document, tokens in zip(chunk, encoded, strict=True):
+            for document, tokens in self._encoded(chunk, rows):
                 if self.template is None:
                     yield from _text_samples(document, tokens, self.data.max_seq_len, outcome.counts)
                 else:
                     yield from _chat_samples(document, tokens, self.data, str(self.files[document.file]), outcome)
             on_bytes(rows.bytes_done)
+
+    def _encoded(self, chunk: list[_Document], rows: _Rows) -> list[tuple[_Document, Encoded]]:
+        """Each document with its tokens; one that the tokenizer has no tokens for is a bad row."""
+        try:
+            encoded = self.encoder.encode([document.marked for document in chunk], append=self.eos_token_id)
+            return list(zip(chunk, encoded, strict=True))
+        except Exception as error:  # a tokenizer is a program from elsewhere, and may fail at a text in any way
+            if len(chunk) == 1:
+                file, line = str(self.files[chunk[0].file]), chunk[0].line
+                problem = f"the tokenizer has no tokens for it ({reason(error)}); choose another, or remove the row"
+                rows.bad(BadRow(file, line, "text" if self.template is None else "conversation", problem))
+                return []
+            return [pair for document in chunk for pair in self._encoded([document], rows)]
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -154,7 +167,7 @@ class _Rows:
                 if isinstance(row, Record):
                     self.bytes_done = before + row.end - span.start
                 if isinstance(texts, BadRow):
-                    self._bad(texts)
+                    self.bad(texts)
                     continue
                 assert isinstance(row, Record)
                 for marked, is_tail in texts:
@@ -166,7 +179,7 @@ class _Rows:
             return _rendered(row, self._making.template, self._making.data)
         return _texts(row, self._making.data)
 
-    def _bad(self, row: BadRow) -> None:
+    def bad(self, row: BadRow) -> None:
         if self._making.data.on_bad_row == "skip":
             self._outcome.counts.skipped += 1
             self._skip(row)

@@ -33,6 +33,7 @@ from pertoken.data.sample import Sample
 from pertoken.data.samples import Making, Outcome
 from pertoken.data.tokenizer import special_ids
 from pertoken.errors import DataError
+from pertoken.text import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -209,7 +210,7 @@ def build_store(
     settings = _settings(stage, data)
     contents, parts = scan(files)
     fingerprint = _hash(_VERSION, settings, contents, _tokenizer_identity(tokenizer, encoder))
-    cache = Path(data.store).expanduser() if data.store else _default_cache()
+    cache = _cache(data.store)
     folder = cache / _hash(fingerprint, [str(file) for file in files])  # the names too, for `file:line` must be right
     if (store := _open(folder, hit=True)) is not None:
         return store
@@ -327,5 +328,10 @@ def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pertoken"
+def _cache(store: str | None) -> Path:
+    try:
+        if store:
+            return Path(store).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pertoken"
+    except RuntimeError as error:  # no such user, or none that has a home
+        raise DataError(f"data.store={store or ''}: {reason(error)}; name a folder") from None

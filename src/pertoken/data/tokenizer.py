@@ -10,6 +10,7 @@ from pertoken.data.formats import detect_format, to_conversation, to_text
 from pertoken.data.records import BadRow, Problems, Record, read_records
 from pertoken.data.trained import CHATML, SPECIAL_TOKENS, TrainedTokenizer, bpe_backend, char_backend
 from pertoken.errors import DataError, ModelError, RecipeError
+from pertoken.text import reason, shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 _PIECE_CHARS = 1 << 16
+_MAX_TOKENS = 1 << 24  # fifty times the largest vocabulary in use: an id beyond it would only fill the memory
 
 
 def load_tokenizer(
@@ -39,19 +41,7 @@ def load_tokenizer(
     trained tokenizers, the path of a .jinja file, or the Jinja text itself.
     Raises ModelError for the folder, RecipeError for the other two.
     """
-    import transformers
-
-    if not Path(path).is_dir():
-        raise ModelError(f"tokenizer {path}: no such folder; name one that holds a tokenizer.json")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # whatever a broken or foreign folder makes of the loader
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"tokenizer {path}: cannot be loaded ({reason}); it needs a tokenizer.json") from None
-    if not tokenizer.is_fast:
-        raise ModelError(f"tokenizer {path}: has no tokenizer.json, so tokens cannot be traced back to their text")
+    tokenizer = _load_folder(Path(path))
     if "" in add_tokens:
         raise RecipeError("data.add_tokens: an empty token; remove it")
     if add_tokens:
@@ -97,20 +87,41 @@ def as_transformers(tokenizer: TrainedTokenizer | PreTrainedTokenizerBase) -> Pr
     )
 
 
+def _load_folder(path: Path) -> PreTrainedTokenizerBase:
+    import transformers
+
+    if not path.is_dir():
+        raise ModelError(f"tokenizer {path}: no such folder; name one that holds a tokenizer.json")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
+        if not tokenizer.is_fast:
+            raise ModelError(f"tokenizer {path}: has no tokenizer.json, so tokens cannot be traced back to their text")
+        last = max(tokenizer.get_vocab().values(), default=-1)
+        special_ids(tokenizer)
+    except (KeyboardInterrupt, SystemExit, ModelError):
+        raise
+    except BaseException as error:  # whatever a broken folder makes of the loader; a panic of its Rust is no Exception
+        raise ModelError(f"tokenizer {path}: cannot be loaded ({reason(error)}); it needs a tokenizer.json") from None
+    if not 0 <= last < _MAX_TOKENS:
+        raise ModelError(f"tokenizer {path}: its last token has the id {last}; there can be {_MAX_TOKENS:,} at most")
+    return tokenizer
+
+
 def _template_text(chat_template: str) -> str:
     if chat_template == "chatml":
         return CHATML
     if "{" in chat_template:
         return chat_template
-    file = Path(chat_template).expanduser()
-    if file.suffix != ".jinja" or not file.is_file():
-        raise RecipeError(
-            f'data.chat_template="{chat_template}": neither a .jinja file nor Jinja text; give one, or "chatml"'
-        )
+    key = f"data.chat_template={shown(chat_template)}"
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f'data.chat_template="{chat_template}": cannot be read as UTF-8 ({error})') from None
+        file = Path(chat_template).expanduser()
+        if file.suffix == ".jinja" and file.is_file():
+            return file.read_text(encoding="utf-8")
+    except (OSError, RuntimeError, ValueError) as error:  # not UTF-8, too long a name, no such user's home
+        raise RecipeError(f"{key}: cannot be read as UTF-8 ({reason(error)})") from None
+    raise RecipeError(f'{key}: neither a .jinja file nor Jinja text; give one, or "chatml"')
 
 
 def render(
@@ -125,7 +136,6 @@ def render(
     """A conversation as text, by the tokenizer's template; with `mark` also the character spans that it marks as
     generated. Raises ValueError with a one-line reason where the template cannot render it.
     """
-    import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
@@ -137,10 +147,9 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **{**tokenizer.special_tokens_map, **template_kwargs},
         )
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # a template is a program from elsewhere, and may fail in any way
         raise ValueError(
-            f"the chat template cannot render it ({reason}); correct it or set another data.chat_template"
+            f"the chat template cannot render it ({reason(error)}); correct it or set another data.chat_template"
         ) from None
     return texts[0], spans[0] if mark else []
 
@@ -155,7 +164,8 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[
     """The special token that ends an assistant turn: the first one after its words in the template's rendering.
 
     A tokenizer without a template, or with one that ends turns in plain text, has its `eos_token_id` for it.
-    Raises RecipeError where the template cannot render a question and its answer, or neither token exists.
+    Raises RecipeError where the template cannot render a question and its answer, the tokenizer has no tokens for
+    what it renders, or neither token exists.
     """
     if isinstance(tokenizer, TrainedTokenizer) and tokenizer.chat_template == CHATML and not template_kwargs:
         return tokenizer.eos_token_id  # as below, without transformers
@@ -168,7 +178,11 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[
             raise RecipeError(f"data.chat_template: for a question and an answer, {error}") from None
         _, _, tail = text.rpartition(words)
         special = special_ids(tokenizer)
-        for token in tokenizer.backend_tokenizer.encode(tail, add_special_tokens=False).ids:
+        try:
+            ids = tokenizer.backend_tokenizer.encode(tail, add_special_tokens=False).ids
+        except Exception as error:  # a tokenizer is a program from elsewhere
+            raise RecipeError(f"data.tokenizer: has no tokens for what its template writes ({reason(error)})") from None
+        for token in ids:
             if token in special:
                 return int(token)
     if tokenizer.eos_token_id is None:

@@ -118,9 +118,12 @@ class TrainedTokenizer:
             backend = Tokenizer.from_str(text)
             template = folder / "chat_template.jinja"
             chat_template = template.read_text(encoding="utf-8") if template.exists() else None
-        except Exception:  # whatever is wrong with it, transformers will say so
+            last = max(backend.get_vocab().values())
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a panic of its Rust is no Exception; whatever is wrong, transformers will say so
             return None
-        return cls(backend, chat_template) if backend.get_vocab_size() <= _MOST_TOKENS else None
+        return cls(backend, chat_template) if last < _MOST_TOKENS else None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `AutoTokenizer` and `open` read. Raises OSError."""

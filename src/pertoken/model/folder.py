@@ -36,7 +36,7 @@ def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Caus
 def _transformers_has(model_type: object) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return isinstance(model_type, str) and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def save_folder(

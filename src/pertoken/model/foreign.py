@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from pertoken.data.batch import MicroBatch
 from pertoken.errors import ModelError, RecipeError
 from pertoken.loss import LossImpl, LossOutput, linear_cross_entropy
+from pertoken.model.files import check_foreign
 from pertoken.model.head import check_logits, linear_head, smallest_vocabulary
+from pertoken.model.hf import listed
 from pertoken.model.operations import padding_metric
+from pertoken.text import reason
 
 __all__ = ["ForeignCache", "ForeignConfig", "ForeignLM", "load_foreign", "quiet"]
 
@@ -234,11 +237,16 @@ def load_foreign(folder: Path, *, dtype: torch.dtype) -> ForeignLM:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    numbers = check_foreign(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         _switch_off_dropout(config)
         if getattr(config, "quantization_config", None):
             raise ModelError("quantization_config: pertoken trains floating-point weights; write it out dequantised")
+        with torch.device("meta"):  # where a parameter takes no memory
+            asked = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).num_parameters()
+        if asked > 2 * numbers:  # tied ones are in the file once
+            raise ModelError(f"config.json asks for {asked:,} numbers where the weights have {numbers:,}; correct it")
         with quiet():
             hf, info = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -252,19 +260,16 @@ def load_foreign(folder: Path, *, dtype: torch.dtype) -> ForeignLM:
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
     except Exception as error:  # transformers raises errors of any kind for a folder that is not what it says
-        raise ModelError(f"{folder}: transformers cannot open it ({_one_line(error)}); name another model") from None
+        raise ModelError(f"{folder}: transformers cannot open it ({reason(error)}); name another model") from None
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, info.get(key, ()))):
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            raise ModelError(f"{folder}: {key.replace('_', ' ')}: {shown}; compare the weights with config.json")
+            raise ModelError(
+                f"{folder}: {key.replace('_', ' ')}: {listed(names)}; compare the weights with config.json"
+            )
     try:
         return ForeignLM(hf)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
@@ -334,7 +339,7 @@ def _check(model: ForeignLM) -> None:
     except ModelError:
         raise
     except Exception as error:  # foreign code, which may want more than token ids
-        raise ModelError(f"{name}: cannot run on tokens alone ({_one_line(error)}); choose another model") from None
+        raise ModelError(f"{name}: cannot run on tokens alone ({reason(error)}); choose another model") from None
     if not _close(own[1][: lengths[0]], own[0]):
         raise ModelError(f"{name}: a token's logits depend on the tokens after it; choose a causal language model")
     own_loss = F.cross_entropy(torch.cat(own).double(), micro_batch.labels, reduction="sum")

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pertoken.errors import ModelError
+from pertoken.model.files import read_json, weight_files
 from pertoken.model.hf_config import config_from_hf, config_to_hf
 from pertoken.model.transformer import CausalLM
 from pertoken.model_config import ResolvedModelConfig
+from pertoken.text import one_line, reason
 
 __all__ = [
     "build_model",
@@ -43,41 +45,14 @@ def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Caus
     unexpected or of another shape.
     """
     folder = Path(path)
-    config = config_from_hf(_read_json(folder / "config.json"))
+    config = config_from_hf(read_json(folder / "config.json"))
     tensors: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             tensors |= load_file(file)
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file}: cannot be read ({error}); copy or download it again") from None
+            raise ModelError(f"{file}: cannot be read ({reason(error)}); copy or download it again") from None
     return build_model(config, tensors, dtype, folder)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); name a Hugging Face model folder") from None
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON ({error}); copy or download it again") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}: not a JSON object; copy or download it again")
-    return values
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    if index.exists():
-        return [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-    pickled = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
-    if pickled:
-        raise ModelError(
-            f"{folder / pickled[0]}: pertoken does not unpickle model folders; convert it with transformers: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-        )
-    raise ModelError(f"{folder}: no model.safetensors; name a folder with weights")
 
 
 def name_on_disk(name: str, config: ResolvedModelConfig) -> str:
@@ -90,7 +65,7 @@ def name_on_disk(name: str, config: ResolvedModelConfig) -> str:
 
 def build_model(config: ResolvedModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype, source: Path) -> CausalLM:
     """A model around the tensors, which are not copied where they have `dtype` already."""
-    model = CausalLM(config, device="meta")
+    model = _skeleton(config, len(tensors), source)
     on_disk = {name: name_on_disk(name, config) for name in model.state_dict()}
     expected = {on_disk[name]: tensor.shape for name, tensor in model.state_dict().items()}
     head = tensors.get("lm_head.weight")
@@ -115,8 +90,24 @@ def build_model(config: ResolvedModelConfig, tensors: dict[str, Tensor], dtype: 
     return model
 
 
+def _skeleton(config: ResolvedModelConfig, num_tensors: int, source: Path) -> CausalLM:
+    """The model without memory for its tensors. What asks for more modules than there are tensors is not begun."""
+    modules = config.num_hidden_layers * (config.num_experts if config.use_moe else 1)
+    if modules > num_tensors:
+        experts = f" of {config.num_experts} experts" if config.use_moe else ""
+        raise ModelError(
+            f"{source}: num_hidden_layers={config.num_hidden_layers}{experts}: the weights have {num_tensors} tensors "
+            "in all; compare them with config.json"
+        )
+    try:
+        return CausalLM(config, device="meta")
+    except (OverflowError, RuntimeError, TypeError) as error:
+        raise ModelError(f"{source}: sizes that no tensor can have ({reason(error)}); correct config.json") from None
+
+
 def listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    shown = (one_line(name if len(name) <= 100 else name[:100] + "...") for name in names[:5])
+    return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def save_folder(

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from pertoken.errors import ModelError
 from pertoken.model_config import MOE_KEYS, ModelConfig, ResolvedModelConfig
+from pertoken.text import shown
 
 __all__ = ["NotCovered", "config_from_hf", "config_to_hf"]
 
@@ -62,6 +63,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+_KINDS: dict[str, type] = {
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+    "quantization_config": dict,
+    "layer_types": list,
+}
+
+
 class NotCovered(ModelError):
     """An architecture that the decoder lacks. Transformers may have it (`pertoken.model.folder`)."""
 
@@ -78,10 +87,15 @@ def config_from_hf(values: dict[str, Any]) -> ResolvedModelConfig:
     decoder lacks.
     """
     model_type = values.get("model_type")
-    if model_type not in _FAMILIES:
-        known = ", ".join(_FAMILIES)
-        raise NotCovered(f"model_type={model_type!r}: pertoken has {known}; choose a model of these", model_type)
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        known, own = ", ".join(_FAMILIES), "" if "auto_map" not in values else " (its own code, auto_map, is never run)"
+        raise NotCovered(
+            f"model_type={shown(model_type)}: pertoken has {known}; choose a model of these{own}", model_type
+        )
     values = _DEFAULTS[model_type] | {key: value for key, value in values.items() if value is not None}
+    for key, kind in _KINDS.items():
+        if not isinstance(values.get(key, kind()), kind):
+            raise ModelError(f"config.json: {key}={shown(values[key])}: must be a JSON {kind.__name__}; correct it")
     _refuse_what_is_missing(values)
     for key in _REQUIRED:
         if key not in values:
@@ -103,7 +117,7 @@ def config_from_hf(values: dict[str, Any]) -> ResolvedModelConfig:
         if problem["type"] == "value_error":
             raise ModelError(f"config.json: {problem['ctx']['error']}") from None
         key = ".".join(map(str, problem["loc"]))
-        raise ModelError(f"config.json: {key}={problem['input']!r}: {problem['msg']}; correct it") from None
+        raise ModelError(f"config.json: {key}={shown(problem['input'])}: {problem['msg']}; correct it") from None
 
 
 def _has_experts(values: dict[str, Any]) -> bool:
@@ -127,7 +141,7 @@ def _experts(values: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_what_is_missing(values: dict[str, Any]) -> None:
     def refuse(key: str, reason: str) -> NoReturn:
-        raise NotCovered(f"{key}={values[key]!r}: {reason}", values["model_type"])
+        raise NotCovered(f"{key}={shown(values[key])}: {reason}", values["model_type"])
 
     for key in ("rope_parameters", "rope_scaling"):
         rope = values.get(key, {})

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from pertoken.errors import ModelError
@@ -33,13 +32,24 @@ def load_minimind(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Ca
         raise ModelError(f"{path}: cannot be read ({error.strerror}); name a MiniMind .pth file") from None
     except Exception:  # foreign bytes lead the unpickler to errors of any kind
         raise ModelError(f"{path}: not a file of tensors; name a MiniMind .pth file (out/*.pth)") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and _whole(t) for name, t in tensors.items()):
         raise ModelError(f"{path}: not a state dict; name the weights (out/*.pth), not a resume file")
     try:
         config = _minimind_config(tensors, path)
-    except (ValidationError, IndexError, ZeroDivisionError):
+    except (ValueError, IndexError, ZeroDivisionError):  # pydantic's error is a ValueError
         raise ModelError(f"{path}: shapes that no MiniMind model has; name a MiniMind .pth file (out/*.pth)") from None
     return build_model(config, tensors, dtype, path)
+
+
+def _whole(tensor: object) -> bool:
+    """Whether it is a plain tensor whose numbers are all in the file: a view may repeat one of them a billionfold."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _minimind_config(tensors: dict[str, Tensor], path: Path) -> ResolvedModelConfig:
