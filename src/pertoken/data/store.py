@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Store", "StoreReport", "build_store"]
 
-_VERSION = 1  # of the format and of how samples are made: raise it when either changes
+_VERSION = 2  # of the format and of how samples are made: raise it when either changes
 _SAMPLES, _META, _SKIPPED = "samples.arrow", "store.json", "skipped.txt"
 
 
