@@ -93,7 +93,7 @@ def verify(
     if apart <= bound and saved["num_tokens"] == now["num_tokens"]:  # false for NaN
         return f"not bitwise the run as it was, but within rounding: {what}"
     if force:
-        return f"--force: going on, though {what}"
+        return f"going on, though {what}"
     raise CheckpointError(
         f"--resume: {what}; weights, data or code are no longer those of the run. Restore them, start a new run "
         "from it with init_from, or go on all the same with --force"

@@ -161,7 +161,17 @@ def rebuild(recipe: Recipe, checkpoint: Checkpoint | None, known: Checkpoint | N
     model = build_model(recipe, data, checkpoint, precision)
     compiled = _prepare_model(model, recipe, known, precision, total_steps, listener)
     return _assemble(
-        recipe, data, model, checkpoint, total_steps, precision, world, listener, compiled=compiled, writes=False
+        recipe,
+        data,
+        model,
+        checkpoint,
+        total_steps,
+        precision,
+        world,
+        listener,
+        compiled=compiled,
+        force=True,  # what a changed loss comes from is to be seen, not refused
+        writes=False,
     )
 
 
