@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,9 @@ def full(reference: Path) -> list[Case]:
 def old_ones_stay(reference: Path) -> list[Case]:
     """Old checkpoints cannot be removed, which is no reason to stop."""
     return [
-        Case(Fault("remove", errno, times=0, match="checkpoints"), ends_well=True, overrides=("checkpoint.keep_last=1",))
+        Case(
+            Fault("remove", errno, times=0, match="checkpoints"), ends_well=True, overrides=("checkpoint.keep_last=1",)
+        )
         for errno in ("EACCES", "EROFS")
     ]
 
@@ -154,6 +157,6 @@ def unclear(ended: Ended, saved: set[int]) -> str | None:
     if ended.code == 0:
         silent = set(range(INTERVAL, STEPS + 1, INTERVAL)) - saved and "could not be saved" not in ended.said
         return f"only {sorted(saved)} saved, and nothing said" if silent else None
-    if ended.err.count("error:") != 1 or ("could not be saved" not in ended.err and "cannot be" not in ended.err):
+    if len(ended.errors) != 1 or not re.search("could not be (saved|written)|cannot be written", ended.errors[0]):
         return f"no clear message: {ended.err!r}"
     return None

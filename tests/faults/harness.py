@@ -77,7 +77,8 @@ class Server:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
         )
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._in, self._out = self._process.stdin, self._process.stdout
 
     def say(self, message: dict[str, Any]) -> None:
@@ -118,6 +119,10 @@ class Ended:
     @property
     def said(self) -> str:
         return self.out + self.err
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
 
 
 @dataclass

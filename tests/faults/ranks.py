@@ -82,7 +82,11 @@ def reference(workshop: Workshop, parallel: str) -> Path:
 
 def trial(workshop: Workshop, kill: RankKill) -> str | None:
     """What was lost; None if nothing was. Needs every desk, so such trials come one after another."""
-    rng, recipe, whole = random.Random(f"{kill}"), recipe_of(workshop, kill.parallel), reference(workshop, kill.parallel)
+    rng, recipe, whole = (
+        random.Random(f"{kill}"),
+        recipe_of(workshop, kill.parallel),
+        reference(workshop, kill.parallel),
+    )
     with ExitStack() as stack:
         desks = [stack.enter_context(workshop.desk()) for _ in range(RANKS)]
         run = desks[0].new()

@@ -1,6 +1,8 @@
 """Runs the command line in forks of a process that has imported everything: a start in tenths of a second.
 
-    python server.py TOKENIZER      on stdin a job a line; on stdout {"pid": ...} at its start and {"code": ...} at its end
+    python server.py TOKENIZER
+
+On stdin comes a job a line; on stdout go {"pid": ...} at its start and {"code": ...} at its end.
 
 A job is {"args": [...], "environment": {...}, "out": FILE, "err": FILE, "max_file_bytes": int or null}. The fork is the
 process that ends, by itself or by a signal, as `python -m pertoken` would; it stays a zombie until the next line, so

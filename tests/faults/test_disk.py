@@ -23,7 +23,7 @@ from faults.disk import (
     unclear,
 )
 from faults.failing_disk import Fault, calls_in
-from faults.harness import Desk, Workshop, difference, forget_after, steps_saved, whole_steps
+from faults.harness import Workshop, difference, forget_after, steps_saved, whole_steps
 
 QUICK = {every_call_once: (1, 40), for_ever: (4,), last_save: (1,), rows: (0,), full: (6, -1), old_ones_stay: (0,)}
 TORTURE = {
@@ -59,14 +59,14 @@ def test_no_disk_fault_loses_anything(workshop, reference, record: Record, kind:
     record(kind, tried(workshop, reference, TORTURE[kind](reference)))
 
 
-def test_the_failing_disk_sees_every_file_of_a_checkpoint_opened_written_and_synced(reference):
+def test_the_failing_disk_sees_all_that_writes_a_checkpoint(reference):
     calls = calls_in(reference.with_suffix(".calls"))
     for folder in steps_saved(reference).values():
-        for name in (path.name for path in folder.iterdir()):
-            for call in ("open", "write", "sync"):
-                assert any(
-                    c == call and path.endswith(f"/{name}") and f".writing-{folder.name}" in path for c, path in calls
-                ), (folder.name, name, call)
+        aside = [(call, path) for call, path in calls if f".writing-{folder.name}" in path]
+        names = {path.name for path in folder.iterdir()}
+        for call in ("open", "write", "close"):  # safetensors writes under names of its own
+            assert len({path for c, path in aside if c == call}) >= len(names), (folder.name, call)
+        assert names <= {Path(path).name for call, path in aside if call == "sync"}
         assert ("rename", str(folder.resolve())) in calls
     assert sum(call == "write" and path.endswith("metrics.jsonl") for call, path in calls) >= 8
 
@@ -101,7 +101,7 @@ def test_a_file_where_a_folder_should_be_gets_a_message_and_no_traceback(worksho
         assert "step-00000004: not used" in ended.out.replace("\n", "")
         assert difference(run, reference) is None
     else:
-        assert ended.err.count("error:") == 1
+        assert len(ended.errors) == 1
 
 
 def test_a_limit_on_the_size_of_files_keeps_the_checkpoint_before(workshop, reference):
@@ -119,7 +119,7 @@ def test_a_limit_on_the_size_of_files_keeps_the_checkpoint_before(workshop, refe
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """An empty file system in memory with room for two checkpoints and a half."""
+    """An empty file system in memory."""
     place = tmp_path / "small"
     place.mkdir()
     done = mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", place)
@@ -127,6 +127,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
     yield place
     subprocess.run(["umount", str(place)], check=True, timeout=60)
+
+
+LOOKS_EMPTY = Fault(free=10**12)  # so that it fills while it is written to
 
 
 def mount(*args: object) -> subprocess.CompletedProcess[str]:
@@ -145,15 +148,15 @@ def test_a_real_full_disk_keeps_what_was_saved_and_room_for_one_more_is_enough(w
     resize(small_disk, int(2.6 * size))
     recipe, run = recipe_of(workshop), small_disk / "run"
     with workshop.desk() as desk:
-        ended = desk.run("train", recipe, f"out_dir={run}")
+        ended = desk.run("train", recipe, f"out_dir={run}", fault=LOOKS_EMPTY)
         assert ended.code == 2, ended.said
         assert unclear(ended, {2, 4}) is None
         assert whole_steps(run) == [2, 4]
-        resize(small_disk, 8 * size)
+        resize(small_disk, 100 * 2**20)
         assert resumed(desk, recipe, run, reference) is None
         shutil.rmtree(run)
         resize(small_disk, int(2.6 * size))
-        ended = desk.run("train", recipe, f"out_dir={run}", "checkpoint.keep_last=1")
+        ended = desk.run("train", recipe, f"out_dir={run}", "checkpoint.keep_last=1", fault=LOOKS_EMPTY)
         assert ended.code == 0, ended.said
         assert difference(run, reference) is None
 
@@ -164,7 +167,7 @@ def disk_bytes(folder: Path) -> int:
 
 def test_a_read_only_disk_gets_a_message_and_keeps_the_run(workshop, reference, small_disk):
     run = small_disk / "run"
-    resize(small_disk, 20 * disk_bytes(steps_saved(reference)[2]))
+    resize(small_disk, 100 * 2**20)
     shutil.copytree(reference, run, symlinks=True)
     forget_after(run, 2)
     done = mount("-o", "remount,ro", small_disk)
@@ -174,7 +177,7 @@ def test_a_read_only_disk_gets_a_message_and_keeps_the_run(workshop, reference, 
             ended = desk.run("train", recipe_of(workshop), f"out_dir={args[0]}", *args[1:])
             assert ended.code == 2, ended.said
             assert "Traceback" not in ended.said
-            assert ended.err.count("error:") == 1
+            assert len(ended.errors) == 1
             assert str(args[0]) in ended.err
         assert whole_steps(run) == [2]
         done = mount("-o", "remount,rw", small_disk)
@@ -182,18 +185,14 @@ def test_a_read_only_disk_gets_a_message_and_keeps_the_run(workshop, reference, 
         assert resumed(desk, recipe_of(workshop), run, reference) is None
 
 
-def refused(desk: Desk, run: Path, recipe: Path, call: str) -> str:
-    ended = desk.run("train", recipe, f"out_dir={run}", fault=Fault(call, "EACCES", times=0), below=run.parent)
-    assert ended.code == 2, ended.said
-    assert "Traceback" not in ended.said
-    return ended.err
-
-
 @pytest.mark.parametrize("call", ["mkdir", "open"])
 def test_a_folder_that_may_not_be_written_is_named(workshop, tmp_path, call):
     with workshop.desk() as desk:
         run = tmp_path / "parent" / "run"
         run.parent.mkdir()
-        message = refused(desk, run, recipe_of(workshop), call)
-    assert str(run) in message
-    assert message.count("error:") == 1
+        fault = Fault(call, "EACCES", times=0)
+        ended = desk.run("train", recipe_of(workshop), f"out_dir={run}", fault=fault, below=run.parent)
+    assert ended.code == 2, ended.said
+    assert "Traceback" not in ended.said
+    assert len(ended.errors) == 1
+    assert str(run) in ended.err
