@@ -32,7 +32,7 @@ def workshop(world: World, shim: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Record:
-    """record(fault, problems): a line of the table; of each trial its problem or None. Fails where something was lost."""
+    """record(fault, problems): a line of the table, a problem or None per trial; fails where something was lost."""
     start = time.monotonic()
 
     def add(fault: str, problems: list[str | None]) -> None:

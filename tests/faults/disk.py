@@ -13,6 +13,7 @@ from faults.harness import Desk, Ended, Workshop, difference, forget_after, prob
 STEPS, INTERVAL, FAILING = 8, 2, 4
 SETTINGS = {
     "train__max_steps": STEPS,
+    "train__batch_size": 2,
     "checkpoint__save_interval": INTERVAL,
     "checkpoint__keep_last": 10,
     "checkpoint__keep_best": False,

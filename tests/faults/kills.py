@@ -19,8 +19,7 @@ STEPS, INTERVAL = 24, 3
 SAVE_S = 0.03  # about what a save takes
 SETTINGS = {
     "train__max_steps": STEPS,
-    "train__batch_size": 16,  # of 101 chats: 7 steps make an epoch
-    "train__micro_batch_tokens": 4000,
+    "train__batch_size": 4,  # of 101 chats
     "train__eval_interval": 100,
     "checkpoint__save_interval": INTERVAL,
     "checkpoint__keep_best": False,
@@ -36,11 +35,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "experts": EXPERTS,
     "experts, Muon, bfloat16": EXPERTS | MUON | {"train__dtype": "bfloat16"},
     "experts in float16": EXPERTS | {"train__dtype": "float16"},
-    "many micro-batches": {"train__micro_batch_tokens": 600},
+    "many micro-batches": {"train__micro_batch_tokens": 400},
     "compiled": {"train__compile": "on"},
-    "not compiled": {"train__compile": "off", "train__max_steps": 15},
-    "within an epoch": {"train__batch_size": 3},
-    "an epoch in two steps": {"train__batch_size": 60, "train__max_steps": 15},
+    "not compiled": {"train__compile": "off"},
+    "over the ends of epochs": {"train__batch_size": 12},
     "evaluations and the best kept": {"train__eval_interval": 4, "checkpoint__keep_best": True},
     "a save each step, one kept": {"checkpoint__save_interval": 1, "checkpoint__keep_last": 1},
 }

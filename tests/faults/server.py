@@ -21,12 +21,15 @@ from typing import Any
 def serve(tokenizer: str) -> None:
     from pathlib import Path
 
+    import pyarrow
+
     import pertoken.cli
     import pertoken.console
     import pertoken.training.run
     from pertoken.data.tokenizer import load_tokenizer
 
-    load_tokenizer(Path(tokenizer))  # imports what is imported late
+    load_tokenizer(Path(tokenizer))  # this and the next line import what is imported late
+    pyarrow.array([[1]]).flatten().to_numpy(zero_copy_only=True)
     say(ready=True)
     while line := sys.stdin.buffer.raw.readline():  # unbuffered: a fork must not have read another's lines
         job = json.loads(line)

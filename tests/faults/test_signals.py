@@ -25,7 +25,7 @@ def recipe(workshop: Workshop) -> Path:
     return workshop.recipe(
         "signals",
         train__max_steps=STEPS,
-        train__batch_size=4,
+        train__batch_size=2,
         checkpoint__save_interval=1000,
         checkpoint__keep_best=False,
         train__eval_interval=1000,
