@@ -17,7 +17,7 @@ from faults.harness import PATIENCE_S, Workshop, difference, rows_so_far, steps_
 from faults.kills import names_of_writing
 
 STEPS = 120
-SLOW = Fault("sync", sleep_ms=300, times=0)  # a save takes seconds
+SLOW = Fault("sync", sleep_ms=1000, times=0)  # a save takes ten seconds
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +60,7 @@ def test_the_first_signal_saves_within_a_step_and_a_second_one_ends_at_once(work
         start = time.monotonic()
         running.process.send_signal(number)
         ended = running.ended()
-        assert time.monotonic() - start < 1.5, "it finished what it was about"
+        assert time.monotonic() - start < 5, "it finished what it was about"
         assert ended.code == 128 + number, ended.said
         assert "Traceback" not in ended.said
         assert whole_steps(run) == [step]
