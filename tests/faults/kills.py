@@ -15,7 +15,7 @@ from faults.harness import PATIENCE_S, Desk, Process, Workshop, difference, whol
 
 from pertoken.config import CheckpointConfig
 
-STEPS, INTERVAL = 24, 3
+STEPS, INTERVAL = 18, 3
 SAVE_S = 0.03  # about what a save takes
 SETTINGS = {
     "train__max_steps": STEPS,

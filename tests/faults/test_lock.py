@@ -49,13 +49,3 @@ def test_a_killed_process_leaves_no_lock(workshop, endless):
         assert wait_until(lambda: rows_so_far(run) > rows + 2, second)
         second.send_signal(signal.SIGTERM)
         assert second.wait(PATIENCE_S) == 143
-
-
-def test_runs_in_two_folders_do_not_disturb_each_other(workshop, endless):
-    with workshop.desk() as one, workshop.desk() as two:
-        started = [(desk.new(), desk) for desk in (one, two)]
-        processes = [desk.start("train", endless, f"out_dir={run}").process for run, desk in started]
-        for (run, _), process in zip(started, processes, strict=True):
-            assert wait_until(lambda run=run: rows_so_far(run) >= 3, process)
-            process.send_signal(signal.SIGTERM)
-        assert [process.wait(PATIENCE_S) for process in processes] == [143, 143]

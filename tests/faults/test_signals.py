@@ -16,8 +16,8 @@ from faults.failing_disk import Fault
 from faults.harness import PATIENCE_S, Workshop, difference, rows_so_far, steps_saved, wait_until, whole_steps
 from faults.kills import names_of_writing
 
-STEPS = 120
-SLOW = Fault("sync", sleep_ms=1000, times=0)  # a save takes ten seconds
+STEPS = 60
+SLOW = Fault("sync", sleep_ms=1000, times=0, match="checkpoints")  # a save takes ten seconds
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +120,7 @@ def test_a_run_whose_time_is_up_is_saved_and_can_go_on(workshop, recipe, referen
     assert difference(run, reference) is None
 
 
+@pytest.mark.torture
 def test_a_process_that_is_no_fork_is_stopped_by_sigterm_too(workshop, recipe):
     run = workshop.folder / "no-fork"
     command = [sys.executable, "-m", "pertoken", "train", str(recipe), f"out_dir={run}"]
