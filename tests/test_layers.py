@@ -14,7 +14,7 @@ import pertoken
 
 SOURCE = Path(pertoken.__file__).parent
 LAYERS = [
-    {"errors", "config", "model_config", "explain", "text", "starter"},
+    {"errors", "config", "model_config", "explain", "text", "files", "starter"},
     {"data"},
     {"kernels"},
     {"model", "loss", "fused_heads"},

@@ -106,6 +106,9 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in out_dir")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --resume: go on although data, weights or code give another loss")
+    ] = False,
 ) -> None:
     """Train a model as a recipe says."""
     from pertoken.config import Recipe
@@ -118,7 +121,7 @@ def train(
     console = _console()
     listener = ConsoleListener(console, log_interval=parsed.log.log_interval)
     try:
-        result = run_training(parsed, resume=resume, overwrite=overwrite, listener=listener)
+        result = run_training(parsed, resume=resume, overwrite=overwrite, force=force, listener=listener)
     finally:
         listener.close()
     if os.environ.get("RANK", "0") == "0":

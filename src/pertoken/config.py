@@ -95,6 +95,7 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     eval_interval: int | None = Field(default=None, ge=1)
+    max_minutes: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -127,6 +128,7 @@ class CheckpointConfig(Section):
     save_interval: int | None = Field(default=None, ge=1)
     keep_last: int = Field(default=2, ge=1)
     keep_best: bool = True
+    async_save: bool = True
 
 
 class LogConfig(Section):

@@ -20,6 +20,7 @@ device = "auto"                 # cpu | cuda
 parallel = "ddp"                # ddp | fsdp: how several processes share the work (torchrun --nproc-per-node N ...)
 seed = 42
 # eval_interval = 200           # steps; left out: at the end of every epoch
+# max_minutes = 60              # stop, saved, once so many minutes are over
 
 [checkpoint]
 # save_interval = 500           # steps; left out: at the end of every epoch. The last step is always saved

@@ -83,11 +83,13 @@ class Store:
         *,
         fingerprint: str,
         files: tuple[str, ...],
+        contents: tuple[str, ...],
         report: StoreReport,
         ids: np.ndarray | None = None,
     ) -> None:
         self.fingerprint = fingerprint  # hash over contents of files, tokenizer and settings
         self.files = files
+        self._contents = contents  # the SHA-256 of each file
         self.report = report  # of the whole build, in both halves of a split
         self._columns = columns
         self._ids = ids  # [len] int64, rows of `columns`; None: all of them
@@ -97,6 +99,11 @@ class Store:
 
     def __getitem__(self, i: SupportsIndex) -> Sample:
         return self._columns.sample(self._row(i))
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """The SHA-256 of each file, by its name as it was given."""
+        return dict(zip(self.files, self._contents, strict=True))
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -173,7 +180,14 @@ class Store:
 
     def _select(self, chosen: np.ndarray) -> Store:
         ids = np.flatnonzero(chosen) if self._ids is None else self._ids[chosen]
-        return Store(self._columns, fingerprint=self.fingerprint, files=self.files, report=self.report, ids=ids)
+        return Store(
+            self._columns,
+            fingerprint=self.fingerprint,
+            files=self.files,
+            contents=self._contents,
+            report=self.report,
+            ids=ids,
+        )
 
 
 def build_store(
@@ -206,6 +220,7 @@ def build_store(
             made = make_parts(parts, making, work, workers=data.workers, on_progress=progress.at)
             aside = _joined(made, work / "store", paths)
             meta = {"fingerprint": fingerprint, "files": [str(file) for file in files], "settings": settings}
+            meta["contents"] = contents
             meta["report"] = _report(made)
             (aside / _META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
             _move(aside, folder)
@@ -289,9 +304,11 @@ def _open(folder: Path, *, hit: bool) -> Store | None:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         columns = Columns(folder / _SAMPLES)
         report = StoreReport(**meta["report"], skipped_file=str(skipped) if skipped.exists() else None, hit=hit)
+        files, contents = tuple(meta["files"]), tuple(meta["contents"])
+        fingerprint = meta["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):  # pyarrow's errors are OSError or ValueError too
         return None
-    return Store(columns, fingerprint=meta["fingerprint"], files=tuple(meta["files"]), report=report)
+    return Store(columns, fingerprint=fingerprint, files=files, contents=contents, report=report)
 
 
 def _settings(stage: str, data: DataConfig) -> dict[str, Any]:

@@ -24,11 +24,12 @@ from pertoken.model.transformer import CausalLM
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient, Result, compare
 from pertoken.prove.samples import Chosen, InMemory
-from pertoken.training.checkpoint import Checkpoint, load_model, load_optimizer, save_checkpoint
+from pertoken.training.checkpoint import Checkpoint, load_model, load_optimizer
 from pertoken.training.compilation import has_compiler
 from pertoken.training.optim import build_optimizer
 from pertoken.training.parallel import World, whole
 from pertoken.training.precision import Precision
+from pertoken.training.saving import save_checkpoint
 from pertoken.training.step import TrainState, train_step
 
 __all__ = [

@@ -9,167 +9,83 @@
       manifest.json                                                          sizes and checksums, written last
     checkpoints/best -> step-00000200                                        the lowest evaluation loss
 
-A checkpoint is written aside, synced, and renamed into place. A step draws no random number (the order of samples is a
-function of the seed, and nothing drops out), so there is no random state to keep.
+A checkpoint is written aside, synced, and renamed into place (saving.py). A step draws no random number (the order of
+samples is a function of the seed, and nothing drops out), so there is no random state to keep.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from pertoken.errors import CheckpointError, ModelError
-from pertoken.model.folder import load_folder, save_folder
+from pertoken.files import sha256
+from pertoken.model.folder import load_folder
 from pertoken.model.minimind import load_minimind
 from pertoken.model.transformer import CausalLM
-from pertoken.training.parallel import World, shard_like, whole
+from pertoken.training.parallel import shard_like
 
 __all__ = [
+    "MANIFEST",
+    "OPTIMIZER",
+    "OPTIMIZER_INDEX",
+    "STATE",
+    "WRITING",
     "Checkpoint",
+    "checkpoint_folder",
     "load_model",
     "load_optimizer",
     "newest_checkpoint",
+    "optimizer_part",
+    "problem_with",
     "prune",
+    "put_damaged_aside",
     "recipe_of",
+    "remove_unfinished",
     "resolve_model_folder",
-    "save_checkpoint",
     "set_best",
 ]
 
+MANIFEST = "manifest.json"
+STATE = "trainer_state.json"
+OPTIMIZER = "optimizer.safetensors"
+OPTIMIZER_INDEX = "optimizer.index.json"
+WRITING = ".writing-"  # how the name of a folder begins that is not whole yet
 _NAME = re.compile(r"step-(\d{8,})")
-_MANIFEST = "manifest.json"
-_STATE = "trainer_state.json"
-_OPTIMIZER = "optimizer.safetensors"
-_OPTIMIZER_INDEX = "optimizer.index.json"
 
 
 class Checkpoint:
-    """A complete checkpoint folder and its trainer state."""
+    """A complete checkpoint folder and its trainer state. Raises CheckpointError where that is none of pertoken's."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        try:
+            self.state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            if not isinstance(self.state["step"], int) or not isinstance(self.state["recipe"], dict):
+                raise ValueError("step or recipe is of the wrong type")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{folder / STATE}: not a trainer state of pertoken's ({error!r})") from None
 
     @property
     def step(self) -> int:
         return int(self.state["step"])
 
 
-def save_checkpoint(
-    run_dir: Path,
-    *,
-    step: int,
-    model: CausalLM,
-    tokenizer: Any,
-    eos_token_id: int,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    world: World | None = None,
-) -> Path:
-    """Write `checkpoints/step-NNNNNNNN` and return it. `state` is JSON and gets the step. Raises CheckpointError.
-
-    All ranks of `world` call it; rank 0 writes, and each rank its own part of what is sharded.
-    """
-    world = world or World()
-    folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    aside = folder.with_name(f".writing-{folder.name}-{world.gather(os.getpid())[0]}")
-    weights = _whole_weights(model, world)
-    tensors, index = _optimizer_part(model, optimizer, world)
-
-    def on_main(work: Callable[[], None]) -> None:
-        world.on_main(lambda: _or_say_why(folder, work))
-
-    def write_model() -> None:
-        aside.mkdir(parents=True)
-        save_folder(model, aside, tokenizer=tokenizer, eos_token_id=eos_token_id, weights=weights)
-        (aside / _STATE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
-        if index is not None:
-            (aside / _OPTIMIZER_INDEX).write_text(json.dumps(index), encoding="utf-8")
-
-    def write_part() -> None:
-        if index is not None:
-            save_file(tensors, aside / _part_name(world.rank, world.size))
-        elif world.is_main:
-            save_file(tensors, aside / _OPTIMIZER)
-
-    def put_in_place() -> None:
-        _write_manifest(aside)
-        replaced = aside.with_name(f"{aside.name}-replaced")
-        if folder.exists():  # the same step again, after a resume from an earlier one
-            os.replace(folder, replaced)
-        os.replace(aside, folder)
-        _sync(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-    try:
-        on_main(write_model)
-        world.together(lambda: _or_say_why(folder, write_part))
-        on_main(put_in_place)
-    except CheckpointError:
-        if world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return folder
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def _or_say_why(folder: Path, work: Callable[[], None]) -> None:
-    try:
-        work()
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: could not be saved ({error}); free space or choose another out_dir"
-        ) from error
-
-
-def _whole_weights(model: nn.Module, world: World) -> dict[str, torch.Tensor]:
-    """The state dict on the host, put together from its shards one by one; empty but on rank 0."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        full = whole(tensor.detach())
-        if world.is_main:
-            weights[name] = full.cpu()
-    return weights
-
-
-def _optimizer_part(
-    model: nn.Module, optimizer: torch.optim.Optimizer, world: World
-) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """This rank's optimiser tensors, `NAME/KEY` -> tensor, for each parameter's state.
-
-    Where parameters are sharded (by rows), these are this rank's rows, and the index says for every tensor which rows
-    are in which file; else the index is None.
-    """
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    tensors, shapes = {}, {}
-    for parameter, entries in optimizer.state.items():
-        for key, value in entries.items():
-            name, value = f"{names[parameter]}/{key}", value.detach()
-            shapes[name] = list(value.shape)
-            local = value.to_local() if hasattr(value, "to_local") else value
-            tensors[name] = local.cpu().contiguous()
-    if not any(hasattr(parameter, "to_local") for parameter in names):
-        return tensors, None
-    rows = world.gather({name: len(tensor) if tensor.ndim else 0 for name, tensor in tensors.items()})
-    files = [_part_name(rank, world.size) for rank in range(world.size)]
-    index = {
-        name: {"shape": shape, "rows": {file: part[name] for file, part in zip(files, rows, strict=True)}}
-        for name, shape in shapes.items()
-    }
-    return tensors, index
-
-
-def _part_name(rank: int, size: int) -> str:
+def optimizer_part(rank: int, size: int) -> str:
+    """The name of a rank's file where the optimiser's state is sharded."""
     return f"optimizer-{rank + 1:05d}-of-{size:05d}.safetensors"
 
 
@@ -181,7 +97,7 @@ def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.op
         for key, value in entries.items():
             if value.ndim and value.shape != parameter.shape:
                 raise CheckpointError(
-                    f"{checkpoint.folder / _OPTIMIZER}: {name}/{key} has shape {tuple(value.shape)}, "
+                    f"{checkpoint.folder / OPTIMIZER}: {name}/{key} has shape {tuple(value.shape)}, "
                     f"the parameter {tuple(parameter.shape)}; the checkpoint belongs to another model"
                 )
             # A fused AdamW keeps its step count on the parameter's device, as it does its moments.
@@ -190,10 +106,13 @@ def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.op
 
 def _whole_optimizer_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """From one file, or from every rank's rows."""
-    if not (folder / _OPTIMIZER_INDEX).exists():
-        return load_file(folder / _OPTIMIZER)
-    index = json.loads((folder / _OPTIMIZER_INDEX).read_text(encoding="utf-8"))
-    parts = {file: load_file(folder / file) for file in sorted({f for entry in index.values() for f in entry["rows"]})}
+    if not (folder / OPTIMIZER_INDEX).exists():
+        return load_file(folder / OPTIMIZER)
+    index = json.loads((folder / OPTIMIZER_INDEX).read_text(encoding="utf-8"))
+    files = sorted({file for entry in index.values() for file in entry["rows"]})
+    if outside := [file for file in files if not _lies_in(folder, file)]:
+        raise CheckpointError(f"{folder / OPTIMIZER_INDEX}: names {outside[0]!r}, which is outside of the checkpoint")
+    parts = {file: load_file(folder / file) for file in files}
     tensors = {}
     for name, entry in index.items():
         pieces = [parts[file][name] for file in entry["rows"]]
@@ -202,38 +121,26 @@ def _whole_optimizer_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _write_manifest(folder: Path) -> None:
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
-    for path in folder.iterdir():
-        _sync(path)
-    (folder / _MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-    _sync(folder / _MANIFEST)
-    _sync(folder)
+def _lies_in(folder: Path, name: str) -> bool:
+    """Whether it is the plain name of a file in the folder, which no link leads out of."""
+    path = folder / name
+    return path.name == name and path.resolve().parent == folder.resolve()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def problem_with(folder: Path, *, contents: bool = True) -> str | None:
+    """Why a checkpoint folder is not complete and intact; None if it is. Without `contents` only sizes are compared."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def problem_with(folder: Path) -> str | None:
-    """Why a checkpoint folder is not complete and intact; None if it is."""
-    try:
-        files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        if STATE not in files:
+            return f"its manifest has no {STATE}"
         for name, expected in files.items():
+            if not _lies_in(folder, name):
+                return f"{name} leads out of the folder"
             if (folder / name).stat().st_size != expected["bytes"]:
                 return f"{name} has the wrong size"
-            if _sha256(folder / name) != expected["sha256"]:
+            if contents and sha256(folder / name) != expected["sha256"]:
                 return f"{name} fails its checksum"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its manifest or a file cannot be read ({error})"
     return None
 
@@ -255,8 +162,17 @@ def newest_checkpoint(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, damaged
 
 
+def put_damaged_aside(folder: Path) -> None:
+    """Give way to a new checkpoint of the same step: what is damaged is kept for inspection, as `damaged-NAME`."""
+    aside, number = folder.with_name(f"damaged-{folder.name}"), 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"damaged-{folder.name}-{number}")
+    os.replace(folder, aside)
+
+
 def set_best(run_dir: Path, folder: Path) -> None:
-    """Point `checkpoints/best` at `folder`."""
+    """Point `checkpoints/best` at `folder`. Raises OSError."""
     link = run_dir / "checkpoints" / "best"
     aside = link.with_name(f".best-{os.getpid()}")
     aside.unlink(missing_ok=True)
@@ -266,15 +182,25 @@ def set_best(run_dir: Path, folder: Path) -> None:
     os.replace(aside, link)
 
 
-def prune(run_dir: Path, *, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints and the best one, and what a killed save left aside."""
+def prune(run_dir: Path, *, keep_last: int, newest: int) -> None:
+    """Remove whole checkpoints but the `keep_last` up to step `newest` and the best one, and what killed saves left.
+
+    `newest` is verified. Later ones were passed over when the run was resumed; they, and broken ones, are left alone
+    and do not count, so that no whole checkpoint goes for the sake of a damaged one. Raises OSError.
+    """
     checkpoints = run_dir / "checkpoints"
     best = checkpoints / "best"
     best_name = os.readlink(best) if best.is_symlink() else None
-    for _, folder in list(_steps(run_dir))[keep_last:]:
+    whole = [folder for step, folder in _steps(run_dir) if step <= newest and not problem_with(folder, contents=False)]
+    for folder in whole[keep_last:]:
         if folder.name != best_name:
             shutil.rmtree(folder)
-    for left in checkpoints.glob(".writing-*"):
+    remove_unfinished(run_dir)
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """What killed saves left. Raises OSError."""
+    for left in (run_dir / "checkpoints").glob(f"{WRITING}*"):
         shutil.rmtree(left)
 
 
@@ -295,7 +221,7 @@ def resolve_model_folder(path: str | Path) -> Path:
 
 def recipe_of(folder: Path) -> dict[str, Any] | None:
     """The recipe that a checkpoint was trained by, as a nested dict; None for any other model folder."""
-    if not (folder / _STATE).is_file():
+    if not (folder / MANIFEST).is_file():  # transformers writes a trainer_state.json too
         return None
     recipe: dict[str, Any] = Checkpoint(folder).state["recipe"]
     return recipe

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,51 +15,19 @@ from pertoken.data.batch import collate
 from pertoken.data.order import Step, step_at
 from pertoken.data.share import Share, share_of
 from pertoken.data.store import Store
-from pertoken.errors import Interrupted, NonFiniteError, PertokenError
+from pertoken.errors import CheckpointError, Interrupted, NonFiniteError, PertokenError
 from pertoken.model.transformer import CausalLM
-from pertoken.training.checkpoint import prune, save_checkpoint, set_best
 from pertoken.training.evaluate import evaluate
 from pertoken.training.metrics import Listener, MetricsFile, Row, Tracker, gradient_stats, routing_of
 from pertoken.training.optim import lr_at
 from pertoken.training.parallel import World
+from pertoken.training.probe import Probe
+from pertoken.training.saving import Outcome, Progress, Saver, take_snapshot
+from pertoken.training.signals import StopRequest
 from pertoken.training.step import NonFiniteStep, StepMetrics, TrainState, train_step
 from pertoken.training.summary import Summary
 
-__all__ = ["Run", "StopRequest", "fit", "stop_on_signals"]
-
-
-@dataclass
-class StopRequest:
-    """Set by the first SIGINT or SIGTERM: finish the step, save, stop."""
-
-    signal_number: int | None = None
-
-
-@contextmanager
-def stop_on_signals(*, echo_s: float = 0.0) -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request while inside; a second one, more than `echo_s` later, stops at once.
-
-    torchrun passes on to its processes what they have had from the terminal already.
-    """
-    stop = StopRequest()
-    first = 0.0
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if stop.signal_number is None:
-            stop.signal_number, first = number, time.monotonic()
-        elif time.monotonic() - first >= echo_s:
-            raise KeyboardInterrupt
-
-    try:
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # only the main thread may listen; elsewhere the caller's own handlers stay in charge
-        previous = {}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+__all__ = ["Run", "fit"]
 
 
 @dataclass
@@ -82,17 +47,24 @@ class Run:
     total_steps: int
     token_budget: int  # per micro-batch; halved when CUDA runs out of memory
     best_eval_loss: float | None
-    last_saved: int | None
     last_checkpoint: Path | None
+    last_saved: int | None  # its step
+    saver: Saver
+    probe: Probe
     carried: dict[str, Any]  # what a checkpoint must know besides: recipe, fingerprints, versions
     metrics: MetricsFile | None  # as trackers and listener, on rank 0 alone
     trackers: dict[str, Tracker]
     summary: Summary
     listener: Listener
+    started_s: float  # time.monotonic()
 
 
-def fit(run: Run, stop: StopRequest) -> None:
-    """Train from `run.start_step` to `run.total_steps`. Raises NonFiniteError or Interrupted, both after saving."""
+def fit(run: Run, stop: StopRequest) -> int:
+    """Train from `run.start_step` to `run.total_steps`; the last step done, which is earlier if time is up.
+
+    Raises NonFiniteError or Interrupted, both after saving, and CheckpointError where the last save failed: one before
+    it is a message, since the next may succeed.
+    """
     train, checkpoint = run.recipe.train, run.recipe.checkpoint
     for step in range(run.start_step + 1, run.total_steps + 1):
         this = _samples_of(run, step)
@@ -101,27 +73,58 @@ def fit(run: Run, stop: StopRequest) -> None:
         best = False
         if run.eval_store is not None and (last or _due(step, train.eval_interval, this)):
             best = _evaluate(run, run.eval_store, row)
-        if run.metrics is not None:
-            run.metrics.write(row)
-        for tracker in run.trackers.values():
+        _log(run, row)
+        asked = _agreed(run, stop)
+        stopping = last or asked.signal_number is not None or asked.time_is_up
+        is_best = best and checkpoint.keep_best
+        if stopping or asked.save or is_best or _due(step, checkpoint.save_interval, this):
+            _save(run, step, is_best=is_best, last=stopping)
+        if asked.signal_number is not None and not last:
+            name = signal.Signals(asked.signal_number).name
+            raise Interrupted(f"stopped by {name} after step {step}, saved; go on with --resume", asked.signal_number)
+        if stopping:
+            if not last:
+                run.listener.message(
+                    f"train.max_minutes={train.max_minutes:g}: stopped after step {step} of {run.total_steps}, saved; "
+                    "go on with --resume"
+                )
+            return step
+    return run.total_steps  # all done before
+
+
+def _log(run: Run, row: Row) -> None:
+    """The row to everyone who is told. What cannot be written costs no training."""
+    if run.metrics is not None and (error := run.metrics.write(row)) is not None:
+        run.listener.message(f"step {row['step']}: metrics.jsonl: {error}; its rows are kept until they can be written")
+    for name, tracker in list(run.trackers.items()):
+        try:
             tracker.log(row)
-        run.listener.stepped(row, run.summary)
-        signal_number = _agreed(stop, run.world)
-        stopping = signal_number is not None
-        if last or stopping or (best and checkpoint.keep_best) or _due(step, checkpoint.save_interval, this):
-            folder = _save(run, step)
-            if run.world.is_main:
-                if best and checkpoint.keep_best:
-                    set_best(run.out_dir, folder)
-                prune(run.out_dir, keep_last=checkpoint.keep_last)
-        if signal_number is not None and not last:
-            name = signal.Signals(signal_number).name
-            raise Interrupted(f"stopped by {name} after step {step}, saved; go on with --resume", signal_number)
+        except OSError as error:
+            del run.trackers[name]
+            run.listener.message(f"step {row['step']}: log.trackers: {name} gets no more rows ({error})")
+    run.listener.stepped(row, run.summary)
 
 
-def _agreed(stop: StopRequest, world: World) -> int | None:
-    """The signal that any rank has had: all stop after the same step."""
-    return max(world.gather(stop.signal_number or 0)) or None
+@dataclass(frozen=True)
+class _Asked:
+    """What any rank was asked for: all do the same after the same step."""
+
+    signal_number: int | None
+    save: bool
+    time_is_up: bool
+
+
+def _agreed(run: Run, stop: StopRequest) -> _Asked:
+    """One message between ranks a step: requests, and how far each is with a save in the background."""
+    minutes = run.recipe.train.max_minutes
+    late = minutes is not None and time.monotonic() - run.started_s >= 60 * minutes
+    mine: tuple[int, bool, bool, Progress] = (stop.signal_number or 0, stop.save, late, run.saver.progress)
+    of_all = run.world.gather(mine)
+    _hear(run, run.saver.advance([progress for *_, progress in of_all]))
+    asked = _Asked(max(n for n, *_ in of_all) or None, any(s for _, s, *_ in of_all), any(t for *_, t, _ in of_all))
+    if asked.save:
+        stop.save = False
+    return asked
 
 
 def _due(step: int, interval: int | None, this: Step) -> bool:
@@ -247,13 +250,18 @@ def _non_finite(run: Run, this: Step, problem: NonFiniteStep) -> NonFiniteError:
     if problem.micro_batch is not None:
         rank, index = problem.micro_batch
         suspects = _share_of(run, this, rank).sample_ids[index]
+    _hear(run, run.saver.wait())
+    saved = f"step {step - 1} is saved"
     if run.last_saved != step - 1:
-        _save(run, step - 1)
+        try:
+            _save(run, step - 1, last=True)
+        except CheckpointError as error:
+            saved = str(error)
     guilty = [i for i in suspects if not _finite_alone(run, int(i))]
     named = [run.train_store.where(int(i)) for i in (guilty or suspects)]
     shown = ", ".join(named[:20]) + (f" and {len(named) - 20} more" if len(named) > 20 else "")
     return NonFiniteError(
-        f"step {step}: {problem}; the weights were not touched and step {step - 1} is saved. "
+        f"step {step}: {problem}; the weights were not touched; {saved}. "
         f"{'Non-finite by itself' if guilty else 'Its samples'}: {shown}"
     )
 
@@ -278,26 +286,53 @@ def _evaluate(run: Run, store: Store, row: Row) -> bool:
     return best
 
 
-def _save(run: Run, step: int) -> Path:
-    if run.metrics is not None:
-        run.metrics.sync()
+def _save(run: Run, step: int, *, is_best: bool = False, last: bool = False) -> None:
+    """Save the state after `step`: begin to, in the background, and wait for it if it is the `last`.
+
+    Raises CheckpointError where the last fails.
+    """
+    _hear(run, run.saver.wait())
+    background = run.recipe.checkpoint.async_save and not last
     run_ids = {name: tracker.run_id for name, tracker in run.trackers.items() if tracker.run_id}
-    folder = save_checkpoint(
-        run.out_dir,
-        step=step,
-        model=run.model,
-        tokenizer=run.tokenizer,
-        eos_token_id=run.eos_token_id,
-        optimizer=run.state.optimizer,
-        world=run.world,
-        state={
-            **run.carried,
-            "scaler": run.state.scaler.state_dict(),
-            "micro_batch_tokens": run.token_budget,
-            "best_eval_loss": run.best_eval_loss,
-            "tracker_run_ids": run_ids,
-        },
-    )
-    run.last_saved, run.last_checkpoint = step, folder
-    run.listener.saved(folder)
-    return folder
+    state = {
+        **run.carried,
+        "scaler": run.state.scaler.state_dict(),
+        "micro_batch_tokens": run.token_budget,
+        "best_eval_loss": run.best_eval_loss,
+        "tracker_run_ids": run_ids,
+        "probe": run.probe.measure(run.state),
+    }
+    try:
+        run.world.on_main(lambda: run.metrics.sync() if run.metrics is not None else None)
+        snapshot = take_snapshot(
+            run.out_dir,
+            step=step,
+            model=run.model,
+            tokenizer=run.tokenizer,
+            eos_token_id=run.eos_token_id,
+            optimizer=run.state.optimizer,
+            state=state,
+            world=run.world,
+            copy=background,
+        )
+    except CheckpointError as problem:
+        outcome: Outcome | None = Outcome(step, run.out_dir, problem)
+    else:
+        run.saver.start(snapshot, is_best=is_best, background=background)
+        outcome = None if background else run.saver.wait()
+    if last and outcome is not None and outcome.problem is not None:
+        raise outcome.problem
+    _hear(run, outcome)
+
+
+def _hear(run: Run, outcome: Outcome | None) -> None:
+    """Take note of a save that is over."""
+    if outcome is None:
+        return
+    if outcome.problem is not None:
+        run.listener.message(f"{outcome.problem}; training goes on, and the checkpoint before this one is kept")
+        return
+    run.last_saved, run.last_checkpoint = outcome.step, outcome.folder
+    run.listener.saved(outcome.folder)
+    if outcome.remark is not None:
+        run.listener.message(outcome.remark)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,46 +108,77 @@ class MetricsFile:
     """`metrics.jsonl`: a row per step, in order, none torn and none twice."""
 
     def __init__(self, path: Path, *, last_step: int) -> None:
-        """Open for appending after `last_step`: rows of later steps, and a torn last line, are dropped first."""
-        keep = []
-        for row, line in _whole_rows(path):
-            if row["step"] > last_step:
-                break
-            keep.append(line)
-        if last_step != len(keep):
+        """Open for appending after `last_step`: whatever follows its row is dropped. Raises CheckpointError."""
+        self._path = path
+        self._waiting: list[bytes] = []  # rows that could not be written yet
+        try:
+            path.touch()
+            self._size = self._end_of_row(last_step)
+            self._file = path.open("r+b", buffering=0)
+            self._file.truncate(self._size)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
+
+    def _end_of_row(self, last_step: int) -> int:
+        """In bytes; the row of step N is line N."""
+        end, rows, last = 0, 0, b""
+        with self._path.open("rb") as lines:
+            for line in itertools.islice(lines, last_step):
+                if not line.endswith(b"\n"):
+                    break
+                end, rows, last = end + len(line), rows + 1, line
+        if rows != last_step or (rows and _step_of(last) != last_step):
             raise CheckpointError(
-                f"{path}: has {len(keep)} rows up to step {last_step}; the file does not belong to this checkpoint. "
+                f"{self._path}: has {rows} rows up to step {last_step}; the file does not belong to this checkpoint. "
                 "Restore it, or start again with --overwrite"
             )
-        aside = path.with_suffix(".jsonl.tmp")
-        aside.write_bytes(b"".join(keep))
-        os.replace(aside, path)
-        self._file = path.open("ab")
+        return end
 
-    def write(self, row: Row) -> None:
+    def write(self, row: Row) -> OSError | None:
+        """Add a row. Where the disk does not take it, it is kept, written with the next one, and the error returned."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write((json.dumps(clean, allow_nan=False) + "\n").encode())
-        self._file.flush()
+        self._waiting.append((json.dumps(clean, allow_nan=False) + "\n").encode())
+        try:
+            self._write_waiting()
+        except OSError as error:
+            return error
+        return None
+
+    def _write_waiting(self) -> None:
+        content, done = b"".join(self._waiting), 0
+        try:
+            self._file.seek(self._size)
+            while done < len(content):
+                done += self._file.write(content[done:])
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(self._size)  # no torn row, should the process end here
+            raise
+        self._size += len(content)
+        self._waiting.clear()
 
     def sync(self) -> None:
-        """Make every row so far survive a power cut."""
-        os.fsync(self._file.fileno())
+        """Make every row so far survive a power cut. Raises CheckpointError where one is not even written."""
+        try:
+            self._write_waiting()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._path}: could not be written ({error}); without its rows a checkpoint could not be "
+                "resumed. Free space"
+            ) from None
 
     def close(self) -> None:
+        with suppress(OSError):
+            self._write_waiting()
         self._file.close()
 
 
-def _whole_rows(path: Path) -> list[tuple[Row, bytes]]:
-    rows = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n") or not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            break
-        rows.append((row, line))
-    return rows
+def _step_of(line: bytes) -> Any:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 class Tracker(Protocol):

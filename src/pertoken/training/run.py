@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from pertoken.data.order import steps_per_epoch
 from pertoken.data.store import Store, build_store
 from pertoken.data.tokenizer import end_of_turn_id, load_tokenizer
 from pertoken.errors import CheckpointError, RecipeError
+from pertoken.files import FolderLock
 from pertoken.fused_heads import require_head
 from pertoken.kernels.memory import forget_blocks
 from pertoken.model.folder import resize_embeddings
@@ -24,30 +25,24 @@ from pertoken.training.checkpoint import (
     Checkpoint,
     load_model,
     load_optimizer,
-    newest_checkpoint,
     resolve_model_folder,
 )
 from pertoken.training.compilation import compile_model
-from pertoken.training.loop import Run, fit, stop_on_signals
+from pertoken.training.loop import Run, fit
 from pertoken.training.metrics import Listener, MetricsFile, open_trackers
 from pertoken.training.optim import build_optimizer
 from pertoken.training.parallel import World, join_world, parallelise
 from pertoken.training.precision import Precision, resolve_device
+from pertoken.training.probe import Probe, environment, verify
+from pertoken.training.run_folder import changed_data, earlier_run, keep_others_out, make_room, refuse_changes
+from pertoken.training.saving import Saver
+from pertoken.training.signals import stop_on_signals
 from pertoken.training.step import TrainState
 from pertoken.training.summary import summarise
 
 __all__ = ["RunData", "TrainResult", "build_model", "load_data", "prepare", "train"]
 
-# What may differ from the checkpoint on --resume. Paths of data and tokenizer may, since their contents are compared.
-_MAY_CHANGE = {
-    *("out_dir", "data.path", "data.eval_path", "data.tokenizer", "data.store", "data.workers"),
-    *("train.epochs", "train.max_steps", "train.eval_interval"),
-    *("train.micro_batch_tokens", "train.device", "train.compile", "train.activation_checkpointing", "train.parallel"),
-    "train.loss_impl",
-}
 _BALANCE_LOSS = ("aux_loss", "aux_loss_coef")
-_SECTIONS_MAY_CHANGE = ("log.", "checkpoint.")
-_OUR_FILES = ("recipe.toml", "metrics.jsonl", "checkpoints", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -71,34 +66,50 @@ class RunData:
     def fingerprints(self) -> dict[str, str | None]:
         return {"train": self.train.fingerprint, "eval": self.eval.fingerprint if self.eval else None}
 
+    @property
+    def files(self) -> dict[str, dict[str, str] | None]:
+        """SHA-256 of each file by its name."""
+        return {"train": self.train.checksums, "eval": self.eval.checksums if self.eval else None}
+
 
 def train(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, listener: Listener | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    force: bool = False,
+    listener: Listener | None = None,
 ) -> TrainResult:
-    """Train as `recipe` says, into `recipe.out_dir`.
+    """Train as `recipe` says, into `recipe.out_dir`, which no other process may train into meanwhile.
 
-    `resume` continues from the newest valid checkpoint (with nothing saved it starts fresh); `overwrite` deletes an
-    earlier run there; an `out_dir` in use without either raises CheckpointError.
+    `resume` continues from the newest valid checkpoint (with nothing saved it starts fresh), and refuses where data,
+    or the loss of the checkpoint's probe, are no longer what they were, unless `force`; `overwrite` deletes an earlier
+    run there; an `out_dir` in use without either raises CheckpointError.
 
     Every process that torchrun starts calls it alike; rank 0 writes, and it alone tells `listener` what happens.
     """
     if resume and overwrite:
         raise RecipeError("--resume and --overwrite: give one of the two")
-    with join_world(recipe.train.device) as world:
+    if force and not resume:
+        raise RecipeError("--force: goes on in spite of what --resume finds changed; give both")
+    with join_world(recipe.train.device) as world, FolderLock() as lock:
         heard = listener if listener is not None and world.is_main else Listener()
-        return _train(recipe, world, heard, resume=resume, overwrite=overwrite)
+        return _train(recipe, world, heard, lock, resume=resume, overwrite=overwrite, force=force)
 
 
-def _train(recipe: Recipe, world: World, listener: Listener, *, resume: bool, overwrite: bool) -> TrainResult:
-    out_dir = Path(recipe.out_dir)
+def _train(
+    recipe: Recipe, world: World, listener: Listener, lock: FolderLock, *, resume: bool, overwrite: bool, force: bool
+) -> TrainResult:
+    out_dir, started_s = Path(recipe.out_dir), time.monotonic()
     device = resolve_device(recipe.train.device, world.local_rank if world.size > 1 else None)
-    folder = world.on_main(lambda: _earlier_run(out_dir, resume=resume, overwrite=overwrite, listener=listener))
+    world.on_main(lambda: keep_others_out(lock, out_dir))
+    folder = world.on_main(lambda: earlier_run(out_dir, resume=resume, overwrite=overwrite, listener=listener))
     checkpoint = Checkpoint(folder) if folder is not None else None
     if checkpoint is not None:
-        _refuse_changes(recipe, checkpoint)
+        refuse_changes(recipe, checkpoint)
     data = load_data(recipe, listener, world)
     if checkpoint is not None:
-        _refuse_other_data(data, checkpoint)
+        _refuse_other_data(data, checkpoint, force=force, listener=listener)
     precision = Precision(recipe.train.dtype, device)
     if precision.is_emulated():
         listener.message('this processor emulates bfloat16; train.dtype="float32" is faster here')
@@ -107,12 +118,24 @@ def _train(recipe: Recipe, world: World, listener: Listener, *, resume: bool, ov
     model = build_model(recipe, data, checkpoint, precision)
     compiled = _prepare_model(model, recipe, checkpoint, precision, total_steps, listener)
     # Only now, with recipe, data and model known to be good on every rank, is anything in out_dir touched.
-    world.on_main(lambda: _make_room(out_dir, recipe, overwrite=overwrite))
-    run = _assemble(recipe, data, model, checkpoint, total_steps, precision, world, listener, compiled=compiled)
+    world.on_main(lambda: make_room(out_dir, recipe, lock, resume=resume, overwrite=overwrite))
+    run = _assemble(
+        recipe,
+        data,
+        model,
+        checkpoint,
+        total_steps,
+        precision,
+        world,
+        listener,
+        compiled=compiled,
+        force=force,
+        started_s=started_s,
+    )
     try:
         listener.started(run.summary)
         with stop_on_signals(echo_s=5.0 if world.size > 1 else 0.0) as stop:
-            fit(run, stop)
+            step = fit(run, stop)
     finally:
         if run.metrics is not None:
             run.metrics.close()
@@ -120,7 +143,7 @@ def _train(recipe: Recipe, world: World, listener: Listener, *, resume: bool, ov
             tracker.close()
         forget_blocks()
     assert run.last_checkpoint is not None, "a finished run has a checkpoint"
-    return TrainResult(out_dir, run.last_checkpoint, run.total_steps, run.best_eval_loss)
+    return TrainResult(out_dir, run.last_checkpoint, step, run.best_eval_loss)
 
 
 def prepare(recipe: Recipe, listener: Listener | None = None) -> tuple[Store, Store | None]:
@@ -129,53 +152,12 @@ def prepare(recipe: Recipe, listener: Listener | None = None) -> tuple[Store, St
     return data.train, data.eval
 
 
-def _files_of_a_run(out_dir: Path) -> list[Path]:
-    return [out_dir / name for name in _OUR_FILES if (out_dir / name).exists()]
-
-
-def _make_room(out_dir: Path, recipe: Recipe, *, overwrite: bool) -> None:
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for path in _files_of_a_run(out_dir) if overwrite else ():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (out_dir / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"out_dir={out_dir}: cannot be written ({error.strerror}); choose another") from None
-
-
-def _earlier_run(out_dir: Path, *, resume: bool, overwrite: bool, listener: Listener) -> Path | None:
-    """The checkpoint to continue from, if any. Refuses an `out_dir` in use without a word on what becomes of it."""
-    if resume:
-        checkpoint, damaged = newest_checkpoint(out_dir)
-        for line in damaged:
-            listener.message(line)
-        if checkpoint is None and damaged:
-            raise CheckpointError(f"{out_dir}: no checkpoint is valid, so there is nothing to resume; see above")
-        return checkpoint.folder if checkpoint is not None else None
-    if not overwrite and _files_of_a_run(out_dir):
-        raise CheckpointError(f"{out_dir}: holds a run already; --resume continues it, --overwrite replaces it")
-    return None
-
-
-def _refuse_changes(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    before, now = Recipe.parse(checkpoint.state["recipe"]).flat(), recipe.flat()
-    changed = [
-        f"{key}={now.get(key)!r}: was {before.get(key)!r} when {checkpoint.folder.name} was saved, and cannot change "
-        "on --resume; put it back, or start a new run from it with init_from"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in _MAY_CHANGE and not key.startswith(_SECTIONS_MAY_CHANGE)
-    ]
-    if changed:
-        raise RecipeError("\n".join(changed))
-
-
-def _refuse_other_data(data: RunData, checkpoint: Checkpoint) -> None:
-    for part, fingerprint in data.fingerprints.items():
-        if checkpoint.state["data"][part] != fingerprint:
-            raise CheckpointError(
-                f"the {'training' if part == 'train' else 'evaluation'} data, its tokenizer or its template changed "
-                f"since {checkpoint.folder.name} was saved; restore it, or start a new run from it with init_from"
-            )
+def _refuse_other_data(data: RunData, checkpoint: Checkpoint, *, force: bool, listener: Listener) -> None:
+    what = changed_data(checkpoint, data.fingerprints, data.files)
+    if what is not None and not force:
+        raise CheckpointError(f"{what}; restore it, start a new run from it with init_from, or go on with --force")
+    if what is not None:
+        listener.message(f"--force: going on, though {what}")
 
 
 def load_data(recipe: Recipe, listener: Listener, world: World) -> RunData:
@@ -294,6 +276,8 @@ def _assemble(
     listener: Listener,
     *,
     compiled: bool,
+    force: bool = False,
+    started_s: float = 0.0,
 ) -> Run:
     """Optimiser, scaler and files around the model, as they stood at the checkpoint or at the start."""
     train, out_dir = recipe.train, Path(recipe.out_dir)
@@ -319,6 +303,13 @@ def _assemble(
             token_budget = saved["micro_batch_tokens"]  # smaller, where memory ran out before
     start_step = checkpoint.step if checkpoint is not None else 0
     state = TrainState(wrapped, optimizer, scaler, precision, world)
+    probe, here = Probe(data.train, train.seed), environment(precision, ranks=world.size, compiled=compiled)
+    if "probe" in saved:
+        same = here == saved.get("environment")
+        now = probe.measure(state)
+        remark = verify(saved["probe"], now, same=same, dtype=train.dtype, where=probe.where, force=force)
+        if remark is not None:
+            listener.message(remark)
     summary = summarise(
         recipe,
         data.train,
@@ -356,14 +347,19 @@ def _assemble(
         best_eval_loss=saved.get("best_eval_loss"),
         last_saved=start_step if checkpoint is not None else None,
         last_checkpoint=checkpoint.folder if checkpoint is not None else None,
+        saver=Saver(world, keep_last=recipe.checkpoint.keep_last),
+        probe=probe,
         carried={
             "recipe": recipe.model_dump(mode="json", exclude_none=True),
             "data": data.fingerprints,
+            "data_files": data.files,
             "compiled": compiled,
+            "environment": here,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         },
         metrics=metrics,
         trackers=trackers or {},
         summary=summary,
         listener=listener,
+        started_s=started_s,
     )
