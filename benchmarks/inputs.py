@@ -18,7 +18,7 @@ from pertoken.data.order import step_at
 from pertoken.model.folder import save_folder
 from pertoken.model.transformer import CausalLM
 from pertoken.training.optim import lr_at
-from pertoken.training.run import prepare
+from pertoken.training.run_data import prepare
 
 
 def main() -> None:

@@ -160,7 +160,7 @@ def prepare(
     parsed = Recipe.load(recipe, overrides or ())
 
     from pertoken.console import ConsoleListener
-    from pertoken.training.run import prepare as run_preparing
+    from pertoken.training.run_data import prepare as run_preparing
 
     console = _console()
     listener = ConsoleListener(console, log_interval=1)

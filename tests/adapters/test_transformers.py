@@ -26,7 +26,7 @@ from pertoken.model.transformer import CausalLM
 from pertoken.training.evaluate import evaluate
 from pertoken.training.optim import build_adamw, lr_at
 from pertoken.training.precision import Precision
-from pertoken.training.run import prepare
+from pertoken.training.run_data import prepare
 
 STEPS, BATCH = 10, 8
 

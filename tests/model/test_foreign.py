@@ -25,7 +25,7 @@ from pertoken.model.foreign import ForeignLM
 from pertoken.model.transformer import CausalLM
 from pertoken.training.evaluate import evaluate
 from pertoken.training.precision import Precision
-from pertoken.training.run import prepare
+from pertoken.training.run_data import prepare
 from pertoken.training.step import TrainState, train_step
 
 NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}

@@ -16,7 +16,7 @@ from pertoken.errors import RecipeError
 from pertoken.prove.report import Gradient, Result, compare
 from pertoken.prove.run import NAMES, prove
 from pertoken.prove.samples import choose
-from pertoken.training.run import prepare
+from pertoken.training.run_data import prepare
 
 ROOT = Path(__file__).parents[2]
 MOE = {"model__use_moe": True, "model__num_experts": 4, "model__num_experts_per_tok": 2}

@@ -12,7 +12,8 @@ from pertoken.generate import generate
 from pertoken.training.metrics import Listener
 from pertoken.training.parallel import World
 from pertoken.training.precision import Precision
-from pertoken.training.run import build_model, load_data
+from pertoken.training.run_data import load_data
+from pertoken.training.run_model import build_model
 
 MOE = {"model__use_moe": True, "model__num_experts": 4, "model__moe_intermediate_size": 48}
 

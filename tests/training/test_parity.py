@@ -14,7 +14,7 @@ from pertoken.data.order import step_at
 from pertoken.data.tokenizer import load_tokenizer
 from pertoken.model.hf import save_folder
 from pertoken.model.transformer import CausalLM
-from pertoken.training.run import prepare
+from pertoken.training.run_data import prepare
 
 
 def padded(samples):

@@ -14,7 +14,7 @@ from pertoken import load_model
 from pertoken.data.batch import collate, plan
 from pertoken.data.order import step_at
 from pertoken.training.precision import Precision
-from pertoken.training.run import prepare
+from pertoken.training.run_data import prepare
 from pertoken.training.step import TrainState, train_step
 
 BUDGETS = {100_000: (1, 1), 1500: (3, 7), 600: (8, 16)}  # tokens per micro-batch -> fewest and most micro-batches

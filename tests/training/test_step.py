@@ -20,7 +20,7 @@ from pertoken.training import checkpoint as checkpoint_module
 from pertoken.training.evaluate import evaluate
 from pertoken.training.metrics import Listener
 from pertoken.training.precision import Precision
-from pertoken.training.run import prepare
+from pertoken.training.run_data import prepare
 
 
 class Told(Listener):

@@ -23,7 +23,8 @@ from pertoken.prove.samples import Chosen, choose
 from pertoken.training.metrics import Listener
 from pertoken.training.parallel import World
 from pertoken.training.precision import Precision
-from pertoken.training.run import build_model, load_data
+from pertoken.training.run_data import load_data
+from pertoken.training.run_model import build_model
 
 __all__ = ["NAMES", "prove"]
 

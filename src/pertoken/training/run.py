@@ -12,38 +12,30 @@ import torch
 
 from pertoken.config import Recipe
 from pertoken.data.order import steps_per_epoch
-from pertoken.data.store import Store, build_store
-from pertoken.data.tokenizer import end_of_turn_id, open_tokenizer
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.files import FolderLock
-from pertoken.fused_heads import require_head
 from pertoken.kernels.memory import forget_blocks
-from pertoken.model.folder import resize_embeddings
 from pertoken.model.transformer import CausalLM
-from pertoken.model_config import MOE_KEYS
 from pertoken.training.checkpoint import (
     Checkpoint,
-    load_model,
     load_optimizer,
-    resolve_model_folder,
 )
-from pertoken.training.compilation import compile_model
 from pertoken.training.loop import Run, fit
 from pertoken.training.metrics import Listener, MetricsFile, open_trackers
 from pertoken.training.optim import build_optimizer
 from pertoken.training.parallel import World, join_world, parallelise
 from pertoken.training.precision import Precision, resolve_device
 from pertoken.training.probe import Probe, environment, verify
+from pertoken.training.run_data import RunData, load_data
 from pertoken.training.run_folder import changed_data, earlier_run, keep_others_out, make_room, refuse_changes
+from pertoken.training.run_model import build_model, prepare_model
 from pertoken.training.saving import Saver
 from pertoken.training.signals import stop_on_signals
 from pertoken.training.spikes import Spikes
 from pertoken.training.step import TrainState
 from pertoken.training.summary import summarise
 
-__all__ = ["RunData", "TrainResult", "build_model", "load_data", "prepare", "rebuild", "train"]
-
-_BALANCE_LOSS = ("aux_loss", "aux_loss_coef")
+__all__ = ["TrainResult", "rebuild", "train"]
 
 
 @dataclass(frozen=True)
@@ -54,23 +46,6 @@ class TrainResult:
     checkpoint: Path  # the last one
     step: int
     best_eval_loss: float | None
-
-
-@dataclass(frozen=True)
-class RunData:
-    tokenizer: Any
-    eos_token_id: int
-    train: Store
-    eval: Store | None
-
-    @property
-    def fingerprints(self) -> dict[str, str | None]:
-        return {"train": self.train.fingerprint, "eval": self.eval.fingerprint if self.eval else None}
-
-    @property
-    def files(self) -> dict[str, dict[str, str] | None]:
-        """SHA-256 of each file by its name."""
-        return {"train": self.train.checksums, "eval": self.eval.checksums if self.eval else None}
 
 
 def train(
@@ -117,7 +92,7 @@ def _train(
 
     total_steps = _total_steps(recipe, len(data.train))
     model = build_model(recipe, data, checkpoint, precision)
-    compiled = _prepare_model(model, recipe, checkpoint, precision, total_steps, listener)
+    compiled = prepare_model(model, recipe, checkpoint, precision, total_steps, listener)
     # Only now, with recipe, data and model known to be good on every rank, is anything in out_dir touched.
     world.on_main(lambda: make_room(out_dir, recipe, lock, resume=resume, overwrite=overwrite))
     run = _assemble(
@@ -159,7 +134,7 @@ def rebuild(recipe: Recipe, checkpoint: Checkpoint | None, known: Checkpoint | N
         _refuse_other_data(data, known, force=False, listener=listener)
     total_steps = _total_steps(recipe, len(data.train))
     model = build_model(recipe, data, checkpoint, precision)
-    compiled = _prepare_model(model, recipe, known, precision, total_steps, listener)
+    compiled = prepare_model(model, recipe, known, precision, total_steps, listener)
     return _assemble(
         recipe,
         data,
@@ -175,12 +150,6 @@ def rebuild(recipe: Recipe, checkpoint: Checkpoint | None, known: Checkpoint | N
     )
 
 
-def prepare(recipe: Recipe, listener: Listener | None = None) -> tuple[Store, Store | None]:
-    """Make the token store(s) of a recipe, or open them: (train, eval)."""
-    data = load_data(recipe, listener or Listener(), World())
-    return data.train, data.eval
-
-
 def _refuse_other_data(data: RunData, checkpoint: Checkpoint, *, force: bool, listener: Listener) -> None:
     what = changed_data(checkpoint, data.fingerprints, data.files)
     if what is not None and not force:
@@ -189,109 +158,12 @@ def _refuse_other_data(data: RunData, checkpoint: Checkpoint, *, force: bool, li
         listener.message(f"--force: going on, though {what}")
 
 
-def load_data(recipe: Recipe, listener: Listener, world: World) -> RunData:
-    data = recipe.data
-    source = data.tokenizer or recipe.init_from
-    assert source is not None, "the recipe requires one"
-    folder = Path(source)
-    if data.tokenizer is None or (folder / "checkpoints").is_dir():
-        folder = resolve_model_folder(folder)
-    tokenizer = open_tokenizer(folder, add_tokens=data.add_tokens, chat_template=data.chat_template)
-    if recipe.stage == "sft":
-        eos_token_id = end_of_turn_id(tokenizer, data.template_kwargs)
-    elif tokenizer.eos_token_id is None:
-        raise RecipeError(f"{folder}: the tokenizer has no eos_token, which ends every document; give it one")
-    else:
-        eos_token_id = tokenizer.eos_token_id
-
-    def build(paths: tuple[str, ...]) -> Store:
-        def once() -> Store:
-            return build_store(
-                paths, stage=recipe.stage, tokenizer=tokenizer, data=data, on_progress=listener.preparing
-            )
-
-        world.on_main(lambda: once() and None)  # the others find it in the cache
-        return once()
-
-    train_store, eval_store = build(data.path), None
-    if data.eval_path:
-        eval_store = build(data.eval_path)
-    elif data.eval_fraction:
-        train_store, eval_store = train_store.split(data.eval_fraction, data.eval_split)
-    return RunData(tokenizer, eos_token_id, train_store, eval_store)
-
-
 def _total_steps(recipe: Recipe, num_samples: int) -> int:
     train = recipe.train
     total = train.max_steps or train.epochs * steps_per_epoch(num_samples, train.batch_size)
     if train.warmup_steps >= total and train.warmup_steps > 0:
         raise RecipeError(f"train.warmup_steps={train.warmup_steps}: the run has only {total} steps; warm up for fewer")
     return total
-
-
-def build_model(recipe: Recipe, data: RunData, checkpoint: Checkpoint | None, precision: Precision) -> CausalLM:
-    """From the checkpoint, from `init_from`, or from random weights; checked against data and recipe."""
-    train, dtype = recipe.train, precision.parameter_dtype
-    if checkpoint is not None:
-        model = load_model(checkpoint.folder, dtype=dtype)
-        _set_balance_loss(model, recipe)
-    elif recipe.init_from is None:
-        model = CausalLM(recipe.model.resolve(len(data.tokenizer)), seed=train.seed, dtype=dtype)
-    else:
-        model = _load_initial(recipe, recipe.init_from, len(data.tokenizer), dtype)
-    if recipe.data.max_seq_len > model.config.max_position_embeddings:
-        raise RecipeError(
-            f"data.max_seq_len={recipe.data.max_seq_len}: the model has "
-            f"max_position_embeddings={model.config.max_position_embeddings}; lower data.max_seq_len"
-        )
-    for store in (data.train, data.eval):
-        if store is not None:
-            store.check_vocab(model.config.vocab_size)
-    return model.to(precision.device)
-
-
-def _prepare_model(
-    model: CausalLM,
-    recipe: Recipe,
-    checkpoint: Checkpoint | None,
-    precision: Precision,
-    total_steps: int,
-    listener: Listener,
-) -> bool:
-    """For training; whether code was generated for this machine."""
-    train = recipe.train
-    model.activation_checkpointing = train.activation_checkpointing
-    if train.loss_impl != "auto":
-        require_head(train.loss_impl, precision.device.type, getattr(torch, precision.dtype))
-        model.loss_impl = train.loss_impl
-    before = None if checkpoint is None else checkpoint.state.get("compiled")
-    compiled, remark = compile_model(model, train.compile, precision, total_steps=total_steps, before=before)
-    if remark is not None:
-        listener.message(remark)
-    return compiled
-
-
-def _load_initial(recipe: Recipe, init_from: str, num_tokens: int, dtype: torch.dtype) -> CausalLM:
-    """The model to fine-tune, with room for the tokenizer's new tokens."""
-    model = load_model(init_from, dtype=dtype)
-    for key in sorted(recipe.model.model_fields_set - {"vocab_size"}):
-        asked, has = getattr(recipe.model, key), getattr(model.config, key, None)
-        if asked is not None and key in MOE_KEYS and not model.config.use_moe:
-            raise RecipeError(f"model.{key}={asked}: the model at {init_from} has no experts; leave the key out")
-        if asked is not None and asked != has and key not in _BALANCE_LOSS:
-            raise RecipeError(f"model.{key}={asked}: the model at {init_from} has {has}; leave the key out")
-    _set_balance_loss(model, recipe)
-    if num_tokens > model.config.vocab_size:
-        resize_embeddings(model, num_tokens)
-    return model
-
-
-def _set_balance_loss(model: CausalLM, recipe: Recipe) -> None:
-    """Part of the objective, not of the architecture: the recipe's, or where it says nothing the loaded model's own."""
-    if not model.config.use_moe:
-        return
-    asked = {key: value for key in _BALANCE_LOSS if (value := getattr(recipe.model, key)) is not None}
-    model.config = model.config.model_copy(update=asked)
 
 
 def _assemble(
