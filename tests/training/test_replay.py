@@ -72,7 +72,9 @@ def test_a_replayed_step_is_the_recorded_one_bit_for_bit_and_nothing_is_written(
         assert [c.name for c in again.compared] == ["positions", "num_tokens", "loss_sum", "grad_norm"]
         assert again.repeated == (step - 1) % 5
         assert len(again.samples) == rows_of(runs / way)[step - 1]["samples"]
-        assert math.isclose(sum(s.loss_sum for s in again.samples), again.compared[2].recorded, rel_tol=2e-2)
+        assert math.isclose(
+            sum(s.loss_sum for s in again.samples), again.compared[2].recorded, rel_tol=2e-2 if "16" in way else 1e-5
+        )
         assert [s.loss for s in again.samples] == sorted((s.loss for s in again.samples), reverse=True)
     assert files_of(runs / way) == before
 
