@@ -189,3 +189,22 @@ def test_the_objective_divides_by_the_steps_count_not_its_own():
     out = linear_cross_entropy(hidden, weight, labels, mask)
     torch.testing.assert_close(out.objective(1000, 5000), out.loss_sum / 1000)
     assert out.metrics["loss"][0].requires_grad is False
+
+
+@pytest.mark.parametrize("weights", [None, 3.0])
+def test_float16_gradient_of_a_head_over_many_rows_of_one_token_stays_finite(weights):
+    """Each row's share is within float16, their sum, boosted, is not: it must not depend on how rows are grouped."""
+    hidden, weight = torch.full((900, 8), 3.0), torch.zeros(5, 8)
+    labels = torch.zeros(900, dtype=torch.int64)
+    mask = torch.ones(900, dtype=torch.bool) if weights is None else torch.full((900,), weights)
+    found = {}
+    for dtype in (torch.float16, torch.float64):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weight_ = weight.detach().to(wide, copy=True).requires_grad_()
+        hidden_ = hidden.detach().to(wide, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float16):
+            out = linear_cross_entropy(hidden_, weight_, labels, mask, impl="chunked")
+        out.loss_sum.backward()
+        found[dtype] = (weight_.grad, hidden_.grad)
+    for low, exact in zip(found[torch.float16], found[torch.float64], strict=True):
+        torch.testing.assert_close(low.double(), exact.double(), rtol=2e-3, atol=1e-6)

@@ -199,10 +199,22 @@ def _forward(
         if d_hidden is not None:
             torch.mm(d_low_CV, w_VD, out=d_hidden[start : start + chunk])
         if d_weight is not None:
-            d_weight += torch.mm(d_low_CV.t(), x_CD)
+            if dtype == torch.float16:
+                shrink = _fp16_shrink(x_CD, scale_C)
+                d_weight += torch.mm(d_low_CV.t(), x_CD * shrink).to(wide) / shrink
+            else:
+                d_weight += torch.mm(d_low_CV.t(), x_CD)
     ctx.save_for_backward(d_hidden, d_weight)
     ctx.boost, ctx.hidden_dtype, ctx.weight_dtype = boost, hidden.dtype, weight.dtype
     return loss_sum
+
+
+def _fp16_shrink(x_CD: Tensor, scale_C: Tensor | None) -> Tensor:
+    """A power of two, 0-d, for which no sum over the rows of boosted gradients times `x_CD` leaves float16."""
+    largest = len(x_CD) * _FP16_BOOST * x_CD.abs().amax().double()
+    if scale_C is not None:
+        largest = largest * scale_C.abs().amax()
+    return torch.exp2(-(largest / 2**15).log2().ceil().clamp(min=0)).to(x_CD.dtype)
 
 
 def _chunk_rows(vocab_size: int, hidden_size: int, dtype: torch.dtype) -> int:
