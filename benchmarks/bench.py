@@ -19,7 +19,7 @@ from typing import Any
 
 from common import DATA, ROOT, describe, machine, main_of, parser_of, say, table, to_markdown
 
-PARTS = ("startup", "head", "pretrain", "finetune", "smollm", "shakespeare", "prepare")
+PARTS = ("startup", "head", "pretrain", "finetune", "smollm", "shakespeare", "prepare", "saving")
 HERE = Path(__file__).resolve().parent
 QUICK = {
     "startup": ["--rounds", "1", "--samples", "50000", "--position", "20000"],
@@ -31,11 +31,21 @@ QUICK = {
         *"model.intermediate_size=448 train.warmup_steps=2 train.batch_size=4".split(),
     ],
     "smollm": ["--rounds", "1", "--round-steps", "2", "--warm-up", "1"],
+    "saving": "--rounds 1 --steps 8 --interval 2 --set model.hidden_size=128 model.intermediate_size=448".split(),
     "shakespeare": "--rounds 1 --nanogpt-iterations 20 --set train.max_steps=40 train.warmup_steps=5".split(),
 }
 FULL = {"head": ["--rounds", "1"]}
 # With nothing given: about how long, in minutes, on two quiet cores; shown so that nobody waits in the dark.
-MINUTES = {"startup": 4, "head": 10, "pretrain": 3, "finetune": 38, "smollm": 6, "shakespeare": 5, "prepare": 5}
+MINUTES = {
+    "startup": 4,
+    "head": 10,
+    "pretrain": 3,
+    "finetune": 38,
+    "smollm": 6,
+    "shakespeare": 5,
+    "prepare": 5,
+    "saving": 6,
+}
 
 
 def command_of(part: str, arguments: Any) -> list[str]:

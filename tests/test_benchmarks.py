@@ -19,6 +19,7 @@ LIGHT = [
     "finetune",
     "head",
     "pretrain",
+    "saving",
     "shakespeare",
     "smollm",
     "startup",
