@@ -1,4 +1,4 @@
-"""Byte-level tokenizers are encoded without offsets; the same must come out as with them."""
+"""Byte-level tokenizers, and those of characters, are encoded without offsets; the same must come out as with them."""
 
 from __future__ import annotations
 
@@ -54,8 +54,41 @@ WIDTHS_HOLD |= {"removes": False, "no_bytes": False}
 def test_tokens_and_their_places_are_those_that_offsets_give(
     bpe_folder: Path, change: str, pieces: list[str], cuts: list[int], append: int | None
 ) -> None:
-    encoder = Encoder(_tokenizer(bpe_folder, change))
-    assert (encoder._widths is not None) is WIDTHS_HOLD[change]
+    _compare(Encoder(_tokenizer(bpe_folder, change)), WIDTHS_HOLD[change], pieces, cuts, append)
+
+
+OF_CHARACTERS = {"plain": True, "strips": False, "nfc": False, "lowercase": False, "fuse_unk": False, "merges": False}
+
+
+@cache
+def _of_characters(folder: Path, change: str) -> Any:
+    tokenizer = load_tokenizer(folder)
+    backend = tokenizer.backend_tokenizer
+    if change == "strips":
+        backend.add_tokens([AddedToken("<add>", lstrip=True)])
+    elif change == "nfc":
+        backend.normalizer = normalizers.NFC()
+    elif change == "lowercase":
+        backend.normalizer = normalizers.Lowercase()
+    elif change in ("fuse_unk", "merges"):
+        merges = {"merges": [("a", "b")]} if change == "merges" else {"merges": [], "fuse_unk": True}
+        backend.model = models.BPE(
+            vocab={"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}, unk_token="<|endoftext|>", **merges
+        )
+    return tokenizer
+
+
+@pytest.mark.parametrize("change", OF_CHARACTERS)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=PIECES, cuts=st.lists(st.integers(0, 60), max_size=6), append=st.sampled_from([None, 2]))
+def test_characters_and_their_places_are_those_that_offsets_give(
+    char_folder: Path, change: str, pieces: list[str], cuts: list[int], append: int | None
+) -> None:
+    _compare(Encoder(_of_characters(char_folder, change)), OF_CHARACTERS[change], pieces, cuts, append)
+
+
+def _compare(encoder: Encoder, has_widths: bool, pieces: list[str], cuts: list[int], append: int | None) -> None:
+    assert (encoder._widths is not None) is has_widths
     text = "".join(pieces)
     edges = sorted({min(cut, len(text)) for cut in cuts})
     marked = Marked(text, list(zip(edges[::2], edges[1::2], strict=False)))

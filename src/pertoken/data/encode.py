@@ -1,8 +1,8 @@
 """Text -> tokens, each with its place in the text.
 
 Every encoding comes down to byte positions: which bytes of the UTF-8 text a token adds. A byte-level tokenizer's tokens
-lie side by side in the text, so the positions follow from the tokens alone; any other tokenizer is asked for its
-offsets, which takes a third longer.
+lie side by side in the text, and so do characters, so the positions follow from the tokens alone; any other tokenizer
+is asked for its offsets, which takes longer.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def _ids(backend: Any) -> list[int]:
 
 
 def _widths(backend: Any) -> np.ndarray | None:
-    """[V] int64, how many bytes of the text each token stands for; None unless the tokenizer is byte-level throughout.
+    """[V] int64, how many bytes of the text each token stands for; None unless the tokenizer is byte-level throughout,
+    or of characters.
 
     That is: byte-pair encoding over the 256 signs of the byte-level alphabet, each a token, behind a pre-tokenizer that
     only splits. Then tokens take disjoint pieces of the text, in order, of exactly these widths, except that an added
@@ -140,6 +141,8 @@ def _widths(backend: Any) -> np.ndarray | None:
     from tokenizers import pre_tokenizers
 
     spec = json.loads(backend.to_str())
+    if (of_characters := _character_widths(spec)) is not None:
+        return of_characters
     model, first = spec["model"], spec["pre_tokenizer"] or {}
     steps = (first["pretokenizers"] or [{}]) if first.get("type") == "Sequence" else [first]
     splits = all(step["type"] == "Digits" or step.get("behavior", "Removed") != "Removed" for step in steps[:-1])
@@ -157,6 +160,30 @@ def _widths(backend: Any) -> np.ndarray | None:
     widths[list(model["vocab"].values())] = [len(token) for token in model["vocab"]]
     for token in spec["added_tokens"]:
         widths[token["id"]] = len(token["content"].encode())
+    return widths
+
+
+def _character_widths(spec: dict[str, Any]) -> np.ndarray | None:
+    """As `_widths`, of byte-pair encoding without a merge: a token is a character. None for any other tokenizer.
+
+    The token for unknown characters counts as wider than any character, so a text that has one is not tiled.
+    """
+    model, added = spec["model"], spec["added_tokens"]
+    names = {token["content"] for token in added}
+    if (
+        spec["normalizer"]
+        or spec["pre_tokenizer"]
+        or model["type"] != "BPE"
+        or any(model.get(key) for key in ("merges", "dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+        or any(model.get(key) for key in ("byte_fallback", "fuse_unk", "ignore_merges"))
+        or any(token["lstrip"] or token["rstrip"] or token["normalized"] for token in added)
+        or any(len(token) != 1 for token in model["vocab"].keys() - names)
+        or len((model["unk_token"] or "").encode()) <= 4
+    ):
+        return None
+    vocabulary = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
+    widths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    widths[list(vocabulary.values())] = [len(token.encode()) for token in vocabulary]
     return widths
 
 
