@@ -43,7 +43,7 @@ def test_a_damaged_newest_checkpoint_is_named_left_and_done_without(workshop, re
 def test_no_damage_to_any_file_loses_anything(workshop, reference, record: Record):
     files = [path.name for path in sorted(steps_saved(reference)[disk.STEPS].iterdir())]
     damages = [(file, damage) for file in files for damage in DAMAGES]
-    record(f"a file of the newest checkpoint {', '.join(DAMAGES)}", tried(workshop, reference, damages))
+    record(f"each file of the newest checkpoint: {', '.join(DAMAGES)}", tried(workshop, reference, damages))
 
 
 @pytest.mark.parametrize(("interval", "left"), [(1, [7]), (2, [6])])

@@ -17,21 +17,26 @@ from faults.disk import (
     last_save,
     old_ones_stay,
     recipe_of,
+    recipe_with_a_tokenizer_of_transformers,
     resumed,
     rows,
+    tokenizer_of_transformers,
     trial,
     unclear,
 )
 from faults.failing_disk import Fault, calls_in
 from faults.harness import Desk, Workshop, difference, forget_after, steps_saved, whole_steps
 
+from pertoken.data.tokenizer import as_transformers, load_tokenizer
+from pertoken.model.files import save_tokenizer
+
 QUICK = {every_call_once: (1, 40), for_ever: (4,), last_save: (1,), rows: (0,), full: (6, -1), old_ones_stay: (0,)}
 TORTURE = {
-    "ENOSPC, EIO, EACCES once, at each call of a save": every_call_once,
+    "ENOSPC, EIO, EACCES, once, at each call of a save": every_call_once,
     "ENOSPC, EIO, EROFS, EDQUOT from a save on": for_ever,
-    "EIO in the last save": last_save,
+    "EIO in each kind of call of the last save": last_save,
     "metrics.jsonl cannot be written for a while": rows,
-    "disk full, at 12 sizes, and one foreseen": full,
+    "disk full, at 12 moments; too little room foreseen": full,
     "old checkpoints cannot be removed": old_ones_stay,
 }
 
@@ -57,6 +62,25 @@ def test_some_disk_faults_lose_nothing(workshop, reference):
 @pytest.mark.parametrize("kind", TORTURE)
 def test_no_disk_fault_loses_anything(workshop, reference, record: Record, kind: str):
     record(kind, tried(workshop, reference, TORTURE[kind](reference)))
+
+
+@pytest.mark.torture
+def test_a_tokenizer_of_transformers_that_cannot_be_written_loses_nothing(workshop, record: Record):
+    recipe = recipe_with_a_tokenizer_of_transformers(workshop)
+    with workshop.desk() as desk:
+        reference = workshop.reference(desk, recipe)
+    cases = tokenizer_of_transformers(reference)
+    record(
+        "the same where transformers' tokenizers write",
+        workshop.each(lambda desk, case: trial(desk, case, recipe, reference), cases),
+    )
+
+
+def test_the_tokenizers_of_transformers_fail_with_an_os_error(world, tmp_path):
+    tokenizer = as_transformers(load_tokenizer(world.folder / "tokenizer"))
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        save_tokenizer(tokenizer, tmp_path)
 
 
 def test_the_failing_disk_sees_all_that_writes_a_checkpoint(reference):

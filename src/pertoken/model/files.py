@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from pertoken.errors import ModelError
 from pertoken.text import names, reason, shown
 
-__all__ = ["check_foreign", "count_weights", "read_json", "weight_files"]
+__all__ = ["check_foreign", "count_weights", "read_json", "save_tokenizer", "weight_files"]
 
 
 _MOST_EXPERTS = 100_000  # a layer's may be one tensor, so their number does not show in that of the tensors
@@ -34,6 +34,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelError(f"{path}: not a JSON object; copy or download it again")
     return values
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """`tokenizer.save_pretrained(folder)`. Raises OSError, for which the Rust of `tokenizers` has a bare Exception."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error
 
 
 def weight_files(folder: Path) -> list[Path]:

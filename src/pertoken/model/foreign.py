@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pertoken.data.batch import MicroBatch
 from pertoken.errors import ModelError, RecipeError
 from pertoken.loss import LossImpl, LossOutput, linear_cross_entropy
-from pertoken.model.files import check_foreign
+from pertoken.model.files import check_foreign, save_tokenizer
 from pertoken.model.head import check_logits, linear_head, smallest_vocabulary
 from pertoken.model.hf import listed
 from pertoken.model.operations import padding_metric
@@ -216,7 +216,7 @@ class ForeignLM(nn.Module):
         self.hf.config.dtype = dtype  # transformers has noted the type of the parameters, not of what it was given
         self.hf.config.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
 
     @torch.no_grad()
     def resize(self, vocab_size: int) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pertoken.errors import ModelError
-from pertoken.model.files import read_json, weight_files
+from pertoken.model.files import read_json, save_tokenizer, weight_files
 from pertoken.model.hf_config import config_from_hf, config_to_hf
 from pertoken.model.transformer import CausalLM
 from pertoken.model_config import ResolvedModelConfig
@@ -138,7 +138,7 @@ def save_folder(
     _write_json(folder / "generation_config.json", {k: v for k, v in special.items() if v is not None})
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -130,6 +130,8 @@ def _lies_in(folder: Path, name: str) -> bool:
 def problem_with(folder: Path, *, contents: bool = True) -> str | None:
     """Why a checkpoint folder is not complete and intact; None if it is. Without `contents` only sizes are compared."""
     try:
+        if not _lies_in(folder, MANIFEST):
+            return f"{MANIFEST} leads out of the folder"
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         if STATE not in files:
             return f"its manifest has no {STATE}"
