@@ -135,13 +135,15 @@ class MetricsFile:
         return end
 
     def write(self, row: Row) -> OSError | None:
-        """Add a row. Where the disk does not take it, it is kept, written with the next one, and the error returned."""
+        """Add a row. Where the disk does not take it, it is kept and written with the next one; the error is returned
+        for the first of them."""
+        waited = bool(self._waiting)
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._waiting.append((json.dumps(clean, allow_nan=False) + "\n").encode())
         try:
             self._write_waiting()
         except OSError as error:
-            return error
+            return None if waited else error
         return None
 
     def _write_waiting(self) -> None:
