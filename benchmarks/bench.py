@@ -44,7 +44,7 @@ MINUTES = {
     "smollm": 6,
     "shakespeare": 5,
     "prepare": 5,
-    "saving": 6,
+    "saving": 9,
 }
 
 

@@ -1,6 +1,6 @@
 """What saving costs a run: the 30M model of recipes/gsm8k-30m.toml, with a checkpoint every few steps and with none.
 
-    python benchmarks/saving.py [--rounds 2] [--steps 42] [--interval 5] [--set key=value ...]
+    python benchmarks/saving.py [--rounds 3] [--steps 62] [--interval 10] [--set key=value ...]
 
 Rounds of one process per contender, one after the other. A contender's time is from the end of step 2 to the end of the
 last step but one, before the last save, which no run escapes. What a save costs is the difference, divided by the
@@ -25,9 +25,9 @@ def main() -> None:
     parser = parser_of(__doc__, name="saving")
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "gsm8k-30m.toml")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with sft/gsm8k and tokenizer/minimind")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=42)
-    parser.add_argument("--interval", type=int, default=5, help="steps between saves")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=62)
+    parser.add_argument("--interval", type=int, default=10, help="steps between saves")
     parser.add_argument("--at", type=int, default=50, help="the interval that the claim is about")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="recipe keys")
     arguments = parser.parse_args()

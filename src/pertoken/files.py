@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -15,6 +16,9 @@ except ImportError:  # no such locks on Windows: there, two processes are not to
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["FolderLock", "free_bytes", "sha256", "sync", "write_whole"]
+
+# What file systems without locks say, some of the networked ones: better to train there unguarded than not at all.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 def sync(path: Path) -> None:
@@ -72,13 +76,14 @@ class FolderLock:
                 if not _is_file_at(descriptor, path):  # released, and so deleted, since it was opened
                     os.close(descriptor)
                     continue
-            except BlockingIOError:
+            except BlockingIOError:  # held
                 holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
                 os.close(descriptor)
                 return f"process {holder}" if holder else "another process"
-            except OSError:
-                os.close(descriptor)
-                raise
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    os.close(descriptor)
+                    raise
             break
         try:
             os.ftruncate(descriptor, 0)

@@ -10,6 +10,7 @@ import codecs
 import glob
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -209,8 +210,7 @@ def _float(text: str) -> float:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise _Refused(f"the key {shown(twice)} twice in one object, so it is not known which is meant")
     return value
 

@@ -300,7 +300,13 @@ def resume(name: str, case: Case) -> Result:
     step(2, model, optimizer)
     with tempfile.TemporaryDirectory() as folder:
         saved = save_checkpoint(
-            Path(folder), step=2, model=model, tokenizer=case.tokenizer, eos_token_id=0, optimizer=optimizer, state={}
+            Path(folder),
+            step=2,
+            model=model,
+            tokenizer=case.tokenizer,
+            eos_token_id=0,
+            optimizer=optimizer,
+            state={"recipe": {}},
         )
         again = load_model(saved)
         set_balance_loss(again, balance_loss_of(model))

@@ -48,7 +48,7 @@ def non_finite_error(
     everyones = state.world.gather(verdicts)  # one processor's fault must not lead ranks apart
     guilty = [i for i, finite in zip(ids, map(all, zip(*everyones, strict=True)), strict=True) if not finite]
     lines = [
-        f"step {this.step}: {problem}; the weights were not touched; {saved}",
+        f"step {this.step}: {problem}; the weights were not touched and {saved}",
         f"first: {_where(problem, guilty[:1] or ids, state, model, store)}",
         f"{'non-finite by itself' if guilty else 'none is so by itself; its samples'}: "
         f"{shown_samples(store, guilty or ids)}",
@@ -70,7 +70,7 @@ def _where(problem: NonFiniteStep, ids: list[int], state: TrainState, model: Cau
 def spike_error(this: Step, problem: SpikeStep, store: Store, out_dir: Path, saved: str) -> SpikeError:
     """`saved` says what became of the step before."""
     return SpikeError(
-        f'step {this.step}: {problem}; train.on_spike="stop": the weights were not touched; {saved}'
+        f'step {this.step}: {problem}; train.on_spike="stop": the weights were not touched and {saved}'
         f"\nits samples: {shown_samples(store, this.sample_ids.tolist())}\n"
         f"look closer with: {_replay(out_dir, this.step)}\n"
         'go on with --resume and train.on_spike="skip" or "warn"'
