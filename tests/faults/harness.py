@@ -8,6 +8,7 @@ import os
 import queue
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -133,6 +134,7 @@ class Desk:
     world: World
     folder: Path
     count: int = 0
+    running: Running | None = None
 
     def start(
         self,
@@ -147,7 +149,14 @@ class Desk:
         said = self.folder / f"said-{self.count}"
         environment = {**(environment or {}), **(fault.environment(below or self.folder) if fault is not None else {})}
         process = self.server.start(args, said, environment=environment, max_file_bytes=max_file_bytes)
-        return Running(process, said)
+        self.running = Running(process, said)
+        return self.running
+
+    def clear(self) -> None:
+        """End what a test that failed has left running."""
+        if self.running is not None and self.running.process.poll() is None:
+            self.running.process.send_signal(signal.SIGKILL)
+            self.running.process.wait(PATIENCE_S)
 
     def run(self, *args: object, **kwargs: Any) -> Ended:
         return self.start(*args, **kwargs).ended()
@@ -167,7 +176,7 @@ class Running:
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            self.process.send_signal(9)
+            self.process.send_signal(signal.SIGKILL)
             self.process.wait(PATIENCE_S)
             raise
         texts = [self.said.with_suffix(s).read_text(encoding="utf-8", errors="replace") for s in (".out", ".err")]
@@ -206,6 +215,7 @@ class Workshop:
         try:
             yield desk
         finally:
+            desk.clear()
             self.desks.put(desk)
 
     def each(self, trial: Callable[[Desk, Any], T], items: Iterable[Any]) -> list[T]:

@@ -11,10 +11,12 @@ that a signal sent too late meets nobody else.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
 import resource
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -31,6 +33,7 @@ def serve(tokenizer: str) -> None:
     import pertoken.training.run
     from pertoken.data.tokenizer import load_tokenizer
 
+    end_with_the_parent()
     load_tokenizer(Path(tokenizer))  # this and the next line import what is imported late
     pyarrow.array([[1]]).flatten().to_numpy(zero_copy_only=True)
     gc.freeze()  # a collection in a fork would copy all of it
@@ -47,6 +50,12 @@ def serve(tokenizer: str) -> None:
         sys.stdin.buffer.raw.readline()
         os.waitpid(pid, 0)
     os._exit(0)  # an orderly end of all that was imported takes seconds
+
+
+def end_with_the_parent() -> None:
+    """However it ends: nothing that a test started goes on after it."""
+    set_parent_death_signal = 1  # of linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def say(**values: Any) -> None:
@@ -70,6 +79,7 @@ def end_as_python_would(main: Callable[[], None]) -> NoReturn:
 
 def become(job: dict[str, Any]) -> None:
     """Make this fork the process that was asked for."""
+    end_with_the_parent()
     os.setsid()
     for number, path in ((1, job["out"]), (2, job["err"])):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
