@@ -311,7 +311,11 @@ def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool
 
 @pytest.mark.usefixtures("_a_spike")
 @pytest.mark.parametrize(("mode", "dtype"), [("warn", "float32"), ("skip", "float32"), ("skip", "float16")])
-def test_a_spike_is_told_and_its_update_left_out_if_asked(world, tmp_path, mode, dtype):
+def test_a_spike_is_told_and_its_update_left_out_if_asked(world, tmp_path, monkeypatch, mode, dtype):
+    def scaler(self: Precision) -> torch.amp.GradScaler:  # a hundred times the usual must not overflow float16
+        return torch.amp.GradScaler(self.device.type, init_scale=2.0**6, enabled=self.dtype == "float16")
+
+    monkeypatch.setattr(Precision, "new_scaler", scaler)
     told, run = Told(), tmp_path / "run"
     recipe = spiking(world, run, mode, train__dtype=dtype, checkpoint__save_interval=1)
     train(recipe, listener=told)
