@@ -130,8 +130,8 @@ def rebuild(recipe: Recipe, checkpoint: Checkpoint | None, known: Checkpoint | N
     """
     world, precision = World(), Precision(recipe.train.dtype, resolve_device(recipe.train.device))
     data = load_data(recipe, listener, world)
-    if known is not None:
-        _refuse_other_data(data, known, force=False, listener=listener)
+    if known is not None and (what := changed_data(known, data.fingerprints, data.files)) is not None:
+        raise CheckpointError(f"{what}; restore it: these samples are not those of the run")
     total_steps = _total_steps(recipe, len(data.train))
     model = build_model(recipe, data, checkpoint, precision)
     compiled = prepare_model(model, recipe, known, precision, total_steps, listener)
