@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -88,6 +89,26 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_cannot_change_it(wor
     assert told.saves == [f"step-{n:08d}" for n in (2, 4, 6)]
     for step in (2, 4, 6):
         assert contents(run, step) == contents(whole, step)
+
+
+def test_an_error_lets_the_checkpoint_under_way_be_finished(world, tmp_path, monkeypatch):
+    write, failed = saving._write, threading.Event()
+
+    def slow_write(snapshot):
+        failed.wait(60)
+        time.sleep(0.5)
+        write(snapshot)
+
+    def fail():
+        failed.set()
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(saving, "_write", slow_write)
+    run = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="something else"):
+        train(world.recipe(run, train__max_steps=6, checkpoint__save_interval=2), listener=Told({3: fail}))
+    found, damaged = checkpoint_module.newest_checkpoint(run)
+    assert (found.step, damaged) == (2, [])
 
 
 @pytest.mark.parametrize("background", [True, False])

@@ -111,7 +111,11 @@ def _train(
     try:
         listener.started(run.summary)
         with stop_on_signals(echo_s=5.0 if world.size > 1 else 0.0) as stop:
-            step = fit(run, stop)
+            try:
+                step = fit(run, stop)
+            except Exception:  # not a second signal, which waits for nothing
+                run.saver.join()
+                raise
     finally:
         if run.metrics is not None:
             run.metrics.close()

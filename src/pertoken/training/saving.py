@@ -231,6 +231,11 @@ class Saver:
             outcome = self.advance(self._world.gather(self.progress))
         return outcome
 
+    def join(self) -> None:
+        """Let this rank's thread finish what it writes, before an error ends the process. Sends no message."""
+        if self._thread is not None:
+            self._thread.join()
+
     def _work(self, write: Callable[[], None], reached: Literal["written", "done"], *, then_finish: bool) -> None:
         snapshot = self._snapshot
         assert snapshot is not None
