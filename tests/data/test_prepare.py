@@ -18,6 +18,7 @@ import pertoken.data.columns
 import pertoken.data.parts
 import pertoken.data.prepare
 import pertoken.data.samples
+import pertoken.data.store
 import pertoken.data.workers
 from pertoken.config import DataConfig
 from pertoken.data.store import Store, build_store
@@ -312,3 +313,36 @@ def test_memory_does_not_grow_with_the_file(
         tracemalloc.stop()
     assert path.stat().st_size > 600_000
     assert peaks[2] - peaks[1] < 150_000, peaks
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_changes_while_it_is_prepared_is_not_stored(
+    tmp_path: Path, bpe_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, name: str, workers: int
+) -> None:
+    """Its size and its time of modification stay what they were."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, texts = tmp_path / name, [f"The text of row {i}" for i in range(300)]
+    if name == "a.parquet":
+        table = pa.table({"text": texts})
+        pq.write_table(table, path, row_group_size=50, compression="none", use_dictionary=False)
+    else:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    scan = pertoken.data.store.scan
+
+    def change(files: list[Path]) -> Any:
+        found, before = scan(files), path.stat()
+        path.write_bytes(path.read_bytes().replace(b"row 217", b"row 712"))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return found
+
+    monkeypatch.setattr(pertoken.data.store, "scan", change)
+    with pytest.raises(DataError, match=rf"{name}: changed while it was being prepared, so nothing was stored; run"):
+        _build([path], tmp_path / "cache", bpe_tokenizer, "pretrain", workers=workers)
+    assert not list((tmp_path / "cache").iterdir())
+    monkeypatch.setattr(pertoken.data.store, "scan", scan)
+    store = _build([path], tmp_path / "cache", bpe_tokenizer, "pretrain", workers=workers)
+    text = "".join(bpe_tokenizer.decode(store[i].tokens) for i in range(len(store)))
+    assert "row 712" in text and "row 217" not in text

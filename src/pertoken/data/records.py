@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import codecs
 import glob
+import hashlib
 import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -78,10 +79,11 @@ class Span:
     """Rows of one file that follow each other: lines of a .jsonl, row groups of a .parquet, the whole of a .txt."""
 
     file: int  # index into the files
-    start: int  # bytes of the file [start, stop); of a .parquet its share
+    start: int  # bytes of the file [start, stop)
     stop: int
     line: int  # of the first row
     groups: tuple[int, int] | None = None  # row groups [first, last) of a .parquet
+    sha256: str | None = None  # of these bytes; None: not to be compared with what is read
 
 
 class Problems:
@@ -152,7 +154,8 @@ def read_records(path: str | Path, span: Span | None = None) -> Iterator[Record 
     """The rows of one file, or of a span of it, streamed. Blank lines of a .jsonl are skipped; their line numbers are
     not reused.
 
-    Raises DataError where the file itself cannot be read or, read as a whole, holds no row.
+    Raises DataError where the file itself cannot be read or, read as a whole, holds no row. The rows of a span with a
+    hash are made of the very bytes that were hashed: DataError at the end of them where the file has changed since.
     """
     path = Path(path)
     read = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".txt": _read_text}[path.suffix]
@@ -220,15 +223,18 @@ _DECODER = json.JSONDecoder(parse_constant=_constant, parse_float=_float, object
 
 def _read_jsonl(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
     file, end, stop = str(path), span.start if span else 0, span.stop if span else math.inf
+    seen = sha256()
     with path.open("rb") as lines:
         lines.seek(end)
         for line in count(span.line if span else 1):
             raw = lines.readline(MAX_LINE_BYTES + 1) if end < stop else b""
             if not raw:
+                _refuse_change(path, span, seen)
                 return
             end += len(raw)
+            seen.update(raw)
             if len(raw) > MAX_LINE_BYTES:
-                end += _skip_line(lines) if raw[-1:] != b"\n" else 0
+                end += _skip_line(lines, seen) if raw[-1:] != b"\n" else 0
                 much = f"a line of more than {MAX_LINE_BYTES:,} bytes"
                 yield BadRow(file, line, "row", f"{much}; end lines with \\n, or split the row")
                 continue
@@ -249,11 +255,17 @@ def _read_jsonl(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
                     yield BadRow(file, line, "row", f"a JSON {found}, not an object; write one JSON object a line")
 
 
-def _skip_line(lines: BinaryIO) -> int:
+def _refuse_change(path: Path, span: Span | None, seen: hashlib._Hash) -> None:
+    if span is not None and span.sha256 not in (None, seen.hexdigest()):
+        raise DataError(f"{path}: changed while it was being prepared, so nothing was stored; run again")
+
+
+def _skip_line(lines: BinaryIO, seen: hashlib._Hash) -> int:
     """Read to the end of the line, a piece at a time. Returns the bytes that were left of it."""
     skipped = 0
     while piece := lines.readline(1 << 20):
         skipped += len(piece)
+        seen.update(piece)
         if piece.endswith(b"\n"):
             break
     return skipped
@@ -269,6 +281,7 @@ def _remedy(raw: bytes) -> str:
 
 def _read_text(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
     raw = path.read_bytes()
+    _refuse_change(path, span, sha256(raw))
     content = raw.removeprefix(BOM)
     if not content:
         return
@@ -308,10 +321,24 @@ def _read_parquet(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
                     yield BadRow(file, line, "row", f"a value that cannot be read ({reason(error)}); write it as text")
                 else:
                     yield Record(file, line, value, _digest(raw), size * line // max(rows, 1))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if span is not None and span.sha256 is not None:
+            _refuse_change(path, span, _sha256_of(path, span))
         raise _not_parquet(path, error) from None
+    if span is not None and span.sha256 is not None:
+        _refuse_change(path, span, _sha256_of(path, span))
     if line != last:
         raise DataError(f"{path}: holds {line} rows where its footer says {last}; write it again")
+
+
+def _sha256_of(path: Path, span: Span) -> hashlib._Hash:
+    seen, left = sha256(), span.stop - span.start
+    with path.open("rb") as file:
+        file.seek(span.start)
+        while left and (block := file.read(min(left, 1 << 20))):
+            seen.update(block)
+            left -= len(block)
+    return seen
 
 
 def parquet_file(path: Path) -> Any:

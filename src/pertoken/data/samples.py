@@ -165,7 +165,7 @@ class _Rows:
                 self._outcome.counts.rows += 1
                 texts = row if isinstance(row, BadRow) else self._texts(row)
                 if isinstance(row, Record):
-                    self.bytes_done = before + row.end - span.start
+                    self.bytes_done = before + max(0, min(row.end, span.stop) - span.start)
                 if isinstance(texts, BadRow):
                     self.bad(texts)
                     continue
