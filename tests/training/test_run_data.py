@@ -65,7 +65,7 @@ with pertoken.training.parallel.join_world("cpu") as world:
 
 
 def _load(tmp_path: Path, recipe: Path, machines: list[int], delay_s: float = 0.0, others: str = "") -> list[Any]:
-    """[samples, error, scans, messages] of each rank. Rank i is on the machine `machines[i]`, each with its own cache."""
+    """[samples, error, scans, messages] of each rank. Rank i is on machine `machines[i]`, with its own cache."""
     (tmp_path / "ranks.py").write_text(RANKS)
     for left in tmp_path.glob("[0-9]"):
         left.unlink()

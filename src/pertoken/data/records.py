@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -179,13 +180,11 @@ def parse_json(text: str) -> Any:
     a key that is twice in one object, and for numbers that Python cannot hold."""
     try:
         value = _DECODER.decode(text)
-        if "\\ud" in text or "\\uD" in text:  # a lone surrogate is no character: no tokenizer can encode it
-            json.dumps(value, ensure_ascii=False).encode()
+        if ("\\ud" in text or "\\uD" in text) and _has_surrogate(value):  # no character: no tokenizer can encode it
+            raise _Refused("an unpaired surrogate escape (\\ud800 to \\udfff), which is no character")
     except json.JSONDecodeError as error:
         what = "a byte order mark" if text.startswith("\ufeff") else error.msg
         raise ValueError(f"not valid JSON ({what} at column {error.colno})") from None
-    except UnicodeEncodeError:
-        raise ValueError("an unpaired surrogate escape (\\ud800 to \\udfff), which is no character") from None
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     except _Refused:
@@ -197,6 +196,21 @@ def parse_json(text: str) -> Any:
 
 class _Refused(ValueError):
     """JSON by the letter, perhaps, but nothing that can be meant."""
+
+
+def _has_surrogate(value: Any) -> bool:
+    """Without a copy of its texts, which may be long."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            if _SURROGATE.search(item):
+                return True
+        elif isinstance(item, dict):
+            left += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            left += item
+    return False
 
 
 def _constant(name: str) -> None:
@@ -218,6 +232,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _DECODER = json.JSONDecoder(parse_constant=_constant, parse_float=_float, object_pairs_hook=_object)
 
 
@@ -239,20 +254,20 @@ def _read_jsonl(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
                 yield BadRow(file, line, "row", f"{much}; end lines with \\n, or split the row")
                 continue
             raw = (raw.removeprefix(BOM) if line == 1 else raw).rstrip()
-            if not raw:
-                continue
-            try:
-                value = parse_json(raw.decode())
-            except UnicodeDecodeError as error:
-                yield BadRow(file, line, "row", _not_utf8(error, "the line"))
-            except ValueError as error:
-                yield BadRow(file, line, "row", f"{error}; {_remedy(raw)}")
-            else:
-                if isinstance(value, dict):
-                    yield Record(file, line, value, _digest(raw), end)
-                else:
-                    found = type(value).__name__
-                    yield BadRow(file, line, "row", f"a JSON {found}, not an object; write one JSON object a line")
+            if raw:
+                yield _json_row(file, line, raw, end)
+
+
+def _json_row(file: str, line: int, raw: bytes, end: int) -> Record | BadRow:
+    try:
+        value = parse_json(raw.decode())
+    except UnicodeDecodeError as error:
+        return BadRow(file, line, "row", _not_utf8(error, "the line"))
+    except ValueError as error:
+        return BadRow(file, line, "row", f"{error}; {_remedy(raw)}")
+    if not isinstance(value, dict):
+        return BadRow(file, line, "row", f"a JSON {type(value).__name__}, not an object; write one JSON object a line")
+    return Record(file, line, value, _digest(raw), end)
 
 
 def _refuse_change(path: Path, span: Span | None, seen: hashlib._Hash) -> None:
