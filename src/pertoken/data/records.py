@@ -7,13 +7,12 @@ several of them can be shown at once.
 from __future__ import annotations
 
 import codecs
-import glob
 import hashlib
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from itertools import count
@@ -26,19 +25,16 @@ from pertoken.text import names, one_line, reason, shown
 __all__ = [
     "BOM",
     "MAX_LINE_BYTES",
-    "SUFFIXES",
     "BadRow",
     "Problems",
     "Record",
     "Span",
     "empty_file",
-    "find_files",
     "parquet_file",
     "parse_json",
     "read_records",
 ]
 
-SUFFIXES = (".jsonl", ".parquet", ".txt")
 BOM = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 64 << 20  # of a .jsonl: what is longer is no row, and would only fill the memory
 
@@ -111,44 +107,6 @@ class Problems:
         if self.count > _SHOWN:
             lines.append(f"and {self.count - _SHOWN} more")
         raise DataError("\n".join([*lines, hint] if hint else lines))
-
-
-def find_files(paths: Sequence[str]) -> list[Path]:
-    """The data files that `paths` (files, folders, globs) name, in the order given, each one once.
-
-    A folder means every .jsonl, .parquet and .txt file below it, sorted; so does a glob.
-    Raises DataError where a path names nothing that can be read.
-    """
-    found: dict[Path, Path] = {}
-    for path in paths:
-        try:
-            for file in _matches(path):
-                str(file).encode()
-                found.setdefault(file.resolve(), file)
-        except UnicodeEncodeError:
-            raise DataError(f"{path}: a name there is not UTF-8, so no message could name it; rename it") from None
-        except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user's home, a NUL
-            raise DataError(f"{path}: cannot be read ({reason(error)}); correct data.path") from None
-    return list(found.values())
-
-
-def _matches(path: str) -> list[Path]:
-    here = Path(path).expanduser()
-    known = ", ".join(SUFFIXES)
-    if here.is_file():
-        if here.suffix not in SUFFIXES:
-            raise DataError(f"{path}: cannot read {here.suffix or 'a file without a suffix'}; give one of {known}")
-        return [here]
-    if here.is_dir():
-        candidates = sorted(here.rglob("*"))
-    elif glob.has_magic(path):
-        candidates = [Path(match) for match in sorted(glob.glob(str(here), recursive=True))]
-    else:
-        raise DataError(f"{path}: no such file or folder; correct data.path")
-    files = [file for file in candidates if file.suffix in SUFFIXES and file.is_file()]
-    if not files:
-        raise DataError(f"{path}: no {known} file found there; correct data.path")
-    return files
 
 
 def read_records(path: str | Path, span: Span | None = None) -> Iterator[Record | BadRow]:

@@ -18,10 +18,11 @@ import numpy as np
 from pertoken.config import DataConfig
 from pertoken.data.columns import Columns
 from pertoken.data.encode import Encoder
+from pertoken.data.find import find_files
 from pertoken.data.hashes import recall, remember, see
 from pertoken.data.parts import part_bytes, scan
 from pertoken.data.prepare import MadePart, make_parts, work_folder
-from pertoken.data.records import BadRow, Problems, find_files
+from pertoken.data.records import BadRow, Problems
 from pertoken.data.sample import Sample
 from pertoken.data.samples import Making, Outcome
 from pertoken.data.store_folder import SKIPPED, Check, Damaged, open_folder, put_in_place, write_folder
@@ -204,7 +205,7 @@ def build_store(
     Raises DataError for bad rows (as `data.on_bad_row` and `data.overlong` say), where no sample results, and for files
     that change meanwhile.
     """
-    files, cache = find_files(paths), _cache(data.store)
+    files, cache = find_files(paths, on_message), _cache(data.store)
     making = Making.of(files, data, stage=stage, tokenizer=tokenizer, encoder=Encoder(tokenizer))
     key = StoreKey.of(files, data, stage=stage, tokenizer=tokenizer, encoder=making.encoder)
     check: Check = "full" if verify_data else "sample"
