@@ -261,8 +261,8 @@ def test_a_lost_worker_is_an_error_that_keeps_the_finished_parts(
     processes: list[Any] = []
     start = pertoken.data.workers._start
 
-    def noted() -> Any:
-        connection, process = start()
+    def noted(said: Any) -> Any:
+        connection, process = start(said)
         processes.append(process)
         return connection, process
 
@@ -271,7 +271,9 @@ def test_a_lost_worker_is_an_error_that_keeps_the_finished_parts(
             os.kill(processes[0].pid, signal.SIGKILL)
 
     monkeypatch.setattr(pertoken.data.workers, "_start", noted)
-    with pytest.raises(DataError, match=r"data\.workers: a worker process ended .* it goes on where it was"):
+    with pytest.raises(
+        DataError, match=r"data\.workers: a worker process was killed \(code -9\), most often for lack of memory; "
+    ):
         _build(files, cache, bpe_tokenizer, "pretrain", kill, workers=2, on_bad_row="skip")
     assert all(process.poll() is not None for process in processes), "no process is left behind"
     kept = list(cache.glob(".building-*/part-*.json"))
@@ -352,3 +354,43 @@ def test_a_file_that_changes_while_it_is_prepared_is_not_stored(
     text = "".join(bpe_tokenizer.decode(store[i].tokens) for i in range(len(store)))
     assert "row 712" in text
     assert "row 217" not in text
+
+
+_HUNGRY = """
+import resource, sys
+import pertoken.data.prepare
+import pertoken.data.workers
+make_part = pertoken.data.workers.make_part
+
+def hungry(*args):
+    from tokenizers import Tokenizer, models
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20),) * 2)
+    Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).encode("a" * 5_000_000)
+
+pertoken.data.workers.make_part = hungry
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_a_worker_without_memory_is_one_clear_line(
+    tmp_path: Path, bpe_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not the trace with which Rust ends the process."""
+    files = _write(tmp_path / "data", "pretrain", count=600)
+    (tmp_path / "site").mkdir()
+    hook = "import sys\n" + _HUNGRY + "pertoken.data.workers.main(pertoken.data.workers.Connection(int(sys.argv[1])))\n"
+    (tmp_path / "site" / "hungry.py").write_text(hook)
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> Any:
+        return popen([sys.executable, str(tmp_path / "site" / "hungry.py"), *command[4:]], **options)
+
+    monkeypatch.setattr(pertoken.data.workers.subprocess, "Popen", start)
+    with pytest.raises(DataError) as error:
+        _build(files, tmp_path / "cache", bpe_tokenizer, "pretrain", workers=2, on_bad_row="skip")
+    assert len(str(error.value).splitlines()) == 1
+    assert "a worker process was killed (code -6), most often for lack of memory; run it again with fewer" in str(
+        error.value
+    )
+    assert capfd.readouterr().err == ""

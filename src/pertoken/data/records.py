@@ -267,7 +267,9 @@ def _read_text(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
         at = content.index(b"\0")
         yield BadRow(str(path), 1, "text", f"a NUL byte at offset {at} of the file: not text; save the file as UTF-8")
     else:
-        yield Record(str(path), 1, text, _digest(content), len(raw))
+        digest, size = _digest(content), len(raw)
+        del raw, content  # the text alone is in memory while it is encoded
+        yield Record(str(path), 1, text, digest, size)
 
 
 def _read_parquet(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
