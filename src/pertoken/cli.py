@@ -36,6 +36,9 @@ app.add_typer(talk_app)
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to override: train.learning_rate=3e-4")
 ]
+VerifyData = Annotated[
+    bool, typer.Option("--verify-data", help="Read all data again, and check every byte of the token store")
+]
 
 DataPath = Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder or a glob of data")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there as JSON too")]
@@ -130,6 +133,7 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="With --resume: go on although data, weights or code give another loss")
     ] = False,
+    verify_data: VerifyData = False,
 ) -> None:
     """Train a model as a recipe says."""
     from pertoken.config import Recipe
@@ -142,7 +146,9 @@ def train(
     console = _console()
     listener = ConsoleListener(console, log_interval=parsed.log.log_interval)
     try:
-        result = run_training(parsed, resume=resume, overwrite=overwrite, force=force, listener=listener)
+        result = run_training(
+            parsed, resume=resume, overwrite=overwrite, force=force, verify_data=verify_data, listener=listener
+        )
     finally:
         listener.close()
     if os.environ.get("RANK", "0") == "0":
@@ -153,6 +159,7 @@ def train(
 def prepare(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE")],
     overrides: Overrides = None,
+    verify_data: VerifyData = False,
 ) -> None:
     """Tokenise a recipe's data into its store, or say that it is there."""
     from pertoken.config import Recipe
@@ -164,7 +171,8 @@ def prepare(
 
     console = _console()
     listener = ConsoleListener(console, log_interval=1)
-    for name, store in zip(("training", "evaluation"), run_preparing(parsed, listener), strict=True):
+    stores = run_preparing(parsed, listener, verify_data=verify_data)
+    for name, store in zip(("training", "evaluation"), stores, strict=True):
         if store is not None:
             _say_what_is_in(console, name, store)
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from pertoken.config import Recipe, apply_override
 from pertoken.data.batch import collate, plan
-from pertoken.data.records import Record, find_files, read_records
+from pertoken.data.find import find_files
+from pertoken.data.records import Record, read_records
 from pertoken.data.store import Store, build_store
 from pertoken.data.tokenizer import open_tokenizer
 from pertoken.model.transformer import CausalLM

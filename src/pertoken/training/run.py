@@ -55,13 +55,15 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     force: bool = False,
+    verify_data: bool = False,
     listener: Listener | None = None,
 ) -> TrainResult:
     """Train as `recipe` says, into `recipe.out_dir`, which no other process may train into meanwhile.
 
     `resume` continues from the newest valid checkpoint (with nothing saved it starts fresh), and refuses where data,
     or the loss of the checkpoint's probe, are no longer what they were, unless `force`; `overwrite` deletes an earlier
-    run there; an `out_dir` in use without either raises CheckpointError.
+    run there; an `out_dir` in use without either raises CheckpointError. `verify_data` reads all data and every byte of
+    the token store again.
 
     Every process that torchrun starts calls it alike; rank 0 writes, and it alone tells `listener` what happens.
     """
@@ -71,11 +73,21 @@ def train(
         raise RecipeError("--force: goes on in spite of what --resume finds changed; give both")
     with join_world(recipe.train.device) as world, FolderLock() as lock:
         heard = listener if listener is not None and world.is_main else Listener()
-        return _train(recipe, world, heard, lock, resume=resume, overwrite=overwrite, force=force)
+        return _train(
+            recipe, world, heard, lock, resume=resume, overwrite=overwrite, force=force, verify_data=verify_data
+        )
 
 
 def _train(
-    recipe: Recipe, world: World, listener: Listener, lock: FolderLock, *, resume: bool, overwrite: bool, force: bool
+    recipe: Recipe,
+    world: World,
+    listener: Listener,
+    lock: FolderLock,
+    *,
+    resume: bool,
+    overwrite: bool,
+    force: bool,
+    verify_data: bool,
 ) -> TrainResult:
     out_dir, started_s = Path(recipe.out_dir), time.monotonic()
     device = resolve_device(recipe.train.device, world.local_rank if world.size > 1 else None)
@@ -84,7 +96,7 @@ def _train(
     checkpoint = Checkpoint(folder) if folder is not None else None
     if checkpoint is not None:
         refuse_changes(recipe, checkpoint)
-    data = load_data(recipe, listener, world)
+    data = load_data(recipe, listener, world, verify_data=verify_data)
     if checkpoint is not None:
         _refuse_other_data(data, checkpoint, force=force, listener=listener)
     precision = Precision(recipe.train.dtype, device)
