@@ -15,7 +15,7 @@ try:
 except ImportError:  # no such locks on Windows: there, two processes are not told apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FolderLock", "free_bytes", "sha256", "sync", "write_whole"]
+__all__ = ["FolderLock", "free_bytes", "free_name", "sha256", "sync", "write_whole"]
 
 # What file systems without locks say, some of the networked ones: better to train there unguarded than not at all.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -30,16 +30,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: str) -> None:
-    """Write a small file so that a reader, and a power cut, finds the old content or the new. Raises OSError."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, and a power cut, finds the old content or the new. Raises OSError."""
     aside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        aside.write_text(content, encoding="utf-8")
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def free_name(path: Path, what: str) -> Path:
+    """A name beside `path` that nothing has: NAME.WHAT-1, NAME.WHAT-2, ..."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.{what}-{number}")):
+        number += 1
+    return aside
 
 
 def sha256(path: Path) -> str:

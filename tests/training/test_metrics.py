@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny import pertoken, rows_of
 
-from pertoken.errors import CheckpointError
 from pertoken.model import transformer
 from pertoken.training.metrics import MetricsFile
 
@@ -38,8 +37,6 @@ def test_torn_and_later_rows_are_dropped_on_resume(tmp_path):
     file.write({"step": 3, "loss": float("inf")})
     file.close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": null}\n'
-    with pytest.raises(CheckpointError, match="has 3 rows up to step 5"):
-        MetricsFile(path, last_step=5)
 
 
 def test_tensorboard_has_what_the_rows_have_also_after_a_resume(world, tmp_path):

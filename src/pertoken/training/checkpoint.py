@@ -5,6 +5,7 @@
       optimizer.safetensors                                                  optimiser tensors by parameter name; where
                                                                              FSDP2 shards them, a file for each rank
                                                                              and optimizer.index.json
+      ledger.safetensors                                                     the figures of every step so far
       trainer_state.json                                                     step, recipe, data fingerprint, scaler, ...
       manifest.json                                                          sizes and checksums, written last
     checkpoints/best -> step-00000200                                        the lowest evaluation loss

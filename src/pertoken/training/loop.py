@@ -331,6 +331,7 @@ def _save(run: Run, step: int, *, is_best: bool = False, last: bool = False) -> 
             state=state,
             world=run.world,
             copy=background,
+            ledger=None if run.metrics is None else run.metrics.ledger.tensors(),
         )
     except CheckpointError as problem:
         outcome: Outcome | None = Outcome(step, run.out_dir, problem)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from torch import nn
 
 from pertoken.config import LogConfig
 from pertoken.errors import CheckpointError, RecipeError
+from pertoken.files import free_name, write_whole
+from pertoken.training.ledger import Ledger, lines_of, mend, parsed, ranges
 from pertoken.training.parallel import whole
 from pertoken.training.summary import Summary
 
@@ -35,7 +37,7 @@ __all__ = [
 Row = dict[str, Any]
 """One step: step epoch loss loss_sum num_tokens aux_loss grad_norm lr samples tokens micro_batches padding_share step_s
 tokens_per_s positions, and where they apply eval_loss eval_perplexity eval_bits_per_byte skipped loss_scale expert_load
-expert_max_share max_expert_share spike."""
+expert_max_share max_expert_share spike. `rebuilt` and `lost` mark rows that a resume found missing."""
 
 
 @dataclass(frozen=True)
@@ -105,41 +107,76 @@ def routing_of(sums: dict[str, tuple[np.ndarray, float]]) -> Row:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a row per step, in order, none torn and none twice."""
+    """`metrics.jsonl`: a row per step, in order, none torn and none twice. Row N is line N."""
 
-    def __init__(self, path: Path, *, last_step: int) -> None:
-        """Open for appending after `last_step`: whatever follows its row is dropped. Raises CheckpointError."""
+    def __init__(self, path: Path, *, last_step: int, ledger: Ledger | None = None) -> None:
+        """Open for appending after `last_step`: whatever follows its row is dropped.
+
+        `ledger` knows the rows up to `last_step`. Rows that are not as the run wrote them are rebuilt from it, what it
+        does not know is marked `"lost": true`, the file as it was is kept aside, and `remark` says so.
+        Raises CheckpointError where the file cannot be written.
+        """
         self._path = path
         self._waiting: list[bytes] = []  # rows that could not be written yet
+        self.ledger = Ledger() if ledger is None else ledger
+        self.remark: str | None = None
         try:
+            if path.exists() and not path.is_file():
+                raise CheckpointError(f"{path}: not a plain file; move it away")
+            end = self._end_of_row(last_step)
+            if end is None:
+                end = self._mend(last_step)
             path.touch()
-            self._size = self._end_of_row(last_step)
+            self._size = end
             self._file = path.open("r+b", buffering=0)
             self._file.truncate(self._size)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
 
-    def _end_of_row(self, last_step: int) -> int:
-        """In bytes; the row of step N is line N."""
-        end, rows, last = 0, 0, b""
-        with self._path.open("rb") as lines:
-            for line in itertools.islice(lines, last_step):
-                if not line.endswith(b"\n"):
-                    break
-                end, rows, last = end + len(line), rows + 1, line
-        if rows != last_step or (rows and _step_of(last) != last_step):
-            raise CheckpointError(
-                f"{self._path}: has {rows} rows up to step {last_step}; the file does not belong to this checkpoint. "
-                "Restore it, or start again with --overwrite"
-            )
+    def _end_of_row(self, last_step: int) -> int | None:
+        """In bytes; None where not every row up to it is as the run wrote it."""
+        end, known = 0, len(self.ledger)
+        lines = lines_of(self._path)
+        for step in range(1, last_step + 1):
+            line = next(lines, b"")
+            if step <= known:
+                good = self.ledger.wrote(step, line)
+            else:  # saved by a version that kept no ledger
+                row = parsed(line)
+                good = row is not None and row["step"] == step
+                if row is not None and good:
+                    self.ledger.add(row, line)
+            if not good or line != line.strip() + b"\n":
+                return None
+            end += len(line)
         return end
+
+    def _mend(self, last_step: int) -> int:
+        """Write the file anew. Returns its size."""
+        mended = mend(self._path, self.ledger, last_step)
+        aside = _kept_aside(self._path)
+        content = b"".join(mended.lines)
+        write_whole(self._path, content)
+        said = [f"{self._path}: not as the run wrote it"]
+        if mended.rebuilt:
+            said.append(f"rows of steps {ranges(mended.rebuilt)} rebuilt from the checkpoint, without timings")
+        if mended.lost:
+            said.append(f"rows of steps {ranges(mended.lost)} are lost")
+        if not mended.rebuilt and not mended.lost:
+            said.append("every row was there and is back on its line")
+        if aside is not None:
+            said.append(f"the file as it was is {aside.name}")
+        self.remark = "; ".join(said)
+        return len(content)
 
     def write(self, row: Row) -> OSError | None:
         """Add a row. Where the disk does not take it, it is kept and written with the next one; the error is returned
         for the first of them."""
         waited = bool(self._waiting)
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._waiting.append((json.dumps(clean, allow_nan=False) + "\n").encode())
+        line = json.dumps(clean, allow_nan=False).encode()
+        self.ledger.add(clean, line)
+        self._waiting.append(line + b"\n")
         try:
             self._write_waiting()
         except OSError as error:
@@ -176,11 +213,16 @@ class MetricsFile:
         self._file.close()
 
 
-def _step_of(line: bytes) -> Any:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+def _kept_aside(path: Path) -> Path | None:
+    """The content of `path` under a new name beside it; None where there is none. `path` stays until it is replaced."""
+    if not path.exists() or not path.stat().st_size:
         return None
+    aside = free_name(path, "damaged")
+    try:
+        os.link(path, aside)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, aside)
+    return aside
 
 
 class Tracker(Protocol):

@@ -20,6 +20,7 @@ from pertoken.training.checkpoint import (
     Checkpoint,
     load_optimizer,
 )
+from pertoken.training.ledger import Ledger
 from pertoken.training.loop import Run, fit
 from pertoken.training.metrics import Listener, MetricsFile, open_trackers
 from pertoken.training.optim import build_optimizer
@@ -238,7 +239,12 @@ def _assemble(
                 last_step=start_step,
             )
         )
-        metrics = world.on_main_alone(lambda: MetricsFile(out_dir / "metrics.jsonl", last_step=start_step))
+        ledger = Ledger() if checkpoint is None else Ledger.load(checkpoint.folder, start_step)
+        metrics = world.on_main_alone(
+            lambda: MetricsFile(out_dir / "metrics.jsonl", last_step=start_step, ledger=ledger)
+        )
+        if metrics is not None and metrics.remark is not None:
+            listener.message(metrics.remark)
     return Run(
         recipe=recipe,
         out_dir=out_dir,

@@ -41,6 +41,7 @@ from pertoken.training.checkpoint import (
     put_damaged_aside,
     set_best,
 )
+from pertoken.training.ledger import LEDGER
 from pertoken.training.parallel import World, whole
 
 __all__ = ["Outcome", "Progress", "Saver", "Snapshot", "save_checkpoint", "take_snapshot"]
@@ -86,14 +87,17 @@ def take_snapshot(
     state: dict[str, Any],
     world: World,
     copy: bool,
+    ledger: dict[str, Tensor] | None = None,
 ) -> Snapshot:
-    """All that the checkpoint of `step` needs, once every rank has called it. `state` is JSON, and gets the step.
+    """All that the checkpoint of `step` needs, once every rank has called it. `state` is JSON, and gets the step;
+    `ledger` are the figures of all steps so far, on rank 0.
 
     With `copy` the model may be trained on at once. Raises CheckpointError, on every rank, where there is no room.
     """
     folder = checkpoint_folder(run_dir, step)
     aside = folder.with_name(f"{WRITING}{folder.name}-{world.gather(os.getpid())[0]}")
     needed = sum(world.gather(_optimizer_bytes(optimizer))) + sum(_bytes(t) for t in model.state_dict().values())
+    needed += sum(_bytes(column) for column in (ledger or {}).values())
 
     def make_room() -> None:
         free = free_bytes(aside.parent)
@@ -114,6 +118,8 @@ def take_snapshot(
     def write_model() -> None:
         save_folder(model, aside, tokenizer=tokenizer, eos_token_id=eos_token_id, weights=weights)
         (aside / STATE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+        if ledger is not None:
+            save_file(ledger, aside / LEDGER)
         if index is not None:
             (aside / OPTIMIZER_INDEX).write_text(json.dumps(index), encoding="utf-8")
 
