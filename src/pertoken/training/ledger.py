@@ -74,11 +74,17 @@ class Ledger:
     def has(self, step: int) -> bool:
         return step <= len(self) and self._columns["skipped"][step - 1] != _LOST
 
-    def wrote(self, step: int, line: bytes) -> bool:
-        """Whether `line` is the row that the run wrote for `step`, or what `line_of` makes of it."""
-        if self.has(step) and self._columns["check"][step - 1] == _check(line):
-            return True
-        return line.strip() == self.line_of(step).strip()
+    def bytes_of(self, lines: Iterator[bytes]) -> int | None:
+        """Take the rows of all steps from `lines`: how long they are, None where one is not as the run wrote it."""
+        end = 0
+        for step, check in enumerate(self._columns["check"], start=1):
+            line = next(lines, b"")
+            if _check(line) != check and line != self.line_of(step):  # which is in the file since an earlier resume
+                return None
+            if len(line) != len(line.strip()) + 1:
+                return None
+            end += len(line)
+        return end
 
     def checks(self) -> dict[int, int]:
         """Checksum -> step, of all steps that are known."""

@@ -135,19 +135,14 @@ class MetricsFile:
 
     def _end_of_row(self, last_step: int) -> int | None:
         """In bytes; None where not every row up to it is as the run wrote it."""
-        end, known = 0, len(self.ledger)
-        lines = lines_of(self._path)
-        for step in range(1, last_step + 1):
+        lines, known = lines_of(self._path), len(self.ledger)
+        end = self.ledger.bytes_of(lines)
+        for step in range(known + 1, last_step + 1):  # saved by a version that kept no ledger
             line = next(lines, b"")
-            if step <= known:
-                good = self.ledger.wrote(step, line)
-            else:  # saved by a version that kept no ledger
-                row = parsed(line)
-                good = row is not None and row["step"] == step
-                if row is not None and good:
-                    self.ledger.add(row, line)
-            if not good or line != line.strip() + b"\n":
+            row = parsed(line)
+            if end is None or row is None or row["step"] != step or line != line.strip() + b"\n":
                 return None
+            self.ledger.add(row, line)
             end += len(line)
         return end
 
