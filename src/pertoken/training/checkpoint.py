@@ -52,6 +52,8 @@ __all__ = [
     "prune",
     "put_damaged_aside",
     "recipe_of",
+    "remove_checkpoint",
+    "remove_checkpoints",
     "remove_unfinished",
     "resolve_model_folder",
     "set_best",
@@ -190,7 +192,9 @@ def set_best(run_dir: Path, folder: Path) -> None:
     aside.unlink(missing_ok=True)
     aside.symlink_to(folder.name, target_is_directory=True)
     if link.is_dir() and not link.is_symlink():  # the run was copied by something that follows links
-        shutil.rmtree(link)
+        remove_checkpoint(link)
+    if os.path.lexists(link) and not link.is_symlink():
+        put_damaged_aside(link)
     os.replace(aside, link)
 
 
@@ -206,14 +210,71 @@ def prune(run_dir: Path, *, keep_last: int, newest: int) -> None:
     whole = [folder for step, folder in _steps(run_dir) if step <= newest and not problem_with(folder, contents=False)]
     for folder in whole[keep_last:]:
         if folder.name != best_name:
-            shutil.rmtree(folder)
+            remove_checkpoint(folder)
     remove_unfinished(run_dir)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove the files that the manifest lists, then the manifest, then the folder if it is empty. Raises OSError.
+
+    Whatever else somebody has put there stays, as does all of a folder that is no checkpoint of ours. Until the
+    manifest goes, the removal can be repeated.
+    """
+    names = _listed(folder)
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    if names:
+        (folder / MANIFEST).unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _listed(folder: Path) -> list[str]:
+    """The files of a checkpoint by its manifest; none where there is no such manifest."""
+    try:
+        names = list(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
+        if STATE not in names or not _lies_in(folder, MANIFEST):
+            return []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [name for name in names if (folder / name).name == name and not _is_folder(folder / name)]
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def remove_checkpoints(run_dir: Path) -> None:
+    """Remove every checkpoint of a run by its manifest, the newest last, so that a crash leaves one to resume from.
+
+    Links are removed, never followed. Raises OSError.
+    """
+    checkpoints = run_dir / "checkpoints"
+    if checkpoints.is_symlink():
+        return checkpoints.unlink()
+    if not checkpoints.is_dir():
+        return None
+    remove_unfinished(run_dir)
+    best = checkpoints / "best"
+    links = [*checkpoints.glob(".best-*"), *([best] if best.is_symlink() else [])]
+    for link in links:
+        if link.is_symlink() and _NAME.fullmatch(os.readlink(link)):
+            link.unlink()
+    found = [*checkpoints.glob("damaged-*"), best, *(folder for _, folder in reversed([*_steps(run_dir)]))]
+    for folder in found:
+        if folder.is_symlink() and folder is not best:
+            folder.unlink()
+        elif _is_folder(folder):
+            remove_checkpoint(folder)
+    if not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
+    return None
 
 
 def remove_unfinished(run_dir: Path) -> None:
     """What killed saves left. Raises OSError."""
     for left in (run_dir / "checkpoints").glob(f"{WRITING}*"):
-        shutil.rmtree(left)
+        shutil.rmtree(left) if _is_folder(left) else left.unlink()
 
 
 def resolve_model_folder(path: str | Path) -> Path:

@@ -21,6 +21,7 @@ from pertoken.errors import CheckpointError, RecipeError
 from pertoken.files import free_name, write_whole
 from pertoken.training.ledger import Ledger, lines_of, mend, parsed, ranges
 from pertoken.training.parallel import whole
+from pertoken.training.run_files import claim
 from pertoken.training.summary import Summary
 
 __all__ = [
@@ -160,6 +161,7 @@ class MetricsFile:
         if not mended.rebuilt and not mended.lost:
             said.append("every row was there and is back on its line")
         if aside is not None:
+            claim(self._path.parent, [aside])
             said.append(f"the file as it was is {aside.name}")
         self.remark = "; ".join(said)
         return len(content)
@@ -224,6 +226,7 @@ class Tracker(Protocol):
     """Somewhere else the rows go."""
 
     run_id: str | None
+    made: Sequence[Path]  # files, or folders with all in them
 
     def log(self, row: Row) -> None: ...
 
@@ -243,6 +246,10 @@ def open_trackers(
             raise RecipeError(
                 f'log.trackers: "{name}" is not installed; pip install {name}, or take it out of the list'
             ) from None
+        try:
+            claim(out_dir, trackers[name].made)
+        except OSError as error:
+            raise CheckpointError(f"out_dir={out_dir}: cannot be written ({error.strerror}); choose another") from None
     return trackers
 
 
@@ -259,8 +266,11 @@ class _TensorBoard:
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        folder = out_dir / "tensorboard"
+        before = set(folder.glob("*"))
         purge = last_step + 1 if last_step else None  # what an interrupted run logged after its last checkpoint
-        self._writer = SummaryWriter(str(out_dir / "tensorboard"), purge_step=purge)
+        self._writer = SummaryWriter(str(folder), purge_step=purge)
+        self.made: Sequence[Path] = sorted(set(folder.glob("*")) - before)
 
     def log(self, row: Row) -> None:
         for name, value in _numbers(row).items():
@@ -285,6 +295,8 @@ class _WandB:
             resume="allow" if run_id else None,
         )
         self.run_id: str | None = self._run.id
+        folder = out_dir / "wandb" / Path(self._run.dir).parent.name
+        self.made: Sequence[Path] = [folder] if folder.is_dir() else []
 
     def log(self, row: Row) -> None:
         self._run.log(_numbers(row), step=row["step"])

@@ -95,7 +95,8 @@ def _train(
     model = build_model(recipe, data, checkpoint, precision)
     compiled = prepare_model(model, recipe, checkpoint, precision, total_steps, listener)
     # Only now, with recipe, data and model known to be good on every rank, is anything in out_dir touched.
-    world.on_main(lambda: make_room(out_dir, recipe, lock, resume=resume, overwrite=overwrite))
+    for line in world.on_main(lambda: make_room(out_dir, recipe, lock, resume=resume, overwrite=overwrite)):
+        listener.message(line)
     run = _assemble(
         recipe,
         data,
