@@ -125,9 +125,9 @@ def test_without_a_copy_in_the_checkpoint_what_is_lost_is_marked_and_the_resume_
     run = interrupted(undisturbed, tmp_path)
     folder = run / "checkpoints" / f"step-{SAVED:08d}"
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"].pop("ledger.safetensors")
+    manifest["files"].pop("metrics.ledger")
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "ledger.safetensors").unlink()
+    (folder / "metrics.ledger").unlink()
     DAMAGES["a line removed"][0](run / "metrics.jsonl")
     code, out, err = pertoken("train", undisturbed.with_suffix(".toml"), f"out_dir={run}", "--resume")
     assert code == 0, err

@@ -229,9 +229,9 @@ def test_without_a_copy_in_the_checkpoint_steps_are_replayed_as_far_as_there_are
     run = copy_of(runs / "float32", tmp_path)
     for folder in run.glob("checkpoints/step-*"):
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["files"].pop("ledger.safetensors")
+        manifest["files"].pop("metrics.ledger")
         (folder / "manifest.json").write_text(json.dumps(manifest))
-        (folder / "ledger.safetensors").unlink()
+        (folder / "metrics.ledger").unlink()
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     lines[6] = lines[6][:40] + "\n"
     (run / "metrics.jsonl").write_text("".join(lines))

@@ -5,7 +5,7 @@
       optimizer.safetensors                                                  optimiser tensors by parameter name; where
                                                                              FSDP2 shards them, a file for each rank
                                                                              and optimizer.index.json
-      ledger.safetensors                                                     the figures of every step so far
+      metrics.ledger                                                         the figures of every step so far
       trainer_state.json                                                     step, recipe, data fingerprint, scaler, ...
       manifest.json                                                          sizes and checksums, written last
     checkpoints/best -> step-00000200                                        the lowest evaluation loss
@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pertoken.errors import CheckpointError, ModelError
-from pertoken.files import sha256
+from pertoken.files import plain_file, sha256, user_path
 from pertoken.model.folder import load_folder
 from pertoken.model.minimind import load_minimind
 from pertoken.model.transformer import CausalLM
@@ -73,7 +73,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            self.state: dict[str, Any] = json.loads(plain_file(folder / STATE).read_text(encoding="utf-8"))
             if not isinstance(self.state["step"], int) or not isinstance(self.state["recipe"], dict):
                 raise ValueError("step or recipe is of the wrong type")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -136,7 +136,7 @@ def problem_with(folder: Path, *, contents: bool = True) -> str | None:
     try:
         if not _lies_in(folder, MANIFEST):
             return f"{MANIFEST} leads out of the folder"
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = json.loads(plain_file(folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         if STATE not in files:
             return f"its manifest has no {STATE}"
         for name, expected in files.items():
@@ -232,7 +232,7 @@ def remove_checkpoint(folder: Path) -> None:
 def _listed(folder: Path) -> list[str]:
     """The files of a checkpoint by its manifest; none where there is no such manifest."""
     try:
-        names = list(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
+        names = list(json.loads(plain_file(folder / MANIFEST).read_text(encoding="utf-8"))["files"])
         if STATE not in names or not _lies_in(folder, MANIFEST):
             return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -279,7 +279,7 @@ def remove_unfinished(run_dir: Path) -> None:
 
 def resolve_model_folder(path: str | Path) -> Path:
     """The folder or `.pth` file that MODEL means: for a run, its newest valid checkpoint. Raises ModelError."""
-    path = Path(path)
+    path = user_path(path, "MODEL")
     if path.suffix == ".pth" and path.is_file():
         return path
     if (path / "config.json").is_file():

@@ -19,6 +19,7 @@ from torch import nn
 from pertoken.config import LogConfig
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.files import free_name, write_whole
+from pertoken.text import reason
 from pertoken.training.ledger import Ledger, lines_of, mend, parsed, ranges
 from pertoken.training.parallel import whole
 from pertoken.training.run_files import claim
@@ -30,6 +31,7 @@ __all__ = [
     "MetricsFile",
     "Row",
     "Tracker",
+    "check_trackers",
     "gradient_stats",
     "open_trackers",
     "routing_of",
@@ -233,6 +235,29 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+def check_trackers(log: LogConfig) -> None:
+    """Raises RecipeError for a tracker that is not installed, or that would ask for a key."""
+    for name in log.trackers:
+        try:
+            if name == "wandb":
+                import wandb
+
+                offline = wandb.setup().settings.mode in ("offline", "dryrun", "disabled")
+                if not offline and not wandb.api.api_key and not os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+                    raise RecipeError(
+                        'log.trackers: "wandb" has no API key; run `wandb login`, set WANDB_MODE=offline, or take it '
+                        "out of the list"
+                    )
+            else:
+                import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            raise _not_installed(name) from None
+
+
+def _not_installed(name: str) -> RecipeError:
+    return RecipeError(f'log.trackers: "{name}" is not installed; pip install {name}, or take it out of the list')
+
+
 def open_trackers(
     log: LogConfig, out_dir: Path, *, recipe: dict[str, Any], run_ids: dict[str, str], last_step: int
 ) -> dict[str, Tracker]:
@@ -243,9 +268,7 @@ def open_trackers(
         try:
             trackers[name] = kinds[name](log, out_dir, recipe, run_ids.get(name), last_step)
         except ImportError:
-            raise RecipeError(
-                f'log.trackers: "{name}" is not installed; pip install {name}, or take it out of the list'
-            ) from None
+            raise _not_installed(name) from None
         try:
             claim(out_dir, trackers[name].made)
         except OSError as error:
@@ -286,14 +309,20 @@ class _WandB:
     ) -> None:
         import wandb
 
-        self._run = wandb.init(
-            project=log.project,
-            name=out_dir.name,
-            dir=str(out_dir),
-            config=recipe,
-            id=run_id,
-            resume="allow" if run_id else None,
-        )
+        try:
+            self._run = wandb.init(
+                project=log.project,
+                name=out_dir.name,
+                dir=str(out_dir),
+                config=recipe,
+                id=run_id,
+                resume="allow" if run_id else None,
+            )
+        except (wandb.errors.Error, OSError) as error:  # no such key, no network
+            raise RecipeError(
+                f'log.trackers: "wandb" cannot start ({reason(error)}); set WANDB_MODE=offline, or take it out of the '
+                "list"
+            ) from None
         self.run_id: str | None = self._run.id
         folder = out_dir / "wandb" / Path(self._run.dir).parent.name
         self.made: Sequence[Path] = [folder] if folder.is_dir() else []

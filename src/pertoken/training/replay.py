@@ -17,6 +17,7 @@ import torch
 from pertoken.config import LogConfig, Recipe
 from pertoken.data.batch import collate
 from pertoken.errors import CheckFailed, CheckpointError, RecipeError
+from pertoken.files import user_path
 from pertoken.kernels.memory import forget_blocks
 from pertoken.training.checkpoint import Checkpoint, newest_checkpoint
 from pertoken.training.ledger import Ledger, lines_of, parsed, ranges
@@ -109,6 +110,7 @@ def replay(run_dir: Path, step: int, *, device: str = "auto", listener: Listener
     this one cannot be repeated.
     """
     listener = listener or Listener()
+    run_dir = user_path(run_dir, "RUN")
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir}: no such run; name the out_dir of one")
     known, _ = newest_checkpoint(run_dir)

@@ -22,7 +22,8 @@ from pertoken.training.checkpoint import (
 )
 from pertoken.training.ledger import Ledger
 from pertoken.training.loop import Run, fit
-from pertoken.training.metrics import Listener, MetricsFile, open_trackers
+from pertoken.training.memory import check_size
+from pertoken.training.metrics import Listener, MetricsFile, check_trackers, open_trackers
 from pertoken.training.optim import build_optimizer
 from pertoken.training.parallel import World, join_world, parallelise
 from pertoken.training.precision import Precision, resolve_device
@@ -79,6 +80,7 @@ def _train(
 ) -> TrainResult:
     out_dir, started_s = Path(recipe.out_dir), time.monotonic()
     device = resolve_device(recipe.train.device, world.local_rank if world.size > 1 else None)
+    world.on_main(lambda: _check_early(recipe))
     world.on_main(lambda: keep_others_out(lock, out_dir))
     folder = world.on_main(lambda: earlier_run(out_dir, resume=resume, overwrite=overwrite, listener=listener))
     checkpoint = Checkpoint(folder) if folder is not None else None
@@ -126,6 +128,13 @@ def _train(
         forget_blocks()
     assert run.last_checkpoint is not None, "a finished run has a checkpoint"
     return TrainResult(out_dir, run.last_checkpoint, step, run.best_eval_loss)
+
+
+def _check_early(recipe: Recipe) -> None:
+    """What can be refused before the data is read. Raises RecipeError."""
+    if recipe.init_from is None:
+        check_size(recipe, vocab_size=2)
+    check_trackers(recipe.log)
 
 
 def rebuild(recipe: Recipe, checkpoint: Checkpoint | None, known: Checkpoint | None, listener: Listener) -> Run:

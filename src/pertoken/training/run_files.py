@@ -17,7 +17,7 @@ import tomli_w
 
 from pertoken.config import Recipe
 from pertoken.errors import RecipeError
-from pertoken.files import free_name, write_whole
+from pertoken.files import free_name, plain_file, write_whole
 from pertoken.training.checkpoint import remove_checkpoints
 from pertoken.training.ledger import lines_of, parsed
 
@@ -77,7 +77,7 @@ def keep_others_aside(out_dir: Path) -> list[str]:
 def _noted(out_dir: Path) -> list[str]:
     """The paths in the list; none where there is no list, or it is none of ours."""
     try:
-        names = json.loads((out_dir / LIST).read_text(encoding="utf-8"))["written"]
+        names = json.loads(plain_file(out_dir / LIST).read_text(encoding="utf-8"))["written"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
     return [name for name in names if isinstance(name, str) and _is_below(name)] if isinstance(names, list) else []

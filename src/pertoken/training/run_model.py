@@ -12,6 +12,7 @@ from pertoken.model.transformer import CausalLM
 from pertoken.model_config import MOE_KEYS
 from pertoken.training.checkpoint import Checkpoint, load_model
 from pertoken.training.compilation import compile_model
+from pertoken.training.memory import check_size
 from pertoken.training.metrics import Listener
 from pertoken.training.precision import Precision
 from pertoken.training.run_data import RunData
@@ -28,6 +29,7 @@ def build_model(recipe: Recipe, data: RunData, checkpoint: Checkpoint | None, pr
         model = load_model(checkpoint.folder, dtype=dtype)
         _set_balance_loss(model, recipe)
     elif recipe.init_from is None:
+        check_size(recipe, len(data.tokenizer), precision.device)
         model = CausalLM(recipe.model.resolve(len(data.tokenizer)), seed=train.seed, dtype=dtype)
     else:
         model = _load_initial(recipe, recipe.init_from, len(data.tokenizer), dtype)

@@ -355,7 +355,7 @@ def _finish(snapshot: Snapshot) -> None:
 
 def _read_back(path: Path) -> None:
     """Raise where a file is not what such a file must be: a disk may lose writes without a word."""
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or path.name == LEDGER:
         with safe_open(path, "pt") as tensors:  # compares the header with the file's size
             tensors.keys()
     elif path.suffix == ".json":
