@@ -18,7 +18,7 @@ from pertoken.data.trained import (
 )
 from pertoken.errors import DataError, ModelError, RecipeError
 from pertoken.files import plain_files, user_path
-from pertoken.text import names, reason, shown
+from pertoken.text import escaped_logs, names, reason, shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -103,9 +103,10 @@ def _load_folder(path: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"tokenizer {path}: no such folder; name one that holds a tokenizer.json")
     try:
         plain_files(path)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
+        with escaped_logs("transformers"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            )
         if not tokenizer.is_fast:
             raise ModelError(f"tokenizer {path}: has no tokenizer.json, so tokens cannot be traced back to their text")
         last = max(tokenizer.get_vocab().values(), default=-1)
