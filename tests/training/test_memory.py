@@ -201,3 +201,29 @@ def test_other_errors_keep_their_traceback(world, tmp_path, monkeypatch):
     failing_above(monkeypatch, 5, RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         train(world.recipe(tmp_path / "run", train__max_steps=3, train__compile="off"))
+
+
+def test_a_run_that_the_system_gives_too_little_memory_ends_well_or_in_one_line(world, tmp_path):
+    """`ulimit -v`, set where the data and the model are ready: what is then asked for is not there."""
+    recipe = world.write_recipe(
+        tmp_path / "run", train__max_steps=1, train__compile="off", data__eval_path=[], train__batch_size=101,
+        train__micro_batch_tokens=10**6, model__vocab_size=200_000, model__tie_word_embeddings=False,
+    )  # fmt: skip
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from pertoken.training import loop\n"
+        "from pertoken.cli import main\n"
+        "real = loop.update\n"
+        "def update(*args, **kwargs):\n"
+        "    used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, resource.RLIM_INFINITY))\n"
+        "    return real(*args, **kwargs)\n"
+        "loop.update = update\n"
+        f"sys.argv = ['pertoken', 'train', {str(recipe)!r}]\n"
+        "main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in ended.stderr, ended.stderr
+    assert "out of memory" in ended.stdout + ended.stderr
+    assert ended.returncode in (0, 2)
