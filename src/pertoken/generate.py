@@ -15,6 +15,7 @@ from torch import Tensor
 from pertoken.data.batch import MicroBatch
 from pertoken.errors import RecipeError
 from pertoken.model.transformer import CausalLM
+from pertoken.training.memory import out_of_memory
 
 __all__ = ["check_sampling", "generate", "keep_top_k", "keep_top_p", "penalise_repetition", "stream_text"]
 
@@ -64,7 +65,12 @@ def generate(
     def tokens() -> Iterator[int]:
         ids = list(input_ids)
         length = len(ids) + min(max_new_tokens, room)
-        cache = model.new_cache(length) if use_cache else None
+        try:
+            cache = model.new_cache(length) if use_cache else None
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise RecipeError(f"max_new_tokens={max_new_tokens}: no memory for {length:,} tokens; lower it") from None
         while len(ids) < length:
             with torch.inference_mode():
                 if cache is None:

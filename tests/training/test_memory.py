@@ -14,9 +14,10 @@ from tiny import pertoken, rows_of
 
 from pertoken import train
 from pertoken.errors import PertokenError, RecipeError
+from pertoken.generate import generate
 from pertoken.model.transformer import CausalLM
 from pertoken.model_config import ModelConfig
-from pertoken.training import loop, memory
+from pertoken.training import loop, memory, saving
 from pertoken.training.memory import machine_bytes, out_of_memory
 from pertoken.training.metrics import Listener
 
@@ -227,3 +228,47 @@ def test_a_run_that_the_system_gives_too_little_memory_ends_well_or_in_one_line(
     assert "Traceback" not in ended.stderr, ended.stderr
     assert "out of memory" in ended.stdout + ended.stderr
     assert ended.returncode in (0, 2)
+
+
+def test_a_model_to_start_from_is_compared_with_the_machine_before_it_is_loaded(world, tmp_path, monkeypatch):
+    assert pertoken("train", world.write_recipe(tmp_path / "run", train__max_steps=1))[0] == 0
+    recipe = world.write_recipe(tmp_path / "tuned", init_from=str(tmp_path / "run"), train__max_steps=1)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 10_000)
+    code, _, err = pertoken("train", recipe)
+    assert code == 2
+    assert f"init_from={tmp_path / 'run'}: " in err
+    assert "parameters; training them takes at least" in err
+
+
+def test_a_copy_that_there_is_no_memory_for_is_a_save_that_failed_not_a_run(world, tmp_path, monkeypatch):
+    real = saving._on_host
+
+    def on_host(tensor, *, copy):
+        if copy:
+            raise ALLOCATOR
+        return real(tensor, copy=copy)
+
+    monkeypatch.setattr(saving, "_on_host", on_host)
+    told = Told()
+    train(world.recipe(tmp_path / "run", train__max_steps=3, checkpoint__save_interval=1), listener=told)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*step-*")] == ["step-00000003"]
+    assert "out of memory for a copy); set checkpoint.async_save=false" in told.messages[0]
+
+
+def test_a_cache_that_there_is_no_memory_for_is_one_line(world, monkeypatch):
+    config = ModelConfig.model_validate({"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1})
+    model = CausalLM(config.resolve(20))
+
+    def new_cache(length):
+        raise ALLOCATOR
+
+    monkeypatch.setattr(model, "new_cache", new_cache)
+    with pytest.raises(RecipeError, match="max_new_tokens=99: no memory for 101 tokens"):
+        list(generate(model, [1, 2], max_new_tokens=99))
+
+
+def test_a_vocabulary_beyond_any_memory_is_refused(world, tmp_path):
+    chats = world.folder / "chats.jsonl"
+    code, _, err = pertoken("tokenizer", "train", chats, "--vocab-size", 10**12, "--out", tmp_path / "t")
+    assert code == 2
+    assert "vocab_size=1000000000000: there can be 16,777,216 tokens at most" in err

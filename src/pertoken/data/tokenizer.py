@@ -227,6 +227,8 @@ def train_tokenizer(
     bad rows.
     """
     out_dir = _room_for_a_tokenizer(user_path(out_dir, "--out"), overwrite=overwrite)
+    if vocab_size is not None and vocab_size > _MAX_TOKENS:
+        raise RecipeError(f"vocab_size={vocab_size}: there can be {_MAX_TOKENS:,} tokens at most")
     texts = _texts(_training_files(files), text_key, prompt_key, completion_key)
     tokenizer = TrainedTokenizer.new(_train_bpe(texts, vocab_size) if kind == "bpe" else _train_char(texts, vocab_size))
     try:

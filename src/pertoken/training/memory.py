@@ -12,11 +12,10 @@ from torch import nn
 
 from pertoken.config import Recipe
 from pertoken.errors import RecipeError
-from pertoken.model_config import ResolvedModelConfig
 from pertoken.text import shown
 from pertoken.training.parallel import World
 
-__all__ = ["check_size", "machine_bytes", "memory_problem", "out_of_memory", "versions"]
+__all__ = ["check_parameters", "check_size", "machine_bytes", "memory_problem", "out_of_memory", "versions"]
 
 _MOST_MODULES = 50_000  # layers, times experts where there are any; the largest models known have half of that
 _ITEM_BYTES = {"float64": 8}  # of weights and moments; with any other dtype they are float32
@@ -87,23 +86,28 @@ def check_size(recipe: Recipe, vocab_size: int, device: torch.device | None = No
             f"model.num_hidden_layers={config.num_hidden_layers}{experts}: more than {_MOST_MODULES:,} "
             f"{'layers times experts' if config.use_moe else 'layers'} cannot be meant; lower it"
         )
-    weights = config.num_parameters * _ITEM_BYTES.get(recipe.train.dtype, 4)
+    keys = ["hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"]
+    keys += ["num_experts"] if config.use_moe else []
+    sizes = ", ".join(f"{key}={shown(getattr(config, key))}" for key in keys)
+    check_parameters(f"[model] {sizes}", config.num_parameters, recipe, device)
+
+
+def check_parameters(what: str, num_parameters: int, recipe: Recipe, device: torch.device | None) -> None:
+    """`check_size` for a model of so many parameters, which the message calls `what`."""
+    weights = num_parameters * _ITEM_BYTES.get(recipe.train.dtype, 4)
     needed = weights * (4 if recipe.train.optimizer == "adamw" else 3)
     on_gpu = device is not None and device.type == "cuda"
     there = machine_bytes()
     if there is not None and (weights if on_gpu else needed) > there:
-        raise _too_large(config, weights if on_gpu else needed, there, "this machine")
+        raise _too_large(what, num_parameters, weights if on_gpu else needed, there, "this machine")
     if on_gpu and recipe.train.parallel != "fsdp":
         there = torch.cuda.get_device_properties(device).total_memory
         if needed > there:
-            raise _too_large(config, needed, there, "the GPU")
+            raise _too_large(what, num_parameters, needed, there, "the GPU")
 
 
-def _too_large(config: ResolvedModelConfig, needed: int, there: int, where: str) -> RecipeError:
-    keys = ["hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"]
-    keys += ["num_experts"] if config.use_moe else []
-    sizes = ", ".join(f"{key}={shown(getattr(config, key))}" for key in keys)
+def _too_large(what: str, num_parameters: int, needed: int, there: int, where: str) -> RecipeError:
     return RecipeError(
-        f"[model] {sizes}: {config.num_parameters:.3g} parameters; training them takes at least {needed / 1e9:,.3g} "
+        f"{what}: {num_parameters:.3g} parameters; training them takes at least {needed / 1e9:,.3g} "
         f"GB (weights, gradients, optimizer), {where} has {there / 1e9:,.1f} GB. Make the model smaller"
     )

@@ -42,6 +42,7 @@ from pertoken.training.checkpoint import (
     set_best,
 )
 from pertoken.training.ledger import LEDGER
+from pertoken.training.memory import out_of_memory
 from pertoken.training.parallel import World, whole
 
 __all__ = ["Outcome", "Progress", "Saver", "Snapshot", "save_checkpoint", "take_snapshot"]
@@ -112,8 +113,16 @@ def take_snapshot(
         aside.mkdir()
 
     world.on_main(lambda: _or_say_why(folder, make_room))
-    weights = _whole_weights(model, world, copy=copy)
-    tensors, index = _optimizer_tensors(model, optimizer, world, copy=copy)
+    try:
+        weights = _whole_weights(model, world, copy=copy)
+        tensors, index = _optimizer_tensors(model, optimizer, world, copy=copy)
+    except Exception as error:
+        if not out_of_memory(error) or world.size > 1:
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder}: could not be saved (out of memory for a copy); set checkpoint.async_save=false"
+        ) from None
 
     def write_model() -> None:
         save_folder(model, aside, tokenizer=tokenizer, eos_token_id=eos_token_id, weights=weights)
