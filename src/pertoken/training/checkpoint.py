@@ -218,8 +218,10 @@ def remove_checkpoint(folder: Path) -> None:
     """Remove the files that the manifest lists, then the manifest, then the folder if it is empty. Raises OSError.
 
     Whatever else somebody has put there stays, as does all of a folder that is no checkpoint of ours. Until the
-    manifest goes, the removal can be repeated.
+    manifest goes, the removal can be repeated. Of a link the link alone is removed.
     """
+    if folder.is_symlink():
+        return folder.unlink()
     names = _listed(folder)
     for name in names:
         (folder / name).unlink(missing_ok=True)
@@ -227,6 +229,7 @@ def remove_checkpoint(folder: Path) -> None:
         (folder / MANIFEST).unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
+    return None
 
 
 def _listed(folder: Path) -> list[str]:
@@ -262,9 +265,7 @@ def remove_checkpoints(run_dir: Path) -> None:
             link.unlink()
     found = [*checkpoints.glob("damaged-*"), best, *(folder for _, folder in reversed([*_steps(run_dir)]))]
     for folder in found:
-        if folder.is_symlink() and folder is not best:
-            folder.unlink()
-        elif _is_folder(folder):
+        if _is_folder(folder) or (folder.is_symlink() and folder != best):
             remove_checkpoint(folder)
     if not any(checkpoints.iterdir()):
         checkpoints.rmdir()
