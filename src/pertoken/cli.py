@@ -228,8 +228,10 @@ def prove_command(
 def _write_json(path: Path | None, text: str) -> None:
     if path is None:
         return
+    from pertoken.files import user_path
+
     try:
-        path.write_text(text + "\n", encoding="utf-8")
+        user_path(path, "--json").write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"--json {path}: cannot be written ({error.strerror})") from None
 
@@ -351,12 +353,15 @@ def tokenizer_train(
     vocab_size: Annotated[int | None, typer.Option(help="Tokens in all; needed for bpe")] = None,
     kind: Annotated[Literal["bpe", "char"], typer.Option(help="Byte-level BPE, or one token per character")] = "bpe",
     text_key: Annotated[str, typer.Option(help="The key of a row's text")] = "text",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a tokenizer in that folder")] = False,
 ) -> None:
     """Train a tokenizer with a chat template on text or conversations."""
     from pertoken.data.tokenizer import train_tokenizer
     from pertoken.text import plain
 
-    tokenizer = train_tokenizer(files, vocab_size=vocab_size, kind=kind, out_dir=out, text_key=text_key)
+    tokenizer = train_tokenizer(
+        files, vocab_size=vocab_size, kind=kind, out_dir=out, text_key=text_key, overwrite=overwrite
+    )
     print(plain(f"{out}: {len(tokenizer):,} tokens"))
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pertoken.errors import DataError
+from pertoken.files import plain_file
 from pertoken.text import names, one_line, reason, shown
 
 __all__ = [
@@ -120,6 +121,7 @@ def read_records(path: str | Path, span: Span | None = None) -> Iterator[Record 
     read = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".txt": _read_text}[path.suffix]
     empty = span is None
     try:
+        plain_file(path)
         for row in read(path, span):
             empty = False
             yield row

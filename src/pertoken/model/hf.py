@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pertoken.errors import ModelError
+from pertoken.files import plain_file
 from pertoken.model.files import read_json, save_tokenizer, weight_files
 from pertoken.model.hf_config import config_from_hf, config_to_hf
 from pertoken.model.transformer import CausalLM
@@ -49,7 +50,7 @@ def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Caus
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder):
         try:
-            tensors |= load_file(file)
+            tensors |= load_file(plain_file(file))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file}: cannot be read ({reason(error)}); copy or download it again") from None
     return build_model(config, tensors, dtype, folder)
