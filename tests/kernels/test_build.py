@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +63,24 @@ def test_a_compiler_that_fails_is_quoted(cold, monkeypatch, tmp_path):
     with pytest.raises(CompilerError, match="no such thing"):
         Kernels(torch.float32)
     assert list(cold.iterdir()) == []
+
+
+def test_an_instruction_set_that_the_user_names_is_compiled_for_and_kept_by_itself(cold, monkeypatch):
+    baseline = {"x86_64": "x86-64", "aarch64": "armv8-a"}.get(platform.machine())
+    if baseline is None:
+        pytest.skip("no name of an instruction set is known for this machine")
+    made = build.load_library(torch.float32)._name
+    build.load_library.cache_clear()
+    monkeypatch.setenv("PERTOKEN_KERNELS_MARCH", baseline)
+    named = build.load_library(torch.float32)._name
+    assert made != named
+    assert Path(made).read_bytes() != Path(named).read_bytes()
+
+
+def test_an_instruction_set_that_the_compiler_does_not_know_is_its_complaint(cold, monkeypatch):
+    monkeypatch.setenv("PERTOKEN_KERNELS_MARCH", "no-such-processor")
+    with pytest.raises(CompilerError, match="no-such-processor"):
+        Kernels(torch.float32)
 
 
 def test_a_cache_that_cannot_be_written_is_named(cold, monkeypatch, tmp_path):
