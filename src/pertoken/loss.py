@@ -18,7 +18,7 @@ from pertoken.fused_heads import fused_loss_sum
 from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import Kernels
 
-__all__ = ["LossImpl", "LossOutput", "TiedGradient", "linear_cross_entropy"]
+__all__ = ["LossImpl", "LossOutput", "TiedGradient", "cross_entropy", "linear_cross_entropy"]
 
 LossImpl = Literal["auto", "native", "chunked", "reference", "liger", "cce"]
 
@@ -87,32 +87,39 @@ def linear_cross_entropy(
 
     A label outside [0, V) at a supervised position is an error (IndexError or RuntimeError; a device assert on CUDA).
     """
-    num_tokens = loss_mask.sum(dtype=torch.int64 if loss_mask.dtype == torch.bool else torch.float64)
     if impl == "reference":
-        loss_sum = _reference(hidden, weight, labels, loss_mask)
+        return cross_entropy(F.linear(hidden, weight), labels, loss_mask)
+    num_tokens = _count(loss_mask)
+    rows = loss_mask.nonzero().squeeze(1)
+    if rows.numel() < loss_mask.numel():
+        hidden, labels, loss_mask = hidden[rows], labels[rows], loss_mask[rows]
+    if not torch.is_grad_enabled():  # which the function's `needs_input_grad` would not know
+        hidden, weight = hidden.detach(), weight.detach()
+    weights = None if loss_mask.dtype == torch.bool else loss_mask
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if (impl == "liger" or impl == "cce") and len(labels):  # without rows ours still gives zero gradients
+        loss_sum = fused_loss_sum(impl, hidden, weight, labels, weights, dtype)
     else:
-        rows = loss_mask.nonzero().squeeze(1)
-        if rows.numel() < loss_mask.numel():
-            hidden, labels, loss_mask = hidden[rows], labels[rows], loss_mask[rows]
-        if not torch.is_grad_enabled():  # which the function's `needs_input_grad` would not know
-            hidden, weight = hidden.detach(), weight.detach()
-        weights = None if loss_mask.dtype == torch.bool else loss_mask
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        if (impl == "liger" or impl == "cce") and len(labels):  # without rows ours still gives zero gradients
-            loss_sum = fused_loss_sum(impl, hidden, weight, labels, weights, dtype)
-        else:
-            kernels = None if impl == "chunked" else _kernels(device, dtype, required=impl == "native")
-            loss_sum = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype, kernels, tied)  # type: ignore[no-untyped-call]
-    return LossOutput(loss_sum, num_tokens, {"loss": (loss_sum.detach(), num_tokens)})
+        kernels = None if impl == "chunked" else _kernels(device, dtype, required=impl == "native")
+        loss_sum = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype, kernels, tied)  # type: ignore[no-untyped-call]
+    return _output(loss_sum, num_tokens)
 
 
-def _reference(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight)
+def cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> LossOutput:
+    """`linear_cross_entropy` by its definition, of `logits` [N, V] that exist whole."""
     logits = logits.to(_accumulator(logits.dtype))
     labels = torch.where(loss_mask != 0, labels, 0)
     nll = F.cross_entropy(logits, labels, reduction="none")
-    return torch.where(loss_mask != 0, nll * loss_mask, 0).sum()
+    return _output(torch.where(loss_mask != 0, nll * loss_mask, 0).sum(), _count(loss_mask))
+
+
+def _count(loss_mask: Tensor) -> Tensor:
+    return loss_mask.sum(dtype=torch.int64 if loss_mask.dtype == torch.bool else torch.float64)
+
+
+def _output(loss_sum: Tensor, num_tokens: Tensor) -> LossOutput:
+    return LossOutput(loss_sum, num_tokens, {"loss": (loss_sum.detach(), num_tokens)})
 
 
 def _kernels(device: str, dtype: torch.dtype, *, required: bool) -> Kernels | None:

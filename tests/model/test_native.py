@@ -11,7 +11,7 @@ import torch
 from pertoken import loss
 from pertoken.data.batch import MicroBatch, Sample, collate
 from pertoken.kernels import ops
-from pertoken.model import native, native_attention
+from pertoken.model import native, native_attention, native_blocks
 from pertoken.model.transformer import CausalLM
 from pertoken.model_config import ModelConfig
 
@@ -111,7 +111,7 @@ def test_nothing_is_read_before_it_is_written(batch, monkeypatch):
     def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.full(shape, float("nan"), dtype=dtype)
 
-    for module in (native, native_attention, ops, loss):
+    for module in (native, native_attention, native_blocks, ops, loss):
         monkeypatch.setattr(module, "empty", poisoned)
     model = model_of({}, torch.float32)
     model.use_kernels(torch.bfloat16)
