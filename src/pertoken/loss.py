@@ -18,7 +18,7 @@ from pertoken.fused_heads import fused_loss_sum
 from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import Kernels
 
-__all__ = ["LossImpl", "LossOutput", "TiedGradient", "cross_entropy", "linear_cross_entropy"]
+__all__ = ["LossImpl", "LossOutput", "TiedGradient", "cross_entropy", "first_order_only", "linear_cross_entropy"]
 
 LossImpl = Literal["auto", "native", "chunked", "reference", "liger", "cce"]
 
@@ -138,6 +138,16 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def first_order_only() -> None:
+    """For backward passes written by hand, which are constants to autograd: with `create_graph=True` their part of the
+    second derivative would be left out without a word. Raises RuntimeError there."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the kernels and the chunked loss have no gradient of their gradient; for create_graph=True set "
+            'train.compile="off" and loss_impl="reference"'
+        )
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """All rows count. `forward` forms the gradients, `backward` multiplies by what comes in (the loss scale too)."""
 
@@ -161,6 +171,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only()
         grad = grad_outputs[0] / ctx.boost
         d_hidden, d_weight = ctx.saved_tensors
         # Scaled in the wide type first: a float16 gradient overflows only where its true, scaled value does.

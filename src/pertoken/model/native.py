@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import Kernels
-from pertoken.loss import TiedGradient
+from pertoken.loss import TiedGradient, first_order_only
 from pertoken.model.native_attention import AttentionPlan, Heads, round_up
 from pertoken.model_config import ResolvedModelConfig
 
@@ -128,8 +127,8 @@ class _Embed(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        first_order_only()
         (input_ids,) = ctx.saved_tensors
         d_weight = None
         if ctx.tied is not None:
@@ -155,8 +154,8 @@ class _Norm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        first_order_only()
         hidden, weight, rstd = ctx.saved_tensors
         m = ctx.batch.num_asked
         d_hidden, d_weight = ctx.batch.kernels.norm_backward(grads[0].contiguous(), hidden[:m], weight, rstd, None)

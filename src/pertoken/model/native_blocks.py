@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pertoken.kernels.memory import empty
+from pertoken.loss import first_order_only
 from pertoken.model.native import NativeBatch
 from pertoken.model.native_attention import attention_backward, attention_forward
 
@@ -84,8 +84,8 @@ class _AttentionBlock(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        first_order_only()
         hidden, norm, rstd, q_rows, projected, mixed, w_qkv, w_out, q_norm, k_norm, *log_zs = ctx.saved_tensors
         batch: NativeBatch = ctx.batch
         kernels, heads, plan = batch.kernels, batch.heads, batch.plan
@@ -250,8 +250,8 @@ class _MLPBlock(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        first_order_only()
         hidden, norm, rstd, gate_up, w_gate_up, w_down = ctx.saved_tensors
         batch: NativeBatch = ctx.batch
         kernels = batch.kernels
