@@ -7,7 +7,7 @@ logits are at hand, so the forward pass does all the matrix work and the backwar
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from pertoken.errors import CompilerError
 from pertoken.fused_heads import fused_loss_sum
 from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import Kernels
+from pertoken.loss_inputs import check_head, checked_labels
 
 __all__ = ["LossImpl", "LossOutput", "TiedGradient", "cross_entropy", "first_order_only", "linear_cross_entropy"]
 
@@ -74,10 +75,11 @@ def linear_cross_entropy(
         nll = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none")
         LossOutput((nll * loss_mask).sum(), loss_mask.sum())
 
-    with `hidden` [N, D], `weight` [V, D], `labels` [N] int64 with real token ids everywhere (one under a false mask is
-    never looked at), `loss_mask` [N] bool or float weights. The matrix products run in the autocast dtype where one is
-    active, in `hidden`'s otherwise; soft-max, sums and the accumulation of the weight's gradient in at least float32
-    (float64 for float64). No supervised token: sum 0, count 0, zero gradients.
+    with `hidden` [N, D], `weight` [V, D], `labels` [N] integers, real token ids (one under a false mask is never looked
+    at), `loss_mask` [N] bool or weights. Weights may be negative; one that is NaN or infinite makes the sum so. The
+    matrix products run in the autocast dtype where one is active, in `hidden`'s otherwise; soft-max, sums and the
+    accumulation of the weight's gradient in at least float32 (float64 for float64). No supervised token: sum 0, count
+    0, zero gradients.
 
     `impl="reference"` is the plain code above, logits and all; `"chunked"` holds at most one chunk of them; `"native"`
     too, through kernels compiled for this processor (bfloat16 and float32 on a CPU; raises CompilerError where they
@@ -85,10 +87,18 @@ def linear_cross_entropy(
     extras: see `fused_loss_sum` for what they do not promise. With `tied`, of native and chunked, the weight's gradient
     goes there, not to autograd.
 
-    A label outside [0, V) at a supervised position is an error (IndexError or RuntimeError; a device assert on CUDA).
+    Raises, for every `impl` alike, IndexError for a supervised label outside of [0, V) (on CUDA a device assert),
+    TypeError for a dtype that cannot be meant, ValueError for shapes or devices that do not fit together, for weights
+    that require a gradient and for an `impl` that cannot run there.
     """
+    if impl not in get_args(LossImpl):
+        raise ValueError(f"impl={impl!r}: must be one of {', '.join(get_args(LossImpl))}")
+    check_head(hidden, weight)
+    labels, loss_mask = checked_labels(
+        labels, loss_mask, rows=hidden.shape[0], vocab_size=weight.shape[0], device=hidden.device
+    )
     if impl == "reference":
-        return cross_entropy(F.linear(hidden, weight), labels, loss_mask)
+        return _plain(F.linear(hidden, weight), labels, loss_mask)
     num_tokens = _count(loss_mask)
     rows = loss_mask.nonzero().squeeze(1)
     if rows.numel() < loss_mask.numel():
@@ -97,7 +107,8 @@ def linear_cross_entropy(
         hidden, weight = hidden.detach(), weight.detach()
     weights = None if loss_mask.dtype == torch.bool else loss_mask
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64  # which autocast leaves alone
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     if (impl == "liger" or impl == "cce") and len(labels):  # without rows ours still gives zero gradients
         loss_sum = fused_loss_sum(impl, hidden, weight, labels, weights, dtype)
     else:
@@ -107,11 +118,16 @@ def linear_cross_entropy(
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> LossOutput:
-    """`linear_cross_entropy` by its definition, of `logits` [N, V] that exist whole."""
+    """`linear_cross_entropy` by its definition, of `logits` [N, V] that exist whole. Raises what that does."""
+    rows, vocab_size = logits.shape
+    return _plain(logits, *checked_labels(labels, loss_mask, rows=rows, vocab_size=vocab_size, device=logits.device))
+
+
+def _plain(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> LossOutput:
     logits = logits.to(_accumulator(logits.dtype))
     labels = torch.where(loss_mask != 0, labels, 0)
     nll = F.cross_entropy(logits, labels, reduction="none")
-    return _output(torch.where(loss_mask != 0, nll * loss_mask, 0).sum(), _count(loss_mask))
+    return _output(torch.where(loss_mask != 0, nll * loss_mask.to(nll.dtype), 0).sum(), _count(loss_mask))
 
 
 def _count(loss_mask: Tensor) -> Tensor:
@@ -124,7 +140,10 @@ def _output(loss_sum: Tensor, num_tokens: Tensor) -> LossOutput:
 
 def _kernels(device: str, dtype: torch.dtype, *, required: bool) -> Kernels | None:
     if device != "cpu" or dtype not in (torch.bfloat16, torch.float32):
-        assert not required, (device, dtype)
+        if required:
+            raise ValueError(
+                f'impl="native": the kernels are for bfloat16 and float32 on a CPU, not {dtype} on {device}'
+            )
         return None
     try:
         return Kernels(dtype)
@@ -244,8 +263,6 @@ def _native_forward(
     """What `_forward` does, through the kernels: logits become their own gradient in place, in two passes over them."""
     dtype = kernels.dtype
     num_rows, vocab_size = len(labels), weight.shape[0]
-    if num_rows and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
-        raise IndexError(f"labels from {int(labels.min())} to {int(labels.max())}: the vocabulary has {vocab_size}")
     x_ND, w_VD = hidden.detach().to(dtype), weight.detach().to(dtype)
     needs_hidden, needs_weight = ctx.needs_input_grad[:2]
     d_hidden = torch.empty_like(x_ND) if needs_hidden else None
