@@ -177,9 +177,9 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     real = Kernels._call
 
-    def noted(self: Kernels, name: str, *arguments: Any) -> None:
+    def noted(self: Kernels, name: str, *arguments: Any, **settings: Any) -> None:
         calls.append(name)
-        real(self, name, *arguments)
+        real(self, name, *arguments, **settings)
 
     monkeypatch.setattr(Kernels, "_call", noted)
     return calls
@@ -359,7 +359,7 @@ from pertoken.training.parallel import World, parallelise, whole
 rank = int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
 calls, real = [], Kernels._call
-Kernels._call = lambda self, name, *arguments: (calls.append(name), real(self, name, *arguments))[1]
+Kernels._call = lambda *args, **settings: calls.append(args[1]) or real(*args, **settings)
 expected = gradients(model_of())
 for how in ("ddp", "fsdp"):
     model = model_of()
