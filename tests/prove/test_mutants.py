@@ -42,6 +42,11 @@ PLANTED = [
     ("kernels_see_one_ahead", "kernels", DENSE),
     ("rows_beside_the_asked_ones", "kernels", DENSE),
     ("head_gradient_lost", "kernels", DENSE),
+    ("replaced_projection_not_seen", "changed modules", DENSE),
+    ("bias_not_seen", "changed modules", DENSE),
+    ("hook_not_seen", "changed modules", DENSE),
+    ("hook_not_seen", "changed modules", MOE),
+    ("frozen_matrix_learns", "changed modules", DENSE),
     ("optimizer_state_lost", "resume in mid-epoch", DENSE),
 ]
 IN_RANKS = [

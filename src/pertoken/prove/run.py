@@ -15,6 +15,7 @@ from pertoken.model.transformer import CausalLM
 from pertoken.prove.checks import every_sample_once, who_is_supervised
 from pertoken.prove.classes import CLASSES, Case, split_of_balance
 from pertoken.prove.drift import STEPS, bfloat16
+from pertoken.prove.modules import changed_modules
 from pertoken.prove.other import transformers_padded
 from pertoken.prove.ranks import RANK_CLASSES, run_ranks
 from pertoken.prove.reference import reference_gradient
@@ -29,9 +30,10 @@ from pertoken.training.run_model import build_model
 __all__ = ["NAMES", "prove"]
 
 _EPOCH, _SUPERVISED = "every sample once an epoch", "who is supervised"
+_CHANGED = "changed modules"
 _TRANSFORMERS, _BFLOAT16 = "transformers, padded", f"bfloat16, {STEPS} steps"
 _BALANCE = "balance loss per micro-batch"
-NAMES = (_EPOCH, _SUPERVISED, *CLASSES, _BFLOAT16, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
+NAMES = (_EPOCH, _SUPERVISED, *CLASSES, _CHANGED, _BFLOAT16, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
 _LEAST_TOKENS = 40
 
 
@@ -87,6 +89,7 @@ def prove(
     case = _case(recipe, model, chosen, later, data.tokenizer)
     for name, of_class in CLASSES.items():
         run(name, lambda of_class=of_class, name=name: of_class(name, case))  # type: ignore[misc]
+    run(_CHANGED, lambda: changed_modules(_CHANGED, case))
     run(_BFLOAT16, lambda: bfloat16(_BFLOAT16, case))
     run(_TRANSFORMERS, lambda: transformers_padded(_TRANSFORMERS, case))
     if ranks := [name for name in RANK_CLASSES if name in only]:
