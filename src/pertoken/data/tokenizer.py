@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pertoken.data.find import find_files
 from pertoken.data.formats import detect_format, to_conversation, to_text
-from pertoken.data.records import BadRow, Problems, Record, find_files, read_records
+from pertoken.data.records import BadRow, Problems, Record, read_records
 from pertoken.data.trained import (
     CHATML,
     MORE_FILES,
