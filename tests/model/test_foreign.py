@@ -190,6 +190,7 @@ def test_dropout_that_is_not_in_the_configuration_is_switched_off_too(folders):
 def test_no_dropout_rate_is_left_and_training_mode_computes_what_evaluation_does(folders, name):
     model = load_model(folders[name])
     assert isinstance(model, ForeignLM)
+    assert {n for n, p in model.named_parameters() if p.data_ptr() % 64} == set(), "products depend on where they lie"
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {0.0}
     rates = {k: v for k, v in model.hf.config.to_dict().items() if "drop" in k and isinstance(v, float)}
     assert set(rates.values()) == {0.0}

@@ -22,7 +22,7 @@ from pertoken.errors import ModelError, RecipeError
 from pertoken.loss import LossImpl, LossOutput, linear_cross_entropy
 from pertoken.model.files import check_foreign, save_tokenizer
 from pertoken.model.head import check_logits, linear_head, smallest_vocabulary
-from pertoken.model.hf import listed
+from pertoken.model.hf import aligned, listed
 from pertoken.model.operations import padding_metric
 from pertoken.text import escaped_logs, reason
 
@@ -273,6 +273,8 @@ def _load(folder: Path, numbers: int, dtype: torch.dtype) -> ForeignLM:
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, info.get(key, ()))):
             raise ModelError(f"{key.replace('_', ' ')}: {listed(names)}; compare the weights with config.json")
+    for parameter in hf.parameters():
+        parameter.data = aligned(parameter.data)
     return ForeignLM(hf)
 
 
