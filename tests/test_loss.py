@@ -11,6 +11,8 @@ import torch.nn.functional as F
 import pertoken.loss
 from pertoken import linear_cross_entropy
 
+pytestmark = pytest.mark.numeric
+
 SIZES = [(1, 1, 2), (1, 8, 129), (7, 16, 5), (128, 32, 257), (129, 3, 1000)]  # N, D, V
 SHARES = [0.0, 0.4, 1.0]
 

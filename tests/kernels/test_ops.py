@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pertoken.kernels.ops import Kernels, Seats
 
+pytestmark = pytest.mark.numeric
+
 DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [(1, 1), (3, 5), (16, 16), (32, 48), (33, 17), (70, 129)]  # N, D: below, at and above a tile
 EPS = 1e-6

@@ -28,6 +28,8 @@ from pertoken.training.precision import Precision
 from pertoken.training.run_data import prepare
 from pertoken.training.step import TrainState, train_step
 
+pytestmark = pytest.mark.numeric
+
 NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 SIZES = {
     "hidden_size": 32,

@@ -25,6 +25,8 @@ from pertoken.model.hf import load_folder, resize_embeddings, save_folder
 from pertoken.model.minimind import load_minimind, save_minimind
 from pertoken.model.transformer import CausalLM
 
+pytestmark = pytest.mark.numeric
+
 SHARED = {
     "vocab_size": 97,
     "hidden_size": 48,

@@ -12,6 +12,8 @@ from pertoken.data.batch import collate
 from pertoken.kernels import ops
 from pertoken.model import native, native_attention, native_blocks
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)

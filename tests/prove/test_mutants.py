@@ -14,6 +14,8 @@ import pertoken.prove.ranks
 from pertoken.prove.report import Result
 from pertoken.prove.run import prove
 
+pytestmark = pytest.mark.numeric
+
 DENSE: dict[str, Any] = {}
 MOE = {"model__use_moe": True, "model__num_experts": 4, "model__num_experts_per_tok": 2, "model__aux_loss_coef": 0.5}
 PLANTED = [

@@ -21,6 +21,8 @@ from pertoken.training.metrics import Listener
 from pertoken.training.precision import Precision
 from pertoken.training.replay import replay
 
+pytestmark = pytest.mark.numeric
+
 WAYS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"train__dtype": "bfloat16"},

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from tiny import pertoken, rows_of, untimed
 
+pytestmark = pytest.mark.numeric
+
 FILES = ("model.safetensors", "optimizer.safetensors", "config.json")
 
 
