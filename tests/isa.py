@@ -2,7 +2,7 @@
 
     python tests/isa.py [--settings avx2,baseline] [files or other arguments of pytest]
 
-Each setting is a process of its own. It fails if a test fails, and if the libraries do not do what the setting asks for.
+Each setting is a process of its own. It fails if a test fails, and if the libraries do not do what it asks for.
 What this processor lacks is not emulated: such a setting is reported as not run.
 """
 
