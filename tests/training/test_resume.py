@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import pertoken, rows_of, untimed
+
+from pertoken import train
+from pertoken.kernels.build import load_library
+from pertoken.training.precision import Precision
+from pertoken.training.probe import environment
 
 pytestmark = pytest.mark.numeric
 
@@ -104,6 +111,26 @@ def test_what_may_not_change_is_refused_by_name_and_what_may_is_not(world, tmp_p
     code, _, err = pertoken("train", recipe, out, "--resume", "train.max_steps=5", "log.log_interval=1")
     assert code == 0, err
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names an instruction set of x86-64")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_kernels_are_not_taken_for_other_weights(world, tmp_path, monkeypatch, dtype):
+    """Kernels by another compiler, or for another instruction set, round otherwise: a resume allows for that."""
+    recipe = world.recipe(tmp_path / "run", train__dtype=dtype, train__max_steps=2, data__eval_path=[])
+    train(recipe)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    load_library.cache_clear()
+    monkeypatch.setenv("PERTOKEN_KERNELS_MARCH", "x86-64")
+    try:
+        train(world.recipe(tmp_path / "run", train__dtype=dtype, train__max_steps=3, data__eval_path=[]), resume=True)
+        resumed = environment(Precision(dtype, torch.device("cpu")), ranks=1, compiled=True)
+    finally:
+        load_library.cache_clear()
+    assert len(rows_of(tmp_path / "run")) == 3
+    assert resumed["kernels"] != state["environment"]["kernels"]
+    assert {**resumed, "kernels": 0} == {**state["environment"], "kernels": 0}
 
 
 def test_changed_data_is_refused_and_moved_data_is_not(world, tmp_path):
