@@ -47,13 +47,15 @@ def test_a_variable_without_effect_is_named(name):
 
 def test_a_processor_that_lacks_a_setting_is_told_apart_from_one_that_passes(monkeypatch):
     monkeypatch.setitem(isa.SETTINGS, "no such", isa.Setting({}, frozenset({"no_such_flag"})))
-    assert isa.run("no such", []) == ("not run: this processor has no no_such_flag", True)
+    assert isa.run("no such", []) == ("not run: this processor has no no_such_flag", None)
+    monkeypatch.setattr("sys.argv", ["isa.py", "--settings", "no such"])
+    assert isa.main() == 1, "nothing was tested"
 
 
 def test_a_failing_test_fails_its_setting(tmp_path):
     file = tmp_path / "test_it.py"
     file.write_text("import pytest\n@pytest.mark.numeric\ndef test_it():\n    assert False\n")
     arguments = ["--rootdir", str(tmp_path), "-c", str(Path(__file__).parents[1] / "pyproject.toml"), str(file)]
-    text, good = isa.run("native", arguments)
-    assert not good
+    text, passed = isa.run("native", arguments)
+    assert passed is False
     assert text.startswith("1 tests, 1 failed")
