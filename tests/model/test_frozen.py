@@ -18,6 +18,8 @@ from pertoken.training.precision import Precision
 from pertoken.training.saving import save_checkpoint
 from pertoken.training.step import TrainState, train_step
 
+pytestmark = pytest.mark.numeric
+
 BATCH = batch_of(*BATCHES["short"])
 FLOAT32 = Precision("float32", torch.device("cpu"))
 

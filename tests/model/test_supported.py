@@ -25,6 +25,8 @@ from pertoken.training.compilation import compile_model
 from pertoken.training.faults import first_non_finite
 from pertoken.training.precision import Precision
 
+pytestmark = pytest.mark.numeric
+
 VOCAB = 61
 CPU = torch.device("cpu")
 FLOAT32 = Precision("float32", CPU)

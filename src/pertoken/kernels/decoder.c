@@ -515,13 +515,14 @@ void cross_entropy(act *logits, const int64_t *labels, const float *weights, flo
             for (int64_t v = start; v < end; v++) part += exp_(load(row[v]) - top);
             sum += part;
         }
-        float log_z = top + (float)log(sum), at_label = load(row[labels[i]]);
-        nll[i] = log_z - at_label;
+        /* Both relative to the largest logit: the sum of both would be rounded to its own size. */
+        float log_sum = (float)log(sum), at_label = load(row[labels[i]]) - top;
+        nll[i] = log_sum - at_label;
         if (!with_gradient) continue;
         float factor = weights ? weights[i] : 1.0f;
 #pragma omp simd
-        for (int64_t v = 0; v < V; v++) row[v] = low(factor * exp_act(load(row[v]) - log_z));
-        row[labels[i]] = low(factor * (exp_(at_label - log_z) - 1.0f));
+        for (int64_t v = 0; v < V; v++) row[v] = low(factor * exp_act(load(row[v]) - top - log_sum));
+        row[labels[i]] = low(factor * (exp_(at_label - log_sum) - 1.0f));
     }
 }
 
