@@ -81,7 +81,8 @@ def in_force() -> dict[str, str]:
     said = subprocess.run([sys.executable, "-c", _ONE_OF_EACH], env=loud, capture_output=True, text=True).stdout
     onednn, mkl = re.search(r",cpu,isa:(.*)", said), re.search(r"MKL_VERBOSE [A-Z]*GEMM.* CNR:(\w+)", said)
     try:
-        kernels = _widest_registers(load_library(torch.float32)._name)
+        load_library(torch.float32)
+        kernels = _widest_registers()
     except CompilerError:
         kernels = "no compiler"
     return {
@@ -93,11 +94,20 @@ def in_force() -> dict[str, str]:
     }
 
 
-def _widest_registers(library: str) -> str:
-    if shutil.which("objdump") is None:
-        return "no objdump"
+def _widest_registers() -> str:
+    """That the kernels in this process were compiled for."""
+    library = next((m[1] for m in re.finditer(r" (/\S+/pertoken/kernels/\S+\.so)$", _mapped(), re.MULTILINE)), None)
+    if library is None or shutil.which("objdump") is None:
+        return "unknown"
     code = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True).stdout
     return next((name for name in ("zmm", "ymm", "xmm") if f"%{name}" in code), "none")
+
+
+def _mapped() -> str:
+    try:
+        return Path("/proc/self/maps").read_text()
+    except OSError:
+        return ""
 
 
 def ignored(asked: dict[str, str], found: dict[str, str]) -> list[str]:
@@ -109,7 +119,7 @@ def ignored(asked: dict[str, str], found: dict[str, str]) -> list[str]:
         ONEDNN: lambda value: found["oneDNN"] in (_ONEDNN_NAMES[value], "not used"),
         # MKL takes a branch that it does not grant to this make of processor as AUTO.
         MKL: lambda value: mkl in (value, "not used") or (mkl == "AUTO" and value != "COMPATIBLE"),
-        KERNELS: lambda value: found["kernels"] in (_WIDEST[value], "no compiler", "no objdump"),
+        KERNELS: lambda value: found["kernels"] in (_WIDEST[value], "no compiler", "unknown"),
     }
     return [f"{name}={value}" for name, value in asked.items() if not obeyed[name](value)]
 

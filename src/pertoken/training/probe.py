@@ -18,7 +18,6 @@ from pertoken.data.batch import collate
 from pertoken.data.order import permute
 from pertoken.data.store import Store
 from pertoken.errors import CheckpointError
-from pertoken.kernels.build import load_library
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState
 
@@ -26,7 +25,13 @@ __all__ = ["Probe", "environment", "verify"]
 
 _CANDIDATES = 64  # first samples of the order; the shortest of them is the probe
 # With these a user chooses between the processor's instruction sets, each with roundings of its own.
-_INSTRUCTION_SETS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
+_INSTRUCTION_SETS = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "PERTOKEN_KERNELS_MARCH",
+)
 # How far apart, relative to the loss, two computations of it may be: where nothing about the machine has changed, and
 # where ranks, threads, versions, kernels or processor have.
 _SAME = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 1e-6, "float16": 1e-6}
@@ -66,14 +71,8 @@ def environment(precision: Precision, *, ranks: int, compiled: bool) -> dict[str
         "ranks": ranks,
         "dtype": precision.dtype,
         "compiled": compiled,
-        # Named by source, compiler, flags and processor: a new compiler rounds otherwise.
-        "kernels": _kernels(precision) if compiled and not cuda else None,
         "instruction_sets": {name: os.environ[name] for name in _INSTRUCTION_SETS if name in os.environ},
     }
-
-
-def _kernels(precision: Precision) -> str:
-    return Path(load_library(getattr(torch, precision.dtype))._name).stem
 
 
 def _processor() -> str:
