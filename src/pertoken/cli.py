@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from pertoken.bug_report import Unforeseen, say_unforeseen
 from pertoken.cli_talk import Device, ModelPath, talk_app
 from pertoken.errors import CheckFailed, PertokenError, RecipeError
+from pertoken.output import Output, own_streams
+from pertoken.text import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,11 +56,9 @@ def command() -> None:
         others = {"torch._inductor", "wandb"} & sys.modules.keys()
         if others or any(not thread.daemon for thread in threading.enumerate()[1:]) or not isinstance(end.code, int):
             raise
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        except OSError:
-            raise end from None  # Python has its own way to say so
+        for stream in (sys.stdout, sys.stderr):  # None where it was closed from the start
+            if stream is not None:
+                stream.flush()  # nothing of the command's own is left to write: `_run` has seen to it
         os._exit(end.code)
 
 
@@ -71,21 +72,29 @@ def main() -> None:
 
 
 def _run() -> int:
-    """The exit code of the command that was asked for."""
+    """The exit code of the command that was asked for. The first rank that fails says why, on stderr."""
+    with own_streams() as out:
+        try:
+            code = _asked_for()
+            if code == 0:
+                out.flush()  # raises OutputLost where the last of it does not get through
+            return code
+        except PertokenError as error:
+            if str(error) and _speaks():
+                print(plain("\n".join((f"error: {error}", *getattr(error, "__notes__", ())))), file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            return 130
+        except Exception as error:
+            return say_unforeseen(error, sys.argv[1:]) if _speaks() else 1  # 1: another rank has said why
+
+
+def _asked_for() -> int:
+    """The command's own exit code, or that of a command line which is none."""
     try:
         app(prog_name="pertoken")
-    except PertokenError as error:
-        from pertoken.text import plain
-
-        if _speaks():
-            print(plain(f"error: {error}"), file=sys.stderr)
-        return error.exit_code
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0
-    except Exception:
-        if _speaks():
-            raise
-        return 1  # in the wake of another rank, which has said why
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
 
 
@@ -103,9 +112,12 @@ def _speaks() -> bool:
     return first_to_fail()
 
 
-def _console() -> Console:
+def _console(*, result: bool = True) -> Console:
+    """Of a command whose `result` is what it shows. Else what cannot be shown is dropped, and the command continues."""
     from rich.console import Console
 
+    if not result and isinstance(sys.stdout, Output):
+        sys.stdout.drop_failures()
     if sys.stdout.isatty():
         return Console()
     return Console(soft_wrap=True, width=160)  # lines of a file are as long as they are
@@ -139,10 +151,14 @@ def train(
     from pertoken.console import ConsoleListener
     from pertoken.training.run import train as run_training
 
-    console = _console()
+    console = _console(result=False)
     listener = ConsoleListener(console, log_interval=parsed.log.log_interval)
     try:
         result = run_training(parsed, resume=resume, overwrite=overwrite, force=force, listener=listener)
+    except PertokenError:
+        raise
+    except Exception as error:
+        raise Unforeseen(error, Path(parsed.out_dir)) from error
     finally:
         listener.close()
     if os.environ.get("RANK", "0") == "0":
@@ -162,7 +178,7 @@ def prepare(
     from pertoken.console import ConsoleListener
     from pertoken.training.run_data import prepare as run_preparing
 
-    console = _console()
+    console = _console(result=False)
     listener = ConsoleListener(console, log_interval=1)
     for name, store in zip(("training", "evaluation"), run_preparing(parsed, listener), strict=True):
         if store is not None:
@@ -172,8 +188,6 @@ def prepare(
 def _say(console: Console, text: str) -> None:
     """A line with names from users or data in it: neither markup nor control characters do anything."""
     from rich.text import Text
-
-    from pertoken.text import plain
 
     console.print(Text(plain(text)))
 
@@ -329,7 +343,6 @@ def export(
     ] = None,
 ) -> None:
     """Write a model for others: a Hugging Face folder, or MiniMind's .pth."""
-    from pertoken.text import plain
     from pertoken.training.export import export_model
 
     for path in export_model(run, out, format_=format_, dtype=dtype):
@@ -346,7 +359,6 @@ def tokenizer_train(
 ) -> None:
     """Train a tokenizer with a chat template on text or conversations."""
     from pertoken.data.tokenizer import train_tokenizer
-    from pertoken.text import plain
 
     tokenizer = train_tokenizer(files, vocab_size=vocab_size, kind=kind, out_dir=out, text_key=text_key)
     print(plain(f"{out}: {len(tokenizer):,} tokens"))
@@ -360,4 +372,4 @@ def demo(
     """Tokenizer, pretraining, fine-tuning on real chats, evaluation and a chat, on a laptop CPU."""
     from pertoken.demo import run_demo
 
-    run_demo(_console(), out, minutes)
+    run_demo(_console(result=False), out, minutes)
