@@ -95,10 +95,10 @@ def report_of(error: BaseException, arguments: Sequence[str]) -> str:
     lines = [
         "pertoken ended with an error that was not foreseen. This file holds no data, no values and no messages.",
         "",
-        f"command   pertoken {' '.join(_keys_of(arguments))}",
-        f"rank      {rank} of {ranks}",
-        f"python    {platform.python_version()} on {platform.platform()}",
-        *(f"{name:<10}{_version(name)}" for name in _PACKAGES),
+        f"command       pertoken {' '.join(_keys_of(arguments))}",
+        f"rank          {rank} of {ranks}",
+        f"python        {platform.python_version()} on {platform.platform()}",
+        *(f"{name:<14}{_version(name)}" for name in _PACKAGES),
         "",
         *_stack(error),
     ]

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -144,9 +145,16 @@ def train(
     ] = False,
 ) -> None:
     """Train a model as a recipe says."""
+    from pertoken.training.signals import stop_on_signals
+
+    with stop_on_signals():  # from here on, though torch is still to be imported
+        _train(recipe, overrides or (), resume=resume, overwrite=overwrite, force=force)
+
+
+def _train(recipe: Path, overrides: Sequence[str], *, resume: bool, overwrite: bool, force: bool) -> None:
     from pertoken.config import Recipe
 
-    parsed = Recipe.load(recipe, overrides or ())
+    parsed = Recipe.load(recipe, overrides)
 
     from pertoken.console import ConsoleListener
     from pertoken.training.run import train as run_training

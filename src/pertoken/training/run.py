@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from dataclasses import dataclass
@@ -74,12 +73,7 @@ def train(
         raise RecipeError("--resume and --overwrite: give one of the two")
     if force and not resume:
         raise RecipeError("--force: goes on in spite of what --resume finds changed; give both")
-    ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
-    with (
-        stop_on_signals(echo_s=5.0 if ranks > 1 else 0.0, waits=ranks > 1 and rank > 0) as stop,
-        join_world(recipe.train.device) as world,
-        FolderLock() as lock,
-    ):
+    with stop_on_signals() as stop, join_world(recipe.train.device) as world, FolderLock() as lock:
         heard = listener if listener is not None and world.is_main else Listener()
         return _train(recipe, world, heard, lock, stop, resume=resume, overwrite=overwrite, force=force)
 

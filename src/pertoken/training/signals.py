@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ _STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") i
 class StopRequest:
     """Set by signals: finish the step, save, stop (SIGINT, SIGTERM, SIGHUP) or continue (SIGUSR1)."""
 
-    def __init__(self, *, echo_s: float = 0.0) -> None:
+    def __init__(self, *, echo_s: float) -> None:
         self.signal_number: int | None = None
         self.save = False
         self.training = False
@@ -73,19 +74,27 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals(*, echo_s: float = 0.0, waits: bool = False) -> Iterator[StopRequest]:
+def stop_on_signals() -> Iterator[StopRequest]:
     """Turn signals into a request while inside. One to stop does so at once before `start_training`, and afterwards
-    where it is a second SIGINT or SIGTERM, more than `echo_s` after the first. Raises Interrupted when stopped at once.
+    where it is a second SIGINT or SIGTERM. Raises Interrupted when stopped at once.
 
-    torchrun passes on to its processes what they have had from the terminal already, hence `echo_s`. A process that
-    `waits` for another's preparation is ended by the system meanwhile: no Python runs in it that could answer.
+    Inside of another that has not started training, that one's request is used: the command line listens from its
+    start. Under torchrun, which passes on to its processes what they have had from the terminal already, a second
+    signal counts after five seconds; and ranks that wait for rank 0's preparation are ended by the system meanwhile,
+    since no Python runs in them that could answer.
     """
-    stop = StopRequest(echo_s=echo_s)
+    outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if isinstance(outer, StopRequest) and not outer.training:
+        yield outer
+        return
+    alone, is_main = os.environ.get("WORLD_SIZE", "1") == "1", os.environ.get("RANK", "0") == "0"
+    stop = StopRequest(echo_s=0.0 if alone else 5.0)
     try:
-        stop._prepare(waits=waits)
+        stop._prepare(waits=not alone and not is_main)
         yield stop
-    except KeyboardInterrupt:
-        if stop.signal_number is None:  # not ours
+    except BaseException as error:
+        # Before training, whatever comes of the interrupt: some imports turn it into an error of their own.
+        if stop.signal_number is None or (stop.training and not isinstance(error, KeyboardInterrupt)):
             raise
         name = signal.Signals(stop.signal_number).name
         what = f"stopped by {name} before the first step; there is nothing new to save"
