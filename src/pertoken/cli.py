@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pertoken.bug_report import Unforeseen, say_unforeseen
 from pertoken.cli_talk import Device, ModelPath, talk_app
 from pertoken.errors import CheckFailed, PertokenError, RecipeError
 from pertoken.output import Output, own_streams
@@ -87,7 +86,11 @@ def _run() -> int:
         except KeyboardInterrupt:
             return 130
         except Exception as error:
-            return say_unforeseen(error, sys.argv[1:]) if _speaks() else 1  # 1: another rank has said why
+            if not _speaks():
+                return 1  # in the wake of another rank, which has said why
+            from pertoken.bug_report import say_unforeseen
+
+            return say_unforeseen(error, sys.argv[1:])
 
 
 def _asked_for() -> int:
@@ -166,6 +169,8 @@ def _train(recipe: Path, overrides: Sequence[str], *, resume: bool, overwrite: b
     except PertokenError:
         raise
     except Exception as error:
+        from pertoken.bug_report import Unforeseen
+
         raise Unforeseen(error, Path(parsed.out_dir)) from error
     finally:
         listener.close()
