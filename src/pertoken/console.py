@@ -65,9 +65,9 @@ class ConsoleListener(Heard):
         print(f"the display failed ({what}); from here on there are messages only, the work continues", file=sys.stderr)
 
     def message(self, text: str) -> None:
+        super().message(text)
         if self.problem is not None:
             print(plain(text), file=sys.stderr)
-        super().message(text)
 
     def close(self) -> None:
         with suppress(Exception):  # its last look at the display

@@ -241,6 +241,37 @@ def test_a_rank_that_is_killed_leaves_the_last_whole_step_saved_by_the_other(wor
     assert difference(run, whole) is None
 
 
+def test_sharded_ranks_say_that_they_cannot_save_without_each_other(workshop):
+    recipe, whole = ranks.recipe_of(workshop, "fsdp"), ranks.reference(workshop, "fsdp")
+    with ExitStack() as stack:
+        desks = [stack.enter_context(workshop.desk()) for _ in range(ranks.RANKS)]
+        run = desks[0].new()
+        command = ("train", recipe, f"out_dir={run}")
+        first, second = ranks.start_forks(desks, *command)
+        assert wait_until(lambda: len(whole_steps(run)) == 1, second.process)
+        second.process.send_signal(signal.SIGKILL)
+        ended = first.ended()
+        second.ended()
+        assert ended.code == 70, ended.said
+        assert 'train.parallel="fsdp", so no more was saved; --resume continues from the newest checkpoint' in ended.err
+        codes = [running.ended().code for running in ranks.start_forks(desks, *command, "--resume")]
+        assert codes == [0, 0]
+    assert difference(run, whole) is None
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_torchrun_passes_a_signal_on_and_the_ranks_save(workshop, number):
+    recipe, run = ranks.recipe_of(workshop, "ddp"), workshop.folder / f"torchrun-{number.name}"
+    process = ranks.start_torchrun(
+        "train", recipe, f"out_dir={run}", "train.max_steps=100000", "checkpoint.save_interval=100000"
+    )
+    assert wait_until(lambda: rows_so_far(run) >= 3, process)
+    process.send_signal(number)
+    assert process.wait(PATIENCE_S) != 0  # the agent's own code
+    assert whole_steps(run) == [rows_so_far(run)]
+
+
 @pytest.mark.torture
 def test_a_process_that_is_no_fork_is_stopped_by_sigterm_too(workshop, recipe):
     run = workshop.folder / "no-fork"
