@@ -83,7 +83,10 @@ def keep_last_step(run: Run) -> str:
 def _keep_last_step(run: Run) -> str:
     run.saver.join()
     if run.world.size > 1 and run.recipe.train.parallel == "fsdp":
-        return 'no rank has all weights with train.parallel="fsdp", so no more was saved; --resume continues from the newest checkpoint'
+        return (
+            'no rank has all weights with train.parallel="fsdp", so no more was saved; '
+            "--resume continues from the newest checkpoint"
+        )
     if not run.world.is_main:
         return "rank 0 saves the last whole step, if it still can"
     hear(run, run.saver.finish_alone())
