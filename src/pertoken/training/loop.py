@@ -181,7 +181,7 @@ def update(run: Run, this: Step, *, skips: Callable[[float], bool], lr: float | 
     """
     store, ids = run.train_store, this.sample_ids
     lr = _scheduled_lr(run, this.step) if lr is None else lr
-    start = time.perf_counter()
+    run.state.changed, start = False, time.perf_counter()
     metrics, micro_batches = _step_within_memory(run, this, lr, skips)
     step_s = time.perf_counter() - start
     tokens = int(store.lengths[ids].sum())

@@ -15,6 +15,7 @@ from pertoken.errors import Interrupted
 __all__ = ["StopRequest", "stop_on_signals"]
 
 _STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_SAVING = [getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name)]
 
 
 class StopRequest:
@@ -64,13 +65,21 @@ class StopRequest:
     def _prepare(self, *, waits: bool) -> None:
         for number in _STOPPING:
             self._listen(number, signal.SIG_DFL if waits else self._asked_to_stop)
-        if hasattr(signal, "SIGUSR1"):
-            self._listen(signal.SIGUSR1, self._asked_to_save)
+        for number in _SAVING:
+            self._listen(number, self._asked_to_save)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             if handler is not None:  # one that Python does not know
                 signal.signal(number, handler)
+
+
+def _listening_already() -> StopRequest | None:
+    for number in (*_STOPPING, *_SAVING):
+        owner = getattr(signal.getsignal(number), "__self__", None)
+        if isinstance(owner, StopRequest):
+            return owner
+    return None
 
 
 @contextmanager
@@ -83,8 +92,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
     signal counts after five seconds; and ranks that wait for rank 0's preparation are ended by the system meanwhile,
     since no Python runs in them that could answer.
     """
-    outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    if isinstance(outer, StopRequest) and not outer.training:
+    outer = _listening_already()
+    if outer is not None and not outer.training:
         yield outer
         return
     alone, is_main = os.environ.get("WORLD_SIZE", "1") == "1", os.environ.get("RANK", "0") == "0"
