@@ -21,7 +21,7 @@ LAYERS = [
     {"training"},
     {"adapters", "prove", "generate", "inspection", "chatting", "trigram"},
     {"console", "demo"},
-    {"cli", "cli_talk", "__main__"},
+    {"cli", "cli_talk", "output", "bug_report", "__main__"},
 ]
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")  # which re-exports, lazily
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +14,8 @@ import typer
 
 from pertoken.cli_talk import Device, ModelPath, talk_app
 from pertoken.errors import CheckFailed, PertokenError, RecipeError
+from pertoken.output import Output, own_streams
+from pertoken.text import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,11 +59,9 @@ def command() -> None:
         others = {"torch._inductor", "wandb"} & sys.modules.keys()
         if others or any(not thread.daemon for thread in threading.enumerate()[1:]) or not isinstance(end.code, int):
             raise
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        except OSError:
-            raise end from None  # Python has its own way to say so
+        for stream in (sys.stdout, sys.stderr):  # None where it was closed from the start
+            if stream is not None:
+                stream.flush()  # nothing of the command's own is left to write: `_run` has seen to it
         os._exit(end.code)
 
 
@@ -74,21 +75,33 @@ def main() -> None:
 
 
 def _run() -> int:
-    """The exit code of the command that was asked for."""
+    """The exit code of the command that was asked for. The first rank that fails says why, on stderr."""
+    with own_streams() as out:
+        try:
+            code = _asked_for()
+            if code == 0:
+                out.flush()  # raises OutputLost where the last of it does not get through
+            return code
+        except PertokenError as error:
+            if str(error) and _speaks():
+                print(plain("\n".join((f"error: {error}", *getattr(error, "__notes__", ())))), file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            return 130
+        except Exception as error:
+            if not _speaks():
+                return 1  # in the wake of another rank, which has said why
+            from pertoken.bug_report import say_unforeseen
+
+            return say_unforeseen(error, sys.argv[1:])
+
+
+def _asked_for() -> int:
+    """The command's own exit code, or that of a command line which is none."""
     try:
         app(prog_name="pertoken")
-    except PertokenError as error:
-        from pertoken.text import plain
-
-        if _speaks():
-            print(plain(f"error: {error}"), file=sys.stderr)
-        return error.exit_code
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0
-    except Exception:
-        if _speaks():
-            raise
-        return 1  # in the wake of another rank, which has said why
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
 
 
@@ -106,9 +119,12 @@ def _speaks() -> bool:
     return first_to_fail()
 
 
-def _console() -> Console:
+def _console(*, result: bool = True) -> Console:
+    """Of a command whose `result` is what it shows. Else what cannot be shown is dropped, and the command continues."""
     from rich.console import Console
 
+    if not result and isinstance(sys.stdout, Output):
+        sys.stdout.drop_failures()
     if sys.stdout.isatty():
         return Console()
     return Console(soft_wrap=True, width=160)  # lines of a file are as long as they are
@@ -136,19 +152,34 @@ def train(
     verify_data: VerifyData = False,
 ) -> None:
     """Train a model as a recipe says."""
+    from pertoken.training.signals import stop_on_signals
+
+    with stop_on_signals():  # from here on, though torch is still to be imported
+        _train(recipe, overrides or (), resume=resume, overwrite=overwrite, force=force, verify_data=verify_data)
+
+
+def _train(
+    recipe: Path, overrides: Sequence[str], *, resume: bool, overwrite: bool, force: bool, verify_data: bool
+) -> None:
     from pertoken.config import Recipe
 
-    parsed = Recipe.load(recipe, overrides or ())
+    parsed = Recipe.load(recipe, overrides)
 
     from pertoken.console import ConsoleListener
     from pertoken.training.run import train as run_training
 
-    console = _console()
+    console = _console(result=False)
     listener = ConsoleListener(console, log_interval=parsed.log.log_interval)
     try:
         result = run_training(
             parsed, resume=resume, overwrite=overwrite, force=force, verify_data=verify_data, listener=listener
         )
+    except PertokenError:
+        raise
+    except Exception as error:
+        from pertoken.bug_report import Unforeseen
+
+        raise Unforeseen(error, Path(parsed.out_dir)) from error
     finally:
         listener.close()
     if os.environ.get("RANK", "0") == "0":
@@ -169,7 +200,7 @@ def prepare(
     from pertoken.console import ConsoleListener
     from pertoken.training.run_data import prepare as run_preparing
 
-    console = _console()
+    console = _console(result=False)
     listener = ConsoleListener(console, log_interval=1)
     stores = run_preparing(parsed, listener, verify_data=verify_data)
     for name, store in zip(("training", "evaluation"), stores, strict=True):
@@ -180,8 +211,6 @@ def prepare(
 def _say(console: Console, text: str) -> None:
     """A line with names from users or data in it: neither markup nor control characters do anything."""
     from rich.text import Text
-
-    from pertoken.text import plain
 
     console.print(Text(plain(text)))
 
@@ -339,7 +368,6 @@ def export(
     ] = None,
 ) -> None:
     """Write a model for others: a Hugging Face folder, or MiniMind's .pth."""
-    from pertoken.text import plain
     from pertoken.training.export import export_model
 
     for path in export_model(run, out, format_=format_, dtype=dtype):
@@ -357,7 +385,6 @@ def tokenizer_train(
 ) -> None:
     """Train a tokenizer with a chat template on text or conversations."""
     from pertoken.data.tokenizer import train_tokenizer
-    from pertoken.text import plain
 
     tokenizer = train_tokenizer(
         files, vocab_size=vocab_size, kind=kind, out_dir=out, text_key=text_key, overwrite=overwrite
@@ -373,4 +400,4 @@ def demo(
     """Tokenizer, pretraining, fine-tuning on real chats, evaluation and a chat, on a laptop CPU."""
     from pertoken.demo import run_demo
 
-    run_demo(_console(), out, minutes)
+    run_demo(_console(result=False), out, minutes)

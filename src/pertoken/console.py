@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,9 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from pertoken.errors import OutputLost
 from pertoken.inspection import TokenLoss
 from pertoken.prove.report import Proof, Result
-from pertoken.text import plain
+from pertoken.text import plain, reason
+from pertoken.training.listening import Heard
 from pertoken.training.metrics import GradStats, Listener, Row
 from pertoken.training.summary import Summary
 
@@ -45,9 +49,32 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
-class ConsoleListener(Listener):
-    """Prints: a progress bar in a terminal, a line per `log_interval` everywhere."""
+class ConsoleListener(Heard):
+    """Prints: a progress bar in a terminal, a line per `log_interval` everywhere. What goes wrong in it ends no
+    training: it is said, and nothing more is shown."""
 
+    def __init__(self, console: Console, *, log_interval: int) -> None:
+        self._printer = _Printer(console, log_interval=log_interval)
+        super().__init__(self._printer)
+
+    def failed(self, problem: BaseException) -> None:
+        if not isinstance(problem, Exception) or isinstance(problem, OutputLost):  # meant to end the command
+            raise problem
+        self.close()
+        what = f"{type(problem).__name__}: {reason(problem)}"
+        print(f"the display failed ({what}); from here on there are messages only, the work continues", file=sys.stderr)
+
+    def message(self, text: str) -> None:
+        super().message(text)
+        if self.problem is not None:
+            print(plain(text), file=sys.stderr)
+
+    def close(self) -> None:
+        with suppress(Exception):  # its last look at the display
+            self._printer.close()
+
+
+class _Printer(Listener):
     def __init__(self, console: Console, *, log_interval: int) -> None:
         self._console = console
         self._log_interval = log_interval

@@ -9,9 +9,13 @@
     ├── CheckFailed              1   a check ran and its answer is no
     ├── NonFiniteError           3   training became non-finite; the weights were not touched
     ├── SpikeError               3   a gradient norm was an outlier, and train.on_spike = "stop"; the same
-    └── Interrupted    130 or 143   stopped by SIGINT or SIGTERM after saving
+    ├── OutputLost               2   standard output could not be written, and was what the command is for;
+    │                          141   the same where its reader has left (`| head`), without a word
+    └── Interrupted  129, 130, 143   stopped by SIGHUP, SIGINT or SIGTERM; saved, where a step was made
 
-Anything else that escapes is a bug of pertoken's and keeps its traceback.
+Anything else that escapes was not foreseen. A caller of `pertoken.train` gets it as it is, with its traceback, after
+the last whole step was saved, and with a note that says so. The command line ends with 70 and one line; the stack goes
+into a file that the line names (`bug_report.py`), or with PERTOKEN_TRACEBACK=1 to stderr.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ __all__ = [
     "Interrupted",
     "ModelError",
     "NonFiniteError",
+    "OutputLost",
     "PertokenError",
     "RecipeError",
     "SpikeError",
@@ -74,8 +79,16 @@ class SpikeError(PertokenError):
     exit_code = 3
 
 
+class OutputLost(PertokenError):
+    """Standard output could not be written; without a message where nobody reads it any more."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 2 if message else 141  # 128 + SIGPIPE, as a shell has it of other tools
+
+
 class Interrupted(PertokenError):
-    """Training was stopped by a signal, after saving a checkpoint."""
+    """Training was stopped by a signal: after saving a checkpoint, or before there was a step to save."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

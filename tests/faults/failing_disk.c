@@ -10,6 +10,7 @@
    FAILING_DISK_SLEEP_MS  what each of them takes besides
    FAILING_DISK_BYTES     instead of CALL and NTH: a disk with room for so many bytes more, and then ENOSPC
    FAILING_DISK_FREE      what statvfs tells of the room that is left, in bytes
+   FAILING_DISK_FD        instead of files below the folder: this descriptor, whatever it is (1: standard output)
    FAILING_DISK_LOG       a file: a line "call path" for every call seen
 
    What bypasses the C library is not seen: Rust's tempfile, which safetensors uses, renames by a system call of its own.
@@ -38,7 +39,7 @@
 
 static struct {
     const char *folder, *match, *call;
-    int error, log;
+    int error, log, fd;
     long long nth, times, sleep_ms, bytes, free;
 } plan;
 static long long seen, failed, written;
@@ -66,6 +67,7 @@ static int planned(void) {
         plan.sleep_ms = number("FAILING_DISK_SLEEP_MS", 0);
         plan.bytes = number("FAILING_DISK_BYTES", -1);
         plan.free = number("FAILING_DISK_FREE", -1);
+        plan.fd = (int)number("FAILING_DISK_FD", -1);
         const char *log = getenv("FAILING_DISK_LOG");
         plan.log = log ? NEXT(open)(log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644) : -1;
         __atomic_store_n(&plan.folder, strdup(folder), __ATOMIC_RELEASE);
@@ -87,6 +89,13 @@ static int path_of_fd(int fd, char *path) {
     if (length < 0) return 0;
     path[length] = 0;
     return path[0] == '/';
+}
+
+/* Whether a descriptor is of the disk that fails, and its path. */
+static int is_ours(int fd, char *path) {
+    if (plan.fd < 0) return path_of_fd(fd, path) && below(path);
+    snprintf(path, ROOM, "descriptor %d", fd);
+    return fd == plan.fd;
 }
 
 static int path_at(int dir, const char *name, char *path) {
@@ -119,14 +128,14 @@ static int fails(const char *call, const char *path) {
 
 static int fd_fails(const char *call, int fd) {
     char path[ROOM];
-    int before = errno, answer = planned() && path_of_fd(fd, path) && below(path) && fails(call, path);
+    int before = errno, answer = planned() && is_ours(fd, path) && fails(call, path);
     if (!answer) errno = before;
     return answer;
 }
 
 static int at_fails(const char *call, int dir, const char *name) {
     char path[ROOM];
-    int before = errno, answer = planned() && path_at(dir, name, path) && below(path) && fails(call, path);
+    int before = errno, answer = planned() && plan.fd < 0 && path_at(dir, name, path) && below(path) && fails(call, path);
     if (!answer) errno = before;
     return answer;
 }
@@ -135,7 +144,7 @@ static int at_fails(const char *call, int dir, const char *name) {
 static ssize_t room_for(int fd, size_t wanted) {
     char path[ROOM];
     int before = errno;
-    if (!planned() || !path_of_fd(fd, path) || !below(path)) {
+    if (!planned() || !is_ours(fd, path)) {
         errno = before;
         return (ssize_t)wanted;
     }

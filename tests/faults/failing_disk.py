@@ -20,6 +20,7 @@ class Fault:
     after it (0: all after it), with the errno of that name, or only late.
 
     With `bytes` it is a full disk instead: room for so many bytes more. With `free`, statvfs tells of so many bytes.
+    With `descriptor` it is that one, whatever it is open on, instead of files.
     A line for every call goes to `log`.
     """
 
@@ -30,6 +31,7 @@ class Fault:
     match: str = ""
     bytes: int | None = None
     free: int | None = None
+    descriptor: int | None = None
     sleep_ms: int = 0
     log: Path | None = None
 
@@ -45,6 +47,7 @@ class Fault:
             "SLEEP_MS": self.sleep_ms,
             "BYTES": self.bytes,
             "FREE": self.free,
+            "FD": self.descriptor,
             "LOG": self.log,
         }
         return {f"FAILING_DISK_{name}": str(value) for name, value in values.items() if value not in (None, "")}
@@ -55,7 +58,10 @@ class Fault:
         if self.free is not None:
             return f"{self.free} bytes left"
         often = {0: "for ever", 1: "once"}.get(self.times, f"{self.times} times")
-        return f"{self.errno or f'{self.sleep_ms} ms'} at {self.call} {self.nth} of {self.match or 'all'}, {often}"
+        return f"{self.errno or f'{self.sleep_ms} ms'} at {self.call} {self.nth} of {self._where()}, {often}"
+
+    def _where(self) -> str:
+        return self.match or "all" if self.descriptor is None else f"descriptor {self.descriptor}"
 
 
 def compile_shim(folder: Path) -> Path:

@@ -69,6 +69,16 @@ class Fork:
         return self._code
 
 
+@dataclass(frozen=True)
+class Streams:
+    """What a run finds when it starts: where its standard output goes (None: a file that is read at its end), which
+    descriptors are closed, and whether SIGHUP is ignored."""
+
+    out: Path | None = None
+    closed: tuple[int, ...] = ()
+    nohup: bool = False
+
+
 class Server:
     """One process of server.py; runs one job at a time."""
 
@@ -94,11 +104,10 @@ class Server:
         message: dict[str, Any] = json.loads(line)
         return message
 
-    def start(
-        self, args: Iterable[object], out: Path, *, environment: Mapping[str, str], max_file_bytes: int | None
-    ) -> Fork:
-        job = {"args": [str(a) for a in args], "environment": dict(environment), "max_file_bytes": max_file_bytes}
-        self.say(job | {"out": str(out.with_suffix(".out")), "err": str(out.with_suffix(".err"))})
+    def start(self, args: Iterable[object], said: Path, streams: Streams, **job: Any) -> Fork:
+        out = streams.out or said.with_suffix(".out")
+        job |= {"args": [str(a) for a in args], "out": str(out), "err": str(said.with_suffix(".err"))}
+        self.say(job | {"closed": list(streams.closed), "nohup": streams.nohup})
         told = self.hear(PATIENCE_S)
         assert told is not None, "the server does not answer"
         return Fork(self, told["pid"])
@@ -143,12 +152,14 @@ class Desk:
         below: Path | None = None,
         max_file_bytes: int | None = None,
         environment: Mapping[str, str] | None = None,
+        streams: Streams | None = None,
     ) -> Running:
         """`pertoken ARGS`, on a disk that fails below a folder."""
         self.count += 1
         said = self.folder / f"said-{self.count}"
         environment = {**(environment or {}), **(fault.environment(below or self.folder) if fault is not None else {})}
-        process = self.server.start(args, said, environment=environment, max_file_bytes=max_file_bytes)
+        job = {"environment": environment, "max_file_bytes": max_file_bytes}
+        process = self.server.start(args, said, streams or Streams(), **job)
         self.running = Running(process, said)
         return self.running
 
@@ -179,7 +190,8 @@ class Running:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait(PATIENCE_S)
             raise
-        texts = [self.said.with_suffix(s).read_text(encoding="utf-8", errors="replace") for s in (".out", ".err")]
+        files = [self.said.with_suffix(s) for s in (".out", ".err")]
+        texts = [f.read_text(encoding="utf-8", errors="replace") if f.exists() else "" for f in files]
         return Ended(code, *texts)
 
 

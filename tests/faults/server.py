@@ -4,9 +4,10 @@
 
 On stdin comes a job a line; on stdout go {"pid": ...} at its start and {"code": ...} at its end.
 
-A job is {"args": [...], "environment": {...}, "out": FILE, "err": FILE, "max_file_bytes": int or null}. The fork is the
-process that ends, by itself or by a signal, as `python -m pertoken` would; it stays a zombie until the next line, so
-that a signal sent too late meets nobody else.
+A job is {"args": [...], "environment": {...}, "out": FILE, "err": FILE, "max_file_bytes": int or null, "closed": [...],
+"nohup": bool}; where "out" is a terminal, it becomes the fork's own, whose end is a SIGHUP. The fork is the process
+that ends, by itself or by a signal, as `python -m pertoken` would; it stays a zombie until the next line, so that a
+signal sent too late meets nobody else.
 """
 
 from __future__ import annotations
@@ -72,8 +73,12 @@ def end_as_python_would(main: Callable[[], None]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            code = 120  # Python's own for it
     os._exit(code or 0)
 
 
@@ -82,13 +87,25 @@ def become(job: dict[str, Any]) -> None:
     end_with_the_parent()
     os.setsid()
     for number, path in ((1, job["out"]), (2, job["err"])):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        reads = os.O_RDWR if path.startswith("/dev/pts/") else os.O_WRONLY  # a terminal is owned by who may read it
+        file = os.open(path, reads | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
         os.close(file)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
+    for number in job["closed"]:
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+    # As after an exec, whatever started the server.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if job["nohup"] else signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(job["environment"])
+    encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
+    if encoding:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.reconfigure(encoding=encoding, errors=errors or "strict")
     if job["max_file_bytes"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["max_file_bytes"],) * 2)
     sys.argv = ["pertoken", *job["args"]]

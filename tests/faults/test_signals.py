@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,8 +13,20 @@ from pathlib import Path
 
 import pytest
 from faults import ranks
+from faults.conftest import Record
 from faults.failing_disk import Fault
-from faults.harness import PATIENCE_S, Workshop, difference, rows_so_far, steps_saved, wait_until, whole_steps
+from faults.harness import (
+    PATIENCE_S,
+    Desk,
+    Running,
+    Streams,
+    Workshop,
+    difference,
+    rows_so_far,
+    steps_saved,
+    wait_until,
+    whole_steps,
+)
 from faults.kills import names_of_writing
 
 STEPS = 60
@@ -84,7 +97,95 @@ def test_sigusr1_saves_and_training_goes_on(workshop, recipe, reference):
     assert whole_steps(run) == [first, last]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_sighup_saves_and_ends_however_often_it_comes(workshop, recipe, reference):
+    with workshop.desk() as desk:
+        run = desk.new()
+        running = desk.start("train", recipe, f"out_dir={run}")
+        assert wait_until(lambda: rows_so_far(run) >= 5, running.process)
+        for _ in range(5):  # a shell that loses its terminal passes on what its children have had already
+            running.process.send_signal(signal.SIGHUP)
+            time.sleep(0.002)
+        ended = running.ended()
+        assert ended.code == 129, ended.said
+        assert "stopped by SIGHUP after step" in ended.err
+        assert whole_steps(run) == [rows_so_far(run)]
+        ended = desk.run("train", recipe, f"out_dir={run}", "--resume")
+        assert ended.code == 0, ended.said
+        assert difference(run, reference) is None
+
+
+def test_sighup_that_nohup_ignores_stays_ignored(workshop, recipe, reference):
+    with workshop.desk() as desk:
+        run = desk.new()
+        running = desk.start("train", recipe, f"out_dir={run}", streams=Streams(nohup=True))
+        assert wait_until(lambda: rows_so_far(run) >= 5, running.process)
+        running.process.send_signal(signal.SIGHUP)
+        ended = running.ended()
+        assert ended.code == 0, ended.said
+        assert difference(run, reference) is None
+
+
+def preparing(desk: Desk, recipe: Path, *args: object) -> tuple[Path, Running]:
+    """A run whose data is prepared slowly, in the middle of that."""
+    run = desk.new()
+    store = run.with_suffix(".store")
+    slowly = Fault("write", sleep_ms=100, times=0)
+    running = desk.start("train", recipe, f"out_dir={run}", f"data.store={store}", *args, fault=slowly, below=store)
+    assert wait_until(lambda: store.is_dir() and any(store.iterdir()), running.process)
+    time.sleep(0.05)
+    return run, running
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_during_preparation_ends_at_once_with_one_line(workshop, recipe, number):
+    with workshop.desk() as desk:
+        run, running = preparing(desk, recipe)
+        running.process.send_signal(number)
+        ended = running.ended()
+        assert ended.code == 128 + number, ended.said
+        assert ended.err.splitlines() == [
+            f"error: stopped by {number.name} before the first step; there is nothing new to save"
+        ]
+        assert not run.exists()
+
+
+def test_sigusr1_during_preparation_saves_after_the_first_step(workshop, recipe, reference):
+    with workshop.desk() as desk:
+        run, running = preparing(desk, recipe)
+        running.process.send_signal(signal.SIGUSR1)
+        ended = running.ended()
+    assert ended.code == 0, ended.said
+    assert difference(run, reference) is None
+    assert whole_steps(run) == [1, STEPS]
+
+
+@pytest.mark.torture
+def test_a_signal_at_any_moment_leaves_what_a_resume_completes(workshop, recipe, reference, record: Record):
+    with workshop.desk() as desk:
+        start = time.monotonic()
+        assert desk.run("train", recipe, f"out_dir={desk.new()}").code == 0
+        duration_s = time.monotonic() - start
+
+    def trial(desk: Desk, case: tuple[signal.Signals, int]) -> str | None:
+        number, seed = case
+        run = desk.new()
+        running = desk.start("train", recipe, f"out_dir={run}", f"data.store={run.with_suffix('.store')}")
+        time.sleep(random.Random(seed).uniform(0.02, duration_s))
+        running.process.send_signal(number)
+        code = running.process.wait(PATIENCE_S)
+        if code not in (0, 128 + number, -number):  # the last: before `train` began to listen
+            return f"{number.name}, seed {seed}: exit code {code}: {running.ended().err}"
+        if whole_steps(run) != ([rows_so_far(run)] if rows_so_far(run) else []):
+            return f"{number.name}, seed {seed}: rows {rows_so_far(run)}, saved {whole_steps(run)}"
+        ended = desk.run("train", recipe, f"out_dir={run}", "--resume")
+        lost = difference(run, reference) if ended.code == 0 else ended.err
+        return lost and f"{number.name}, seed {seed}: {lost}"
+
+    cases = [(number, seed) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) for seed in range(10)]
+    record("SIGTERM, SIGINT, SIGHUP at a random moment, preparation too", workshop.each(trial, cases))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_ranks_agree_on_a_signal_that_one_of_them_has_had(workshop, number):
     recipe, whole = ranks.recipe_of(workshop, "ddp"), ranks.reference(workshop, "ddp")
     with ExitStack() as stack:
@@ -96,8 +197,8 @@ def test_ranks_agree_on_a_signal_that_one_of_them_has_had(workshop, number):
         second.process.send_signal(number)
         codes = [running.ended().code for running in (first, second)]
         saved = whole_steps(run)
-        if number == signal.SIGTERM:
-            assert codes == [143, 143]
+        if number != signal.SIGUSR1:
+            assert codes == [128 + number] * 2
             assert saved == [rows_so_far(run)]
             codes = [running.ended().code for running in ranks.start_forks(desks, *command, "--resume")]
         else:
@@ -118,6 +219,57 @@ def test_a_run_whose_time_is_up_is_saved_and_can_go_on(workshop, recipe, referen
         ended = desk.run("train", recipe, f"out_dir={run}", "--resume")
         assert ended.code == 0, ended.said
     assert difference(run, reference) is None
+
+
+def test_a_rank_that_is_killed_leaves_the_last_whole_step_saved_by_the_other(workshop):
+    recipe, whole = ranks.recipe_of(workshop, "ddp"), ranks.reference(workshop, "ddp")
+    with ExitStack() as stack:
+        desks = [stack.enter_context(workshop.desk()) for _ in range(ranks.RANKS)]
+        run = desks[0].new()
+        command = ("train", recipe, f"out_dir={run}", "checkpoint.save_interval=1000")
+        first, second = ranks.start_forks(desks, *command)
+        assert wait_until(lambda: rows_so_far(run) >= 4, second.process)
+        second.process.send_signal(signal.SIGKILL)
+        ended = first.ended()
+        second.ended()
+        assert ended.code == 70, ended.said
+        step = rows_so_far(run)
+        assert f"step {step} is saved; go on with --resume" in ended.err
+        assert whole_steps(run) == [step]
+        codes = [running.ended().code for running in ranks.start_forks(desks, *command, "--resume")]
+        assert codes == [0, 0]
+    assert difference(run, whole) is None
+
+
+def test_sharded_ranks_say_that_they_cannot_save_without_each_other(workshop):
+    recipe, whole = ranks.recipe_of(workshop, "fsdp"), ranks.reference(workshop, "fsdp")
+    with ExitStack() as stack:
+        desks = [stack.enter_context(workshop.desk()) for _ in range(ranks.RANKS)]
+        run = desks[0].new()
+        command = ("train", recipe, f"out_dir={run}")
+        first, second = ranks.start_forks(desks, *command)
+        assert wait_until(lambda: len(whole_steps(run)) == 1, second.process)
+        second.process.send_signal(signal.SIGKILL)
+        ended = first.ended()
+        second.ended()
+        assert ended.code == 70, ended.said
+        assert 'train.parallel="fsdp", so no more was saved; --resume continues from the newest checkpoint' in ended.err
+        codes = [running.ended().code for running in ranks.start_forks(desks, *command, "--resume")]
+        assert codes == [0, 0]
+    assert difference(run, whole) is None
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_torchrun_passes_a_signal_on_and_the_ranks_save(workshop, number):
+    recipe, run = ranks.recipe_of(workshop, "ddp"), workshop.folder / f"torchrun-{number.name}"
+    process = ranks.start_torchrun(
+        "train", recipe, f"out_dir={run}", "train.max_steps=100000", "checkpoint.save_interval=100000"
+    )
+    assert wait_until(lambda: rows_so_far(run) >= 3, process)
+    process.send_signal(number)
+    assert process.wait(PATIENCE_S) != 0  # the agent's own code
+    assert whole_steps(run) == [rows_so_far(run)]
 
 
 @pytest.mark.torture

@@ -108,7 +108,8 @@ def test_an_error_lets_the_checkpoint_under_way_be_finished(world, tmp_path, mon
     with pytest.raises(RuntimeError, match="something else"):
         train(world.recipe(run, train__max_steps=6, checkpoint__save_interval=2), listener=Told({3: fail}))
     found, damaged = checkpoint_module.newest_checkpoint(run)
-    assert (found.step, damaged) == (2, [])
+    assert (found.step, damaged) == (3, [])
+    assert steps_saved(run) == [2, 3]  # the one under way, and the last whole step
 
 
 @pytest.mark.parametrize("background", [True, False])

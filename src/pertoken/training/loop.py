@@ -17,17 +17,19 @@ from pertoken.config import Recipe
 from pertoken.data.order import Step, step_at
 from pertoken.data.share import Share, share_of
 from pertoken.data.store import Store
-from pertoken.errors import CheckpointError, Interrupted, PertokenError
+from pertoken.errors import CheckpointError, Interrupted, NonFiniteError, PertokenError, SpikeError
 from pertoken.kernels.memory import forget_blocks
 from pertoken.model.transformer import CausalLM
 from pertoken.training.evaluate import evaluate
-from pertoken.training.memory import memory_problem, out_of_memory, versions
+from pertoken.training.keeping import hear, keep_last_step, save
+from pertoken.training.listening import Heard
+from pertoken.training.memory import memory_problem, out_of_memory
 from pertoken.training.metrics import Listener, MetricsFile, Row, Tracker, gradient_stats, routing_of
 from pertoken.training.optim import lr_at
 from pertoken.training.parallel import World
 from pertoken.training.probe import Probe
 from pertoken.training.reports import non_finite_error, spike_error, spike_message
-from pertoken.training.saving import Outcome, Progress, Saver, take_snapshot
+from pertoken.training.saving import Progress, Saver
 from pertoken.training.signals import StopRequest
 from pertoken.training.spikes import Spikes, SpikeStep
 from pertoken.training.step import NonFiniteStep, StepMetrics, TrainState, train_step
@@ -64,14 +66,31 @@ class Run:
     summary: Summary
     listener: Listener
     started_s: float  # time.monotonic()
+    whole_step: int = 0  # the last one with weights, optimiser and row in place, unless `state.changed` since
 
 
 def fit(run: Run, stop: StopRequest) -> int:
     """Train from `run.start_step` to `run.total_steps`; the last step done, which is earlier if time is up.
 
     Raises NonFiniteError, SpikeError or Interrupted, all after saving, and CheckpointError where the last save failed:
-    one before it is a message, since the next may succeed.
+    one before it is a message, since the next may succeed. Whatever else ends it, the last whole step is saved first,
+    but for KeyboardInterrupt: a second signal waits for nothing. What the listener raises ends it after the step.
     """
+    run.whole_step, listener = run.start_step, Heard(run.listener)
+    run.listener = listener
+    try:
+        last = _fit(run, stop, listener)
+    except (KeyboardInterrupt, NonFiniteError, SpikeError, Interrupted, CheckpointError):
+        raise
+    except BaseException as error:
+        error.add_note(keep_last_step(run))
+        raise
+    if listener.problem is not None:
+        raise listener.problem
+    return last
+
+
+def _fit(run: Run, stop: StopRequest, listener: Heard) -> int:
     train, checkpoint = run.recipe.train, run.recipe.checkpoint
     for step in range(run.start_step + 1, run.total_steps + 1):
         this = samples_of(run, step)
@@ -82,14 +101,19 @@ def fit(run: Run, stop: StopRequest) -> int:
         _watch_norm(run, this, row)
         last = step == run.total_steps
         best = False
-        if run.eval_store is not None and (last or _due(step, train.eval_interval, this)):
-            best = _evaluate(run, run.eval_store, row)
-        _log(run, row)
-        asked = _agreed(run, stop)
-        stopping = last or asked.signal_number is not None or asked.time_is_up
+        try:
+            if run.eval_store is not None and (last or _due(step, train.eval_interval, this)):
+                best = _evaluate(run, run.eval_store, row)
+        finally:  # the step is made, whatever becomes of its evaluation
+            _log(run, row)
+            run.whole_step, run.state.changed = step, False
+        asked = _agreed(run, stop, listener)
+        stopping = last or asked.signal_number is not None or asked.time_is_up or asked.listener_failed
         is_best = best and checkpoint.keep_best
         if stopping or asked.save or is_best or _due(step, checkpoint.save_interval, this):
-            _save(run, step, is_best=is_best, last=stopping)
+            save(run, step, is_best=is_best, last=stopping)
+        if asked.listener_failed:
+            raise listener.problem or PertokenError(f"stopped after step {step}, saved: the listener of rank 0 failed")
         if asked.signal_number is not None and not last:
             name = signal.Signals(asked.signal_number).name
             raise Interrupted(f"stopped by {name} after step {step}, saved; go on with --resume", asked.signal_number)
@@ -110,7 +134,7 @@ def _log(run: Run, row: Row) -> None:
     for name, tracker in list(run.trackers.items()):
         try:
             tracker.log(row)
-        except OSError as error:
+        except Exception as error:  # whatever a foreign package raises
             del run.trackers[name]
             run.listener.message(f"step {row['step']}: log.trackers: {name} gets no more rows ({error})")
     run.listener.stepped(row, run.summary)
@@ -123,16 +147,19 @@ class _Asked:
     signal_number: int | None
     save: bool
     time_is_up: bool
+    listener_failed: bool
 
 
-def _agreed(run: Run, stop: StopRequest) -> _Asked:
+def _agreed(run: Run, stop: StopRequest, listener: Heard) -> _Asked:
     """One message between ranks a step: requests, and how far each is with a save in the background."""
     minutes = run.recipe.train.max_minutes
     late = minutes is not None and time.monotonic() - run.started_s >= 60 * minutes
-    mine: tuple[int, bool, bool, Progress] = (stop.signal_number or 0, stop.save, late, run.saver.progress)
+    flags, failed = (stop.signal_number or 0, stop.save, late), listener.problem is not None
+    mine: tuple[tuple[int, bool, bool], bool, Progress] = (flags, failed, run.saver.progress)
     of_all = run.world.gather(mine)
-    _hear(run, run.saver.advance([progress for *_, progress in of_all]))
-    asked = _Asked(max(n for n, *_ in of_all) or None, any(s for _, s, *_ in of_all), any(t for *_, t, _ in of_all))
+    hear(run, run.saver.advance([progress for *_, progress in of_all]))
+    numbers, saves, lates = zip(*(flags for flags, *_ in of_all), strict=True)
+    asked = _Asked(max(numbers) or None, any(saves), any(lates), any(failed for _, failed, _ in of_all))
     if asked.save:
         stop.save = False
     return asked
@@ -156,7 +183,7 @@ def update(run: Run, this: Step, *, skips: Callable[[float], bool], lr: float | 
     """
     store, ids = run.train_store, this.sample_ids
     lr = _scheduled_lr(run, this.step) if lr is None else lr
-    start = time.perf_counter()
+    run.state.changed, start = False, time.perf_counter()
     metrics, micro_batches = _step_within_memory(run, this, lr, skips)
     step_s = time.perf_counter() - start
     tokens = int(store.lengths[ids].sum())
@@ -207,9 +234,8 @@ def _scheduled_lr(run: Run, step: int) -> float:
 def _step_within_memory(run: Run, this: Step, lr: float, skips: Callable[[float], bool]) -> tuple[StepMetrics, int]:
     """The step, in micro-batches that fit: on out-of-memory the budget is halved and the step done again.
 
-    Not where the update itself had begun, since some weights may have changed.
-
-    Not with several ranks, where the others are already further on and wait for this one.
+    Not where the update itself had begun, since some weights may have changed, and not with several ranks, where the
+    others are further on and wait for this one.
     """
     on_gradients = None
     if run.recipe.log.grad_stats and this.step == run.start_step + 1:
@@ -217,7 +243,6 @@ def _step_within_memory(run: Run, this: Step, lr: float, skips: Callable[[float]
         def on_gradients() -> None:
             run.listener.gradients(gradient_stats(run.model))
 
-    before = versions(run.model, run.state.optimizer)
     while True:
         share = _share_of(run, this)
         try:
@@ -235,10 +260,9 @@ def _step_within_memory(run: Run, this: Step, lr: float, skips: Callable[[float]
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            updated = any(n != before.get(key, 0) for key, n in versions(run.model, run.state.optimizer).items())
             smallest = len(share.micro_batches) == len(this.sample_ids)
-            if updated or smallest or run.world.size > 1:
-                problem = memory_problem(updated=updated, world=run.world, token_budget=run.token_budget)
+            if run.state.changed or smallest or run.world.size > 1:
+                problem = memory_problem(updated=run.state.changed, world=run.world, token_budget=run.token_budget)
                 raise PertokenError(f"step {this.step}: {problem}") from None
         # Outside of the handler: its traceback would keep the failed step's activations alive.
         while len(_share_of(run, this).micro_batches) == len(share.micro_batches):
@@ -263,11 +287,11 @@ def _share_of(run: Run, this: Step, rank: int | None = None) -> Share:
 
 def _given_up(run: Run, this: Step, problem: NonFiniteStep | SpikeStep) -> PertokenError:
     """Keep the last good weights, and say why this step was not made."""
-    _hear(run, run.saver.wait())
+    hear(run, run.saver.wait())
     saved = f"step {this.step - 1} is saved"
     if run.last_saved != this.step - 1:
         try:
-            _save(run, this.step - 1, last=True)
+            save(run, this.step - 1, last=True)
         except CheckpointError as error:
             saved = str(error)
     if isinstance(problem, SpikeStep):
@@ -299,57 +323,3 @@ def _evaluate(run: Run, store: Store, row: Row) -> bool:
     if best:
         run.best_eval_loss = result.loss
     return best
-
-
-def _save(run: Run, step: int, *, is_best: bool = False, last: bool = False) -> None:
-    """Save the state after `step`: begin to, in the background, and wait for it if it is the `last`.
-
-    Raises CheckpointError where the last fails.
-    """
-    _hear(run, run.saver.wait())
-    background = run.recipe.checkpoint.async_save and not last
-    run_ids = {name: tracker.run_id for name, tracker in run.trackers.items() if tracker.run_id}
-    state = {
-        **run.carried,
-        "scaler": run.state.scaler.state_dict(),
-        "grad_norms": run.spikes.norms,
-        "micro_batch_tokens": run.token_budget,
-        "best_eval_loss": run.best_eval_loss,
-        "tracker_run_ids": run_ids,
-        "probe": run.probe.measure(run.state),
-    }
-    try:
-        run.world.on_main(lambda: run.metrics.sync() if run.metrics is not None else None)
-        snapshot = take_snapshot(
-            run.out_dir,
-            step=step,
-            model=run.model,
-            tokenizer=run.tokenizer,
-            eos_token_id=run.eos_token_id,
-            optimizer=run.state.optimizer,
-            state=state,
-            world=run.world,
-            copy=background,
-            ledger=None if run.metrics is None else run.metrics.ledger.tensors(),
-        )
-    except CheckpointError as problem:
-        outcome: Outcome | None = Outcome(step, run.out_dir, problem)
-    else:
-        run.saver.start(snapshot, is_best=is_best, background=background)
-        outcome = None if background else run.saver.wait()
-    if last and outcome is not None and outcome.problem is not None:
-        raise outcome.problem
-    _hear(run, outcome)
-
-
-def _hear(run: Run, outcome: Outcome | None) -> None:
-    """Take note of a save that is over."""
-    if outcome is None:
-        return
-    if outcome.problem is not None:
-        run.listener.message(f"{outcome.problem}; training goes on, and the checkpoint before this one is kept")
-        return
-    run.last_saved, run.last_checkpoint = outcome.step, outcome.folder
-    run.listener.saved(outcome.folder)
-    if outcome.remark is not None:
-        run.listener.message(outcome.remark)

@@ -8,14 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pertoken.config import Recipe
 from pertoken.errors import RecipeError
 from pertoken.text import shown
 from pertoken.training.parallel import World
 
-__all__ = ["check_parameters", "check_size", "machine_bytes", "memory_problem", "out_of_memory", "versions"]
+__all__ = ["check_parameters", "check_size", "machine_bytes", "memory_problem", "out_of_memory"]
 
 _MOST_MODULES = 50_000  # layers, times experts where there are any; the largest models known have half of that
 _ITEM_BYTES = {"float64": 8}  # of weights and moments; with any other dtype they are float32
@@ -30,13 +29,6 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_SAYS)
-
-
-def versions(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, int]:
-    """How often each weight, and each tensor of the optimizer's, was changed in place, as torch counts it."""
-    states = (value for entries in optimizer.state.values() for value in entries.values())
-    tensors = [*model.parameters(), *(value for value in states if isinstance(value, torch.Tensor))]
-    return {id(tensor): tensor._version for tensor in tensors}
 
 
 def memory_problem(*, updated: bool, world: World, token_budget: int) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, NoReturn, TypeVar
@@ -148,8 +148,10 @@ def end_process(code: int) -> NoReturn:
     and the process group destroyed ("terminate called without an active exception", no Python frame); torchrun then
     calls the run failed.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # None where it was closed from the start
+            with suppress(OSError, ValueError):  # nothing that is lost there changes the exit code
+                stream.flush()
     os._exit(code)
 
 

@@ -21,6 +21,7 @@ from pertoken.training.checkpoint import (
     Checkpoint,
     load_optimizer,
 )
+from pertoken.training.keeping import close_files
 from pertoken.training.ledger import Ledger
 from pertoken.training.loop import Run, fit
 from pertoken.training.memory import check_size
@@ -33,7 +34,7 @@ from pertoken.training.run_data import RunData, load_data
 from pertoken.training.run_folder import changed_data, earlier_run, keep_others_out, make_room, refuse_changes
 from pertoken.training.run_model import build_model, prepare_model
 from pertoken.training.saving import Saver
-from pertoken.training.signals import stop_on_signals
+from pertoken.training.signals import StopRequest, stop_on_signals
 from pertoken.training.spikes import Spikes
 from pertoken.training.step import TrainState
 from pertoken.training.summary import summarise
@@ -68,15 +69,19 @@ def train(
     the token store again.
 
     Every process that torchrun starts calls it alike; rank 0 writes, and it alone tells `listener` what happens.
+
+    SIGINT, SIGTERM and SIGHUP end it with Interrupted, once the step is done and saved; before the first step, at once.
+    Any other exception that ends it, the listener's own too, is raised after the last whole step was saved, with a note
+    (`__notes__`) that says so, or why it could not be.
     """
     if resume and overwrite:
         raise RecipeError("--resume and --overwrite: give one of the two")
     if force and not resume:
         raise RecipeError("--force: goes on in spite of what --resume finds changed; give both")
-    with join_world(recipe.train.device) as world, FolderLock() as lock:
+    with stop_on_signals() as stop, join_world(recipe.train.device) as world, FolderLock() as lock:
         heard = listener if listener is not None and world.is_main else Listener()
         return _train(
-            recipe, world, heard, lock, resume=resume, overwrite=overwrite, force=force, verify_data=verify_data
+            recipe, world, heard, lock, stop, resume=resume, overwrite=overwrite, force=force, verify_data=verify_data
         )
 
 
@@ -85,6 +90,7 @@ def _train(
     world: World,
     listener: Listener,
     lock: FolderLock,
+    stop: StopRequest,
     *,
     resume: bool,
     overwrite: bool,
@@ -127,17 +133,10 @@ def _train(
     )
     try:
         listener.started(run.summary)
-        with stop_on_signals(echo_s=5.0 if world.size > 1 else 0.0) as stop:
-            try:
-                step = fit(run, stop)
-            except Exception:  # not a second signal, which waits for nothing
-                run.saver.join()
-                raise
+        stop.start_training()
+        step = fit(run, stop)
     finally:
-        if run.metrics is not None:
-            run.metrics.close()
-        for tracker in run.trackers.values():
-            tracker.close()
+        close_files(run)
         forget_blocks()
     assert run.last_checkpoint is not None, "a finished run has a checkpoint"
     return TrainResult(out_dir, run.last_checkpoint, step, run.best_eval_loss)

@@ -251,6 +251,14 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
 
+    def finish_alone(self) -> Outcome | None:
+        """What became of a save that no other rank takes part in, when an error ends the run. Sends no message."""
+        self.join()
+        if self._bug is not None and self._snapshot is not None:
+            shutil.rmtree(self._snapshot.aside, ignore_errors=True)
+            return None
+        return self.advance([self._progress])
+
     def _work(self, write: Callable[[], None], reached: Literal["written", "done"], *, then_finish: bool) -> None:
         snapshot = self._snapshot
         assert snapshot is not None

@@ -58,6 +58,7 @@ class TrainState:
     precision: Precision
     world: World = field(default_factory=World)
     kernels: Kernels | None = None  # for the norm, where the run has them
+    changed: bool = False  # weights, optimiser or scaler, since the loop has last cleared it
 
     def backward(self, objective: torch.Tensor) -> None:
         """Add the gradient of one micro-batch's share, times the loss scale, in float32 (float64) to `.grad`."""
@@ -85,6 +86,7 @@ class TrainState:
         if not finite and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):
             raise NonFiniteStep(f"the gradient norm is {grad_norm}", parameter=nearest_bad_gradient(self.model))
         updates = finite and not (skips is not None and skips(grad_norm))
+        self.changed = True
         if updates:
             if max_norm > 0:
                 clip(gradients, max_norm, grad_norm)
@@ -113,7 +115,7 @@ def train_step(
     `skips`, told a finite norm, may leave the update out; it must answer alike on all ranks.
 
     Raises NonFiniteStep, on all ranks and with weights untouched; whatever else escapes (out of memory, say) leaves
-    them untouched too, and gradients cleared.
+    them untouched too unless `state.changed`, and gradients cleared.
     """
     assert num_tokens > 0, "a step without a supervised token has no mean"
     state.model.train()
