@@ -26,6 +26,7 @@ import pertoken.loss
 import pertoken.model.attention
 import pertoken.model.native
 import pertoken.model.transformer
+import pertoken.prove.case
 import pertoken.prove.checks
 import pertoken.prove.classes
 import pertoken.prove.ranks
@@ -40,13 +41,13 @@ Patch = pytest.MonkeyPatch
 
 def _counting_micro_batches(patch: Patch) -> Callable[[], int]:
     """How many micro-batches the step under way has."""
-    train_step, count = pertoken.prove.classes.train_step, [1]
+    train_step, count = pertoken.prove.case.train_step, [1]
 
     def counted(state: TrainState, micro_batches: Any, **settings: Any) -> Any:
         count[0] = len(micro_batches)
         return train_step(state, micro_batches, **settings)
 
-    patch.setattr(pertoken.prove.classes, "train_step", counted)
+    patch.setattr(pertoken.prove.case, "train_step", counted)
     return lambda: count[0]
 
 

@@ -28,7 +28,7 @@ from pertoken.data.batch import Sample, collate
 from pertoken.data.share import Share, share_of
 from pertoken.model.folder import save_folder
 from pertoken.model.transformer import CausalLM
-from pertoken.prove.classes import EXACT, Case, balance_loss_of, gradient_of_step, set_balance_loss
+from pertoken.prove.case import EXACT, Case, balance_loss_of, gradient_of_step, set_balance_loss
 from pertoken.prove.report import Comparison, Gradient, Result, compare
 from pertoken.prove.samples import InMemory
 from pertoken.training.checkpoint import load_model

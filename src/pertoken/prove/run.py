@@ -13,13 +13,17 @@ from pertoken.data.tokenizer import as_transformers
 from pertoken.errors import RecipeError
 from pertoken.model.transformer import CausalLM
 from pertoken.prove.checks import every_sample_once, who_is_supervised
-from pertoken.prove.classes import CLASSES, Case, split_of_balance
+from pertoken.prove.case import Case
+from pertoken.prove.classes import CLASSES, split_of_balance
+from pertoken.prove.clipping import CLIPPING_CLASSES, float16
 from pertoken.prove.drift import STEPS, bfloat16
 from pertoken.prove.other import transformers_padded
+from pertoken.prove.plain_update import total_steps_of
 from pertoken.prove.ranks import RANK_CLASSES, run_ranks
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Proof, Result, largest_error
 from pertoken.prove.samples import Chosen, choose
+from pertoken.prove.update import UPDATE_CLASSES
 from pertoken.training.metrics import Listener
 from pertoken.training.parallel import World
 from pertoken.training.precision import Precision
@@ -30,8 +34,10 @@ __all__ = ["NAMES", "prove"]
 
 _EPOCH, _SUPERVISED = "every sample once an epoch", "who is supervised"
 _TRANSFORMERS, _BFLOAT16 = "transformers, padded", f"bfloat16, {STEPS} steps"
+_FLOAT16 = "float16 under its loss scale"
 _BALANCE = "balance loss per micro-batch"
-NAMES = (_EPOCH, _SUPERVISED, *CLASSES, _BFLOAT16, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
+_OF_CASE = {**CLASSES, **CLIPPING_CLASSES, **UPDATE_CLASSES}
+NAMES = (_EPOCH, _SUPERVISED, *_OF_CASE, _FLOAT16, _BFLOAT16, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
 _LEAST_TOKENS = 40
 
 
@@ -84,9 +90,12 @@ def prove(
         run(_BALANCE, lambda: split_of_balance(_BALANCE, copy.deepcopy(model).double(), chosen))
         # What depends on the split by its definition is left out of what must not.
         model.config = model.config.model_copy(update={"aux_loss": "none"})
-    case = _case(recipe, model, chosen, later, data.tokenizer)
-    for name, of_class in CLASSES.items():
+    total_steps = total_steps_of(recipe.train, len(data.train))
+    case = _case(recipe, model, chosen, later, data.tokenizer, total_steps)
+    for name, of_class in _OF_CASE.items():
         run(name, lambda of_class=of_class, name=name: of_class(name, case))  # type: ignore[misc]
+    if recipe.train.dtype == "float16":
+        run(_FLOAT16, lambda: float16(_FLOAT16, case))
     run(_BFLOAT16, lambda: bfloat16(_BFLOAT16, case))
     run(_TRANSFORMERS, lambda: transformers_padded(_TRANSFORMERS, case))
     if ranks := [name for name in RANK_CLASSES if name in only]:
@@ -118,7 +127,9 @@ _PER_MICRO_BATCH = (
 )
 
 
-def _case(recipe: Recipe, model: CausalLM, chosen: Chosen, later: Sequence[Chosen], tokenizer: object) -> Case:
+def _case(
+    recipe: Recipe, model: CausalLM, chosen: Chosen, later: Sequence[Chosen], tokenizer: object, total_steps: int
+) -> Case:
     """The reference in float64, and how far the same plain computation is off in float32."""
     samples = [chosen.samples[i] for i in range(len(chosen.samples))]
     config = model.config
@@ -131,7 +142,8 @@ def _case(recipe: Recipe, model: CausalLM, chosen: Chosen, later: Sequence[Chose
         chosen=chosen,
         later=tuple(other.samples for other in later),
         aux_loss_coef=coefficient,
-        train=recipe.train,
+        recipe=recipe,
+        total_steps=total_steps,
         tokenizer=tokenizer,
         reference=reference,
         float32_error=largest_error(in_float32, reference),
