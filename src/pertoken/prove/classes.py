@@ -32,6 +32,7 @@ from pertoken.training.step import TrainState, train_step
 
 __all__ = ["CLASSES", "split_of_balance"]
 
+
 def _exact(name: str, case: Case, share: Share, note: str = "", wrapped: nn.Module | None = None) -> Result:
     got = gradient_of_step(case.model, share, precision=FLOAT64, wrapped=wrapped)
     count = len(share.micro_batches)

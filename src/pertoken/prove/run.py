@@ -18,10 +18,12 @@ from pertoken.prove.classes import CLASSES, split_of_balance
 from pertoken.prove.clipping import CLIPPING_CLASSES, float16
 from pertoken.prove.drift import STEPS, bfloat16
 from pertoken.prove.other import transformers_padded
+from pertoken.prove.evaluation import evaluation
 from pertoken.prove.plain_update import total_steps_of
 from pertoken.prove.ranks import RANK_CLASSES, run_ranks
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Proof, Result, largest_error
+from pertoken.prove.rows import token_by_token
 from pertoken.prove.samples import Chosen, choose
 from pertoken.prove.update import UPDATE_CLASSES
 from pertoken.training.metrics import Listener
@@ -32,12 +34,12 @@ from pertoken.training.run_model import build_model
 
 __all__ = ["NAMES", "prove"]
 
-_EPOCH, _SUPERVISED = "every sample once an epoch", "who is supervised"
+_EPOCH, _ROWS, _SUPERVISED = "every sample once an epoch", "rows, token by token", "who is supervised"
 _TRANSFORMERS, _BFLOAT16 = "transformers, padded", f"bfloat16, {STEPS} steps"
 _FLOAT16 = "float16 under its loss scale"
 _BALANCE = "balance loss per micro-batch"
-_OF_CASE = {**CLASSES, **CLIPPING_CLASSES, **UPDATE_CLASSES}
-NAMES = (_EPOCH, _SUPERVISED, *_OF_CASE, _FLOAT16, _BFLOAT16, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
+_OF_CASE = {**CLASSES, **CLIPPING_CLASSES, **UPDATE_CLASSES, "evaluation": evaluation}
+NAMES = (_EPOCH, _ROWS, _SUPERVISED, *_OF_CASE, _FLOAT16, _BFLOAT16, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
 _LEAST_TOKENS = 40
 
 
@@ -82,9 +84,11 @@ def prove(
         on_result(result)
 
     run(_EPOCH, lambda: every_sample_once(_EPOCH, data.train, recipe))
-    run(
-        _SUPERVISED, lambda: who_is_supervised(_SUPERVISED, data.train, chosen, recipe, as_transformers(data.tokenizer))
-    )
+    for name, check in ((_ROWS, token_by_token), (_SUPERVISED, who_is_supervised)):
+        run(
+            name,
+            lambda check=check, name=name: check(name, data.train, chosen, recipe, as_transformers(data.tokenizer)),  # type: ignore[misc]
+        )
     per_micro_batch = model.config.use_moe and model.config.aux_loss == "micro_batch"
     if per_micro_batch:
         run(_BALANCE, lambda: split_of_balance(_BALANCE, copy.deepcopy(model).double(), chosen))

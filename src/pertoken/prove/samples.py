@@ -23,6 +23,7 @@ class InMemory:
         self._samples = list(samples)
         self.lengths = np.array([len(s) for s in samples], dtype=np.int64)
         self.num_tokens = np.array([s.loss_mask.sum() for s in samples], dtype=np.int64)
+        self.num_bytes = 4 * self.num_tokens  # as if each token were of four; pieces have no text of their own
 
     def __len__(self) -> int:
         return len(self._samples)
