@@ -1,7 +1,7 @@
 """Known mistakes, each planted by patching a production function. `prove` must find every one of them.
 
 A mutant is a function that takes a `pytest.MonkeyPatch`, so that ranks, which are processes of their own, can plant it
-as well: `python mutants.py NAME FOLDER RANK`.
+as well: `python mutants.py NAME FOLDER RANK`. Those of `update_mutants.py` are found here too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import update_mutants
 from torch import nn
 
 import pertoken.data.chat
@@ -250,9 +251,15 @@ def optimizer_state_lost(patch: Patch) -> None:
     patch.setattr(pertoken.prove.classes, "load_optimizer", lambda checkpoint, model, optimizer: None)
 
 
+def plant(name: str, patch: Patch) -> None:
+    """The mistake of this name."""
+    mistake = globals().get(name) or getattr(update_mutants, name)
+    mistake(patch)
+
+
 def main(name: str, folder: Path, rank: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        globals()[name](patch)
+        plant(name, patch)
         pertoken.prove.ranks.rank_main(folder, rank)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pertoken.config import Recipe, TrainConfig
+from pertoken.data.sample import Sample
 from pertoken.data.share import Share, share_of
 from pertoken.model.transformer import CausalLM
 from pertoken.prove.report import Gradient
@@ -20,6 +21,7 @@ from pertoken.training.step import TrainState, train_step
 
 __all__ = [
     "EXACT",
+    "FLOAT32_FACTOR",
     "FLOAT64",
     "Case",
     "balance_loss_of",
@@ -30,7 +32,7 @@ __all__ = [
 # Relative, in float64: a million times its rounding, and a ten-millionth of the smallest mistake worth the name.
 EXACT = 1e-10
 FLOAT64 = Precision("float64", torch.device("cpu"))
-_FLOAT32_FACTOR = 4.0  # a way may round four times as badly as the plain one does in the same precision
+FLOAT32_FACTOR = 4.0  # a way may round four times as badly as the plain one does in the same precision
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Case:
     model: CausalLM  # float64, on the CPU
     chosen: Chosen
     later: tuple[InMemory, ...]  # chosen alike from the recipe's first steps, for training over several of them
+    long: Sample | None  # of several blocks of queries; None where the store has none so long
     aux_loss_coef: float  # of the per-document balance loss; 0 without one
     recipe: Recipe
     total_steps: int  # of the recipe's run
@@ -72,7 +75,7 @@ class Case:
 
     @property
     def float32_tolerance(self) -> float:
-        return _FLOAT32_FACTOR * self.float32_error
+        return FLOAT32_FACTOR * self.float32_error
 
 
 def gradient_of_step(

@@ -9,7 +9,7 @@ from torch import nn
 
 from pertoken.data.store import Store
 from pertoken.prove.case import EXACT, FLOAT64, Case
-from pertoken.prove.report import Result
+from pertoken.prove.report import Result, Verdict
 from pertoken.prove.samples import InMemory
 from pertoken.training.evaluate import evaluate
 from pertoken.training.parallel import World
@@ -33,6 +33,6 @@ def evaluated(name: str, model: nn.Module, samples: InMemory, loss: float, world
         for figure, right in zip((found.loss, found.perplexity, found.bits_per_byte), expected, strict=True):
             error = abs(figure / right - 1) if figure != right else 0.0
             worst = max(worst, error if math.isfinite(error) else math.inf)
-    verdict = "passed" if worst <= EXACT else "failed"
+    verdict: Verdict = "passed" if worst <= EXACT else "failed"
     what = "loss, perplexity, bits per byte"
     return Result(name, "float64", verdict, EXACT, worst, what, loss_difference=worst, note=f"{what} in three splits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def _document(store: Store, i: int, record: Record, data: DataConfig, tokenizer:
     if data.eval_fraction and data.eval_split == "tail":
         text = text[: int(len(text) * (1 - data.eval_fraction))]
     pieces = [store[j].tokens for j in _of_the_same_row(store, i)]
-    for number, (one, following) in enumerate(zip(pieces, pieces[1:], strict=False), start=1):
+    for number, (one, following) in enumerate(pairwise(pieces), start=1):
         if one[-1] != following[0]:
             return f"piece {number + 1} starts with token {following[0]}, piece {number} ends with label {one[-1]}"
         if len(one) != data.max_seq_len + 1:

@@ -12,24 +12,25 @@ from pertoken.config import Recipe
 from pertoken.data.tokenizer import as_transformers
 from pertoken.errors import RecipeError
 from pertoken.model.transformer import CausalLM
-from pertoken.prove.checks import every_sample_once, who_is_supervised
 from pertoken.prove.case import Case
+from pertoken.prove.checks import every_sample_once, who_is_supervised
 from pertoken.prove.classes import CLASSES, split_of_balance
 from pertoken.prove.clipping import CLIPPING_CLASSES, float16
 from pertoken.prove.drift import STEPS, bfloat16
-from pertoken.prove.other import transformers_padded
 from pertoken.prove.evaluation import evaluation
+from pertoken.prove.other import transformers_padded
+from pertoken.prove.paths import PATH_CLASSES
 from pertoken.prove.plain_update import total_steps_of
 from pertoken.prove.ranks import RANK_CLASSES, run_ranks
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Proof, Result, largest_error
 from pertoken.prove.rows import token_by_token
-from pertoken.prove.samples import Chosen, choose
+from pertoken.prove.samples import Chosen, choose, choose_long
 from pertoken.prove.update import UPDATE_CLASSES
 from pertoken.training.metrics import Listener
 from pertoken.training.parallel import World
 from pertoken.training.precision import Precision
-from pertoken.training.run_data import load_data
+from pertoken.training.run_data import RunData, load_data
 from pertoken.training.run_model import build_model
 
 __all__ = ["NAMES", "prove"]
@@ -38,7 +39,7 @@ _EPOCH, _ROWS, _SUPERVISED = "every sample once an epoch", "rows, token by token
 _TRANSFORMERS, _BFLOAT16 = "transformers, padded", f"bfloat16, {STEPS} steps"
 _FLOAT16 = "float16 under its loss scale"
 _BALANCE = "balance loss per micro-batch"
-_OF_CASE = {**CLASSES, **CLIPPING_CLASSES, **UPDATE_CLASSES, "evaluation": evaluation}
+_OF_CASE = {**CLASSES, **CLIPPING_CLASSES, **UPDATE_CLASSES, **PATH_CLASSES, "evaluation": evaluation}
 NAMES = (_EPOCH, _ROWS, _SUPERVISED, *_OF_CASE, _FLOAT16, _BFLOAT16, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
 _LEAST_TOKENS = 40
 
@@ -94,8 +95,7 @@ def prove(
         run(_BALANCE, lambda: split_of_balance(_BALANCE, copy.deepcopy(model).double(), chosen))
         # What depends on the split by its definition is left out of what must not.
         model.config = model.config.model_copy(update={"aux_loss": "none"})
-    total_steps = total_steps_of(recipe.train, len(data.train))
-    case = _case(recipe, model, chosen, later, data.tokenizer, total_steps)
+    case = _case(recipe, model, data, chosen, later)
     for name, of_class in _OF_CASE.items():
         run(name, lambda of_class=of_class, name=name: of_class(name, case))  # type: ignore[misc]
     if recipe.train.dtype == "float16":
@@ -131,9 +131,7 @@ _PER_MICRO_BATCH = (
 )
 
 
-def _case(
-    recipe: Recipe, model: CausalLM, chosen: Chosen, later: Sequence[Chosen], tokenizer: object, total_steps: int
-) -> Case:
+def _case(recipe: Recipe, model: CausalLM, data: RunData, chosen: Chosen, later: Sequence[Chosen]) -> Case:
     """The reference in float64, and how far the same plain computation is off in float32."""
     samples = [chosen.samples[i] for i in range(len(chosen.samples))]
     config = model.config
@@ -145,10 +143,11 @@ def _case(
         model=model,
         chosen=chosen,
         later=tuple(other.samples for other in later),
+        long=choose_long(data.train),
         aux_loss_coef=coefficient,
         recipe=recipe,
-        total_steps=total_steps,
-        tokenizer=tokenizer,
+        total_steps=total_steps_of(recipe.train, len(data.train)),
+        tokenizer=data.tokenizer,
         reference=reference,
         float32_error=largest_error(in_float32, reference),
     )

@@ -30,7 +30,7 @@ from pertoken.prove.plain_update import (
     update_error,
 )
 from pertoken.prove.reference import reference_gradient
-from pertoken.prove.report import Result
+from pertoken.prove.report import Result, Verdict
 from pertoken.prove.samples import InMemory
 from pertoken.training.loop import Run, update
 from pertoken.training.metrics import Listener
@@ -78,7 +78,7 @@ def plan_updates(case: Case, *, clipped: bool) -> list[Planned]:
     numbers = (warm, warm + 1) if warm < case.total_steps else (1, case.total_steps)
     optimizer = PlainOptimizer(case.train, roles_of(case.model, case.train))
     start = {name: p.detach().clone() for name, p in case.model.named_parameters()}
-    planned = []
+    planned: list[Planned] = []
     for number, ids in zip(numbers, (range(count), range(0, count, 2)), strict=True):
         gradient = case.reference
         if planned:
@@ -120,7 +120,7 @@ def updates_of(
     between: Callable[[CausalLM, TrainState], tuple[CausalLM, TrainState]] = lambda model, state: (model, state),
 ) -> list[Taken]:
     """The loop's own updates of `model`; `between` may replace model and state after the first."""
-    taken = []
+    taken: list[Taken] = []
     for step in planned:
         if taken:
             model, state = between(model, state)
@@ -188,7 +188,7 @@ def judge_updates(name: str, taken: Sequence[Taken], planned: Sequence[Planned],
     ratio = max((step[2] for step in of_steps), key=lambda ratio: abs(ratio - 1))
     difference = max((step[3] for step in of_steps), key=abs)
     passed = all(e <= EXACT for e in (error, abs(ratio - 1), abs(difference)))  # not so for NaN
-    verdict = "passed" if passed else "failed"
+    verdict: Verdict = "passed" if passed else "failed"
     return Result(name, "float64", verdict, EXACT, error, worst, ratio, difference, note)
 
 
