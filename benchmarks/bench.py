@@ -19,10 +19,11 @@ from typing import Any
 
 from common import DATA, ROOT, describe, machine, main_of, parser_of, say, table, to_markdown
 
-PARTS = ("startup", "head", "pretrain", "finetune", "smollm", "shakespeare", "prepare", "saving")
+PARTS = ("startup", "norm", "head", "pretrain", "finetune", "smollm", "shakespeare", "prepare", "saving")
 HERE = Path(__file__).resolve().parent
 QUICK = {
     "startup": ["--rounds", "1", "--samples", "50000", "--position", "20000"],
+    "norm": ["--rounds", "1", "--numbers", "300000"],
     "head": ["--rounds", "1", "--passes", "1", "--shapes", "512x64x6400", "--shares", "0.4"],
     "pretrain": ["--rounds", "1", "--steps", "3", "--warm-up", "1", "--repeats", "3"],
     "finetune": [
@@ -38,6 +39,7 @@ FULL = {"head": ["--rounds", "1"]}
 # With nothing given: about how long, in minutes, on two quiet cores; shown so that nobody waits in the dark.
 MINUTES = {
     "startup": 4,
+    "norm": 1,
     "head": 10,
     "pretrain": 3,
     "finetune": 38,

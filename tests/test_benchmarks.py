@@ -18,6 +18,7 @@ LIGHT = [
     "bench",
     "finetune",
     "head",
+    "norm",
     "pretrain",
     "saving",
     "shakespeare",

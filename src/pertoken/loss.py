@@ -34,7 +34,7 @@ class LossOutput:
     """Sums over the tokens of one micro-batch. Nothing is divided before the step's own count is known."""
 
     loss_sum: Tensor  # 0-d, nats, float32 or float64; carries the gradient
-    num_tokens: Tensor  # 0-d: int64 supervised tokens, or the sum of float weights
+    num_tokens: Tensor  # 0-d: int64 supervised tokens, or the float64 sum of float weights
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> (sum, count), detached
     # Mixture of experts: 0-d, `aux_loss_coef` times the balance loss summed over routed tokens; carries the gradient.
     aux_sum: Tensor | None = None
@@ -87,10 +87,7 @@ def linear_cross_entropy(
 
     A label outside [0, V) at a supervised position is an error (IndexError or RuntimeError; a device assert on CUDA).
     """
-    if loss_mask.dtype == torch.bool:
-        num_tokens = loss_mask.sum()
-    else:
-        num_tokens = loss_mask.sum(dtype=torch.promote_types(loss_mask.dtype, torch.float32))
+    num_tokens = loss_mask.sum(dtype=torch.int64 if loss_mask.dtype == torch.bool else torch.float64)
     if impl == "reference":
         loss_sum = _reference(hidden, weight, labels, loss_mask)
     else:
@@ -178,7 +175,7 @@ def _forward(
     d_hidden = torch.empty_like(x_ND) if needs_hidden else None
     d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
     boost = _FP16_BOOST if dtype == torch.float16 else 1.0
-    loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=hidden.device)
     chunk = max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // (4 * weight.shape[0]))
     for start in range(0, x_ND.shape[0], chunk):
         x_CD, label_C = x_ND[start : start + chunk], labels[start : start + chunk]
@@ -186,7 +183,7 @@ def _forward(
         logits_CV = torch.mm(x_CD, w_VD.t()).to(wide)
         log_z_C = logits_CV.logsumexp(1)
         nll_C = log_z_C - logits_CV.gather(1, label_C[:, None]).squeeze(1)
-        loss_sum += nll_C.sum() if scale_C is None else (nll_C * scale_C).sum()
+        loss_sum += (nll_C if scale_C is None else nll_C * scale_C).sum(dtype=torch.float64)
         if not (needs_hidden or needs_weight):
             continue
         d_logits_CV = logits_CV.sub_(log_z_C[:, None]).exp_()
@@ -206,7 +203,7 @@ def _forward(
                 d_weight += torch.mm(d_low_CV.t(), x_CD)
     ctx.save_for_backward(d_hidden, d_weight)
     ctx.boost, ctx.hidden_dtype, ctx.weight_dtype = boost, hidden.dtype, weight.dtype
-    return loss_sum
+    return loss_sum.to(wide)
 
 
 def _fp16_shrink(x_CD: Tensor, scale_C: Tensor | None) -> Tensor:
@@ -238,7 +235,7 @@ def _native_forward(
     if d_weight is not None and not num_rows:
         d_weight.zero_()
     weights = None if weights is None else weights.float().contiguous()
-    loss_sum = torch.zeros((), dtype=torch.float32)
+    loss_sum = torch.zeros((), dtype=torch.float64)
     chunk = _chunk_rows(vocab_size, weight.shape[1], dtype)
     for start in range(0, num_rows, chunk):
         rows = slice(start, min(start + chunk, num_rows))
@@ -247,7 +244,7 @@ def _native_forward(
         nll_C = kernels.cross_entropy(
             logits_CV, labels[rows].contiguous(), scale_C, gradient=needs_hidden or needs_weight
         )
-        loss_sum += nll_C.sum() if scale_C is None else (nll_C * scale_C).sum()
+        loss_sum += (nll_C if scale_C is None else nll_C * scale_C).sum(dtype=torch.float64)
         if d_hidden is not None:
             torch.mm(logits_CV, w_VD, out=d_hidden[rows])
         if d_weight is not None:
@@ -257,4 +254,4 @@ def _native_forward(
                 kernels.widen_transposed(torch.mm(x_DC, logits_CV[:, block]), d_weight[block], add=start > 0)
     ctx.save_for_backward(d_hidden, d_weight)
     ctx.boost, ctx.hidden_dtype, ctx.weight_dtype = 1.0, hidden.dtype, weight.dtype
-    return loss_sum
+    return loss_sum.float()

@@ -152,13 +152,23 @@ void norm_transposed(const float *h, const float *w, const float *rstd, act *out
     }
 }
 
-/* d_h = d_residual (none: 0) + the norm's gradient for d_out; d_w [D] is the sum over rows. `partial` [threads, D] is scratch. */
+/* out[d] = the sum over the threads' parts [threads, D]. */
+static void add_parts(const double *parts, float *out, int64_t D, int threads) {
+    for (int64_t d = 0; d < D; d++) {
+        double sum = 0.0;
+        for (int64_t part = 0; part < threads; part++) sum += parts[part * D + d];
+        out[d] = (float)sum;
+    }
+}
+
+/* d_h = d_residual (none: 0) + the norm's gradient for d_out; d_w [D] is the sum over rows, in float64. `partial`
+ * [threads, D] is scratch. */
 void norm_backward(const act *d_out, const float *h, const float *w, const float *rstd, const float *d_residual,
-                   float *d_h, float *d_w, float *partial, int64_t N, int64_t D, int threads) {
-    memset(partial, 0, (size_t)threads * D * sizeof(float));
+                   float *d_h, float *d_w, double *partial, int64_t N, int64_t D, int threads) {
+    memset(partial, 0, (size_t)threads * D * sizeof(double));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < threads; part++) {
-        float *mine = partial + part * D;
+        double *mine = partial + part * D;
         for (int64_t i = N * part / threads; i < N * (part + 1) / threads; i++) {
             const float *x = h + i * D, *along = d_residual ? d_residual + i * D : 0;
             const act *g = d_out + i * D;
@@ -175,11 +185,7 @@ void norm_backward(const act *d_out, const float *h, const float *w, const float
             }
         }
     }
-    for (int64_t d = 0; d < D; d++) {
-        float sum = 0.0f;
-        for (int64_t part = 0; part < threads; part++) sum += partial[part * D + d];
-        d_w[d] = sum;
-    }
+    add_parts(partial, d_w, D, threads);
 }
 
 /* x [N, D] float32 -> low [N, D] and its transpose [D, N]. */
@@ -309,7 +315,7 @@ INLINE void seat_head(const act *from, act *to, const float *w, const float *cos
     }
 }
 
-INLINE void unseat_head(const act *g, const act *from, act *to, const float *w, float *d_w, const float *cosine,
+INLINE void unseat_head(const act *g, const act *from, act *to, const float *w, double *d_w, const float *cosine,
                         const float *sine, int64_t Dh, float eps) {
     int64_t half = Dh / 2;
     float back[1024];
@@ -374,15 +380,15 @@ void seat_heads(const act *x, int64_t stride, act *out, const seat *seats, const
     }
 }
 
-/* The gradient of seat_heads: d_out in the padded layout -> d_x [N, ...] with `stride`; d_w [Dh] where normalised.
- * `x` is the forward pass's input, `partial` [threads, Dh] scratch. Without `angles` it brings rows back. */
+/* The gradient of seat_heads: d_out in the padded layout -> d_x [N, ...] with `stride`; d_w [Dh] where normalised, summed
+ * in float64. `x` is the forward pass's input, `partial` [threads, Dh] scratch. Without `angles` it brings rows back. */
 void unseat_heads(const act *d_out, const act *x, int64_t x_stride, act *d_x, int64_t stride, const seat *seats,
-                  const int32_t *positions, const float *w, const float *angles, float *d_w, float *partial, int64_t N,
+                  const int32_t *positions, const float *w, const float *angles, float *d_w, double *partial, int64_t N,
                   int64_t heads, int64_t share, int64_t Dh, float eps, int threads) {
-    if (w) memset(partial, 0, (size_t)threads * Dh * sizeof(float));
+    if (w) memset(partial, 0, (size_t)threads * Dh * sizeof(double));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < threads; part++) {
-        float *mine = w ? partial + part * Dh : NULL;
+        double *mine = w ? partial + part * Dh : NULL;
         for (int64_t i = N * part / threads; i < N * (part + 1) / threads; i++) {
             const seat *s = seats + i;
             const float *cosine = angles ? angles + (int64_t)positions[i] * Dh : NULL;
@@ -395,12 +401,7 @@ void unseat_heads(const act *d_out, const act *x, int64_t x_stride, act *d_x, in
             }
         }
     }
-    if (w)
-        for (int64_t d = 0; d < Dh; d++) {
-            float sum = 0.0f;
-            for (int64_t part = 0; part < threads; part++) sum += partial[part * Dh + d];
-            d_w[d] = sum;
-        }
+    if (w) add_parts(partial, d_w, Dh, threads);
 }
 
 #define VECTOR 16 /* a row is worked on so many columns at a time, those beyond its end masked: no slow loop at its end */
@@ -488,6 +489,8 @@ void softmax_backward(act *scores, act *d_p, const float *log_z, const int32_t *
     }
 }
 
+#define SUMMED 512 /* exponentials added up in float32 before they are added to a float64 sum */
+
 /* In place: logits [N, V] become weight * (softmax(logits) - one_hot(label)), the gradient of the sum of
  * weight * nll; nll [N] gets the negative log-likelihoods, unweighted. `weights` may be null: all 1. */
 void cross_entropy(act *logits, const int64_t *labels, const float *weights, float *nll, int64_t N, int64_t V,
@@ -495,20 +498,61 @@ void cross_entropy(act *logits, const int64_t *labels, const float *weights, flo
 #pragma omp parallel for num_threads(threads) schedule(static, 4)
     for (int64_t i = 0; i < N; i++) {
         act *row = logits + i * stride;
-        float top = -INFINITY, sum = 0.0f;
+        float top = -INFINITY;
+        double sum = 0.0;
 #pragma omp simd reduction(max : top)
         for (int64_t v = 0; v < V; v++) {
             float s = load(row[v]);
             top = s > top ? s : top;
         }
-#pragma omp simd reduction(+ : sum)
-        for (int64_t v = 0; v < V; v++) sum += exp_(load(row[v]) - top);
-        float log_z = top + logf(sum), at_label = load(row[labels[i]]);
+        for (int64_t start = 0; start < V; start += SUMMED) { /* else small terms are lost beside a large sum */
+            int64_t end = V - start < SUMMED ? V : start + SUMMED;
+            float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+            for (int64_t v = start; v < end; v++) part += exp_(load(row[v]) - top);
+            sum += part;
+        }
+        float log_z = top + (float)log(sum), at_label = load(row[labels[i]]);
         nll[i] = log_z - at_label;
         if (!with_gradient) continue;
         float factor = weights ? weights[i] : 1.0f;
 #pragma omp simd
         for (int64_t v = 0; v < V; v++) row[v] = low(factor * exp_act(load(row[v]) - log_z));
         row[labels[i]] = low(factor * (exp_(at_label - log_z) - 1.0f));
+    }
+}
+
+#define BLOCK 65536
+
+/* partial[b] = the sum of the squares of x's block b of BLOCK numbers, in float64: the same for any number of threads. */
+void sum_of_squares(const float *x, double *partial, int64_t count, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t start = 0; start < count; start += BLOCK) {
+        int64_t end = count - start < BLOCK ? count : start + BLOCK;
+        double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = start; i < end; i++) sum += (double)x[i] * x[i];
+        partial[start / BLOCK] = sum;
+    }
+}
+
+/* out[targets[u]] += the sum of the rows order[starts[u]] to order[starts[u + 1] - 1] of x [.., D], formed in float64.
+ * Targets are distinct; starts [U + 1]. */
+void add_rows(const float *x, const int64_t *order, const int64_t *starts, const int64_t *targets, float *out, int64_t U,
+              int64_t D, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
+    for (int64_t u = 0; u < U; u++) {
+        float *to = out + targets[u] * D;
+        for (int64_t first = 0; first < D; first += SUMMED) {
+            int64_t width = D - first < SUMMED ? D - first : SUMMED;
+            double sums[SUMMED] = {0};
+            for (int64_t i = starts[u]; i < starts[u + 1]; i++) {
+                const float *from = x + order[i] * D + first;
+#pragma omp simd
+                for (int64_t d = 0; d < width; d++) sums[d] += from[d];
+            }
+#pragma omp simd
+            for (int64_t d = 0; d < width; d++) to[first + d] += (float)sums[d];
+        }
     }
 }

@@ -22,6 +22,7 @@ from pertoken.kernels.memory import empty
 __all__ = ["MAX_HEAD_DIM", "Kernels", "Seats"]
 
 MAX_HEAD_DIM = 1024  # a buffer of decoder.c
+_BLOCK = 65536  # decoder.c's
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Kernels:
         """(d_residual, where given, plus the gradient through the norm [N, D], the gradient of its weight [D])."""
         n, d = h_ND.shape
         d_h, d_weight = empty(n, d, dtype=h_ND.dtype), torch.empty_like(weight)
-        partial = h_ND.new_empty(torch.get_num_threads(), d)
+        partial = torch.empty(torch.get_num_threads(), d, dtype=torch.float64)
         self._call("norm_backward", d_out_ND, h_ND, weight, rstd_N, d_residual_ND, d_h, d_weight, partial, n, d)
         return d_h, d_weight
 
@@ -146,7 +147,7 @@ class Kernels:
         `x` is that input, needed with `norm`. Without `angles`, rows are brought back and nothing else.
         """
         d_norm = torch.empty_like(norm) if norm is not None else None
-        partial = norm.new_empty(torch.get_num_threads(), head_dim) if norm is not None else None
+        partial = torch.empty(torch.get_num_threads(), head_dim, dtype=torch.float64) if norm is not None else None
         self._call(
             "unseat_heads",
             *(d_out, None if x is None else _Rows(x), 0 if x is None else x.stride(0), _Rows(to), to.stride(0)),
@@ -185,6 +186,21 @@ class Kernels:
             *(_Rows(logits_NV), labels_N, weights_N, nll, n, v, logits_NV.stride(0), _I(gradient)),
         )
         return nll
+
+    def sum_of_squares(self, x: Tensor) -> Tensor:
+        """Of float32 numbers [n], 0-d float64; the same to the bit for any number of threads."""
+        n = x.numel()
+        partial = torch.empty(-(-n // _BLOCK), dtype=torch.float64)
+        self._call("sum_of_squares", x.contiguous(), partial, n)
+        return partial.sum()
+
+    def add_rows(self, x_ND: Tensor, index_N: Tensor, out_VD: Tensor) -> Tensor:
+        """`out_VD.index_add_(0, index_N, x_ND)` in float32, the rows of one index added up in float64 first."""
+        order = index_N.argsort(stable=True)
+        targets, counts = torch.unique_consecutive(index_N[order], return_counts=True)
+        starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        self._call("add_rows", x_ND, order, starts, targets, out_VD, len(targets), x_ND.shape[1])
+        return out_VD
 
     def _call(self, name: str, *arguments: Any) -> None:
         function: Callable[..., None] = getattr(self._library, name)

@@ -127,7 +127,7 @@ class _Embed(torch.autograd.Function):
         torch.index_select(weight, 0, input_ids, out=out[:n])
         out[n:].zero_()
         ctx.save_for_backward(input_ids)
-        ctx.shape, ctx.tied = weight.shape, tied
+        ctx.shape, ctx.tied, ctx.kernels = weight.shape, tied, batch.kernels
         return out
 
     @staticmethod
@@ -138,7 +138,8 @@ class _Embed(torch.autograd.Function):
             d_weight, ctx.tied.of_head = ctx.tied.of_head, None
         if d_weight is None:
             d_weight = grads[0].new_zeros(ctx.shape)
-        return d_weight.index_add_(0, input_ids, grads[0][: input_ids.shape[0]]), None, None, None
+        ctx.kernels.add_rows(grads[0][: input_ids.shape[0]].contiguous(), input_ids, d_weight)
+        return d_weight, None, None, None
 
 
 def final_norm(hidden: Tensor, norm: nn.RMSNorm, batch: NativeBatch) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pertoken.data.batch import MicroBatch
 from pertoken.data.store import Store
 from pertoken.model.transformer import CausalLM
+from pertoken.training.norms import sum_of_squares
 from pertoken.training.parallel import whole
 from pertoken.training.precision import Precision
 
@@ -51,13 +52,13 @@ def is_finite(
 
 
 def nearest_bad_gradient(model: nn.Module) -> str | None:
-    """The parameter whose gradient's norm is not finite, the nearest to the loss of them; None if all are finite.
+    """The parameter whose gradient is not finite, the nearest to the loss of them; None if all are finite.
 
     Nearest in the order in which models declare their parameters; a tied head counts as the embedding that it is.
     """
     bad = None
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not whole(parameter.grad).norm().isfinite():
+        if parameter.grad is not None and not sum_of_squares(whole(parameter.grad)).isfinite():
             bad = _plain_name(name)
     return bad
 

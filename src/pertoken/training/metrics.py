@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import nn
 
 from pertoken.config import LogConfig
 from pertoken.errors import CheckpointError, RecipeError
+from pertoken.training.norms import sum_of_squares
 from pertoken.training.parallel import whole
 from pertoken.training.summary import Summary
 
@@ -77,9 +77,7 @@ def gradient_stats(model: nn.Module) -> list[GradStats]:
         else:
             grad = whole(parameter.grad).double()
             stats.append(
-                GradStats(
-                    name, float(grad.mean()), float(grad.std(correction=0)), float(torch.linalg.vector_norm(grad))
-                )
+                GradStats(name, float(grad.mean()), float(grad.std(correction=0)), float(sum_of_squares(grad).sqrt()))
             )
     return stats
 

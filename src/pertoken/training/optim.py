@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 
 from pertoken.config import TrainConfig
 from pertoken.model.moe import MixtureOfExperts
+from pertoken.training.norms import matrix_norms
 from pertoken.training.parallel import shard_like, whole
 
 __all__ = ["AdamW", "MuonAdamW", "build_adamw", "build_muon", "build_optimizer", "lr_at", "orthogonalised", "set_lr"]
@@ -243,7 +244,7 @@ def orthogonalised(x: Tensor) -> Tensor:
     a, b, c = _NEWTON_SCHULZ
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT.contiguous() if tall else x  # the smaller Gram matrix; a view would triple the time of small ones
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = x / matrix_norms(x).clamp(min=1e-7).to(x.dtype)
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

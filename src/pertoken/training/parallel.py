@@ -226,6 +226,12 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
+def local(tensor: Tensor) -> Tensor:
+    """`tensor` itself, or of a sharded one the part on this rank, which shares its memory."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """`tensor`, the same on every rank, on the parameter's device, and as it is sharded if it is."""
     tensor = tensor.to(parameter.device)

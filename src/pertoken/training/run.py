@@ -15,6 +15,7 @@ from pertoken.data.order import steps_per_epoch
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.files import FolderLock
 from pertoken.kernels.memory import forget_blocks
+from pertoken.kernels.ops import Kernels
 from pertoken.model.transformer import CausalLM
 from pertoken.training.checkpoint import (
     Checkpoint,
@@ -208,7 +209,8 @@ def _assemble(
         if Recipe.parse(saved["recipe"]).train.micro_batch_tokens == train.micro_batch_tokens:
             token_budget = saved["micro_batch_tokens"]  # smaller, where memory ran out before
     start_step = checkpoint.step if checkpoint is not None else 0
-    state = TrainState(wrapped, optimizer, scaler, precision, world)
+    kernels = Kernels(getattr(torch, train.dtype)) if compiled and precision.device.type == "cpu" else None
+    state = TrainState(wrapped, optimizer, scaler, precision, world, kernels)
     probe, here = Probe(data.train, train.seed), environment(precision, ranks=world.size, compiled=compiled)
     if "probe" in saved:
         same = here == saved.get("environment")

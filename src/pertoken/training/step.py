@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from pertoken.data.batch import MicroBatch
+from pertoken.kernels.ops import Kernels
 from pertoken.training.faults import nearest_bad_gradient
+from pertoken.training.norms import clip, total_norm
 from pertoken.training.optim import set_lr
-from pertoken.training.parallel import World, synchronised, whole
+from pertoken.training.parallel import World, synchronised
 from pertoken.training.precision import Precision, keeping_casts
 
 __all__ = ["NonFiniteStep", "StepMetrics", "TrainState", "train_step"]
@@ -55,6 +57,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     precision: Precision
     world: World = field(default_factory=World)
+    kernels: Kernels | None = None  # for the norm, where the run has them
 
     def backward(self, objective: torch.Tensor) -> None:
         """Add the gradient of one micro-batch's share, times the loss scale, in float32 (float64) to `.grad`."""
@@ -76,16 +79,15 @@ class TrainState:
         self.scaler.unscale_(self.optimizer)
         if on_gradients is not None:
             on_gradients()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters]))
-        grad_norm = float(norm)
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grad_norm = total_norm(gradients, self.world, self.kernels)
         finite = math.isfinite(grad_norm)
         if not finite and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):
             raise NonFiniteStep(f"the gradient norm is {grad_norm}", parameter=nearest_bad_gradient(self.model))
         updates = finite and not (skips is not None and skips(grad_norm))
         if updates:
             if max_norm > 0:
-                nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+                clip(gradients, max_norm, grad_norm)
             set_lr(self.optimizer, lr)
             self.optimizer.step()
         self.scaler.update()
