@@ -116,37 +116,50 @@ def decay_from_the_first_step(patch: Patch) -> None:
 # The norm and clipping.
 
 
-def _between(patch: Patch, name: str, change: Any) -> None:
-    """`change` to the true gradients, just before `torch.nn.utils.NAME` of training/step.py."""
-    function = getattr(torch.nn.utils, name)
-
-    def changed(parameters: Any, *arguments: Any) -> Any:
-        parameters = list(parameters)
-        return change(function, parameters, *arguments)
-
-    patch.setattr(pertoken.training.step.nn.utils, name, changed)
-
-
 def clipping_of_matrices_only(patch: Patch) -> None:
-    def matrices(function: Any, parameters: list[Any], *arguments: Any) -> None:
-        function([p for p in parameters if p.ndim > 1], *arguments)
+    clip = pertoken.training.step.clip
 
-    _between(patch, "clip_grads_with_norm_", matrices)
+    def matrices(gradients: Sequence[torch.Tensor], max_norm: float, norm: float) -> None:
+        clip([gradient for gradient in gradients if gradient.ndim > 1], max_norm, norm)
+
+    patch.setattr(pertoken.training.step, "clip", matrices)
 
 
 def clipping_twice(patch: Patch) -> None:
-    def twice(function: Any, parameters: list[Any], *arguments: Any) -> None:
-        function(parameters, *arguments)
-        function(parameters, *arguments)
+    clip = pertoken.training.step.clip
 
-    _between(patch, "clip_grads_with_norm_", twice)
+    def twice(gradients: Sequence[torch.Tensor], max_norm: float, norm: float) -> None:
+        clip(gradients, max_norm, norm)
+        clip(gradients, max_norm, norm)
+
+    patch.setattr(pertoken.training.step, "clip", twice)
 
 
 def clipping_by_the_largest_gradient(patch: Patch) -> None:
-    def largest(function: Any, parameters: list[Any], max_norm: float, norm: Any) -> None:
-        function(parameters, max_norm, torch.stack([p.grad.abs().max() for p in parameters]).max())
+    clip = pertoken.training.step.clip
 
-    _between(patch, "clip_grads_with_norm_", largest)
+    def largest(gradients: Sequence[torch.Tensor], max_norm: float, norm: float) -> None:
+        clip(gradients, max_norm, max(float(gradient.abs().max()) for gradient in gradients))
+
+    patch.setattr(pertoken.training.step, "clip", largest)
+
+
+def norm_in_float32(patch: Patch) -> None:
+    """torch's own: squares are summed in float32, and in a large vocabulary small ones are lost."""
+
+    def narrow(gradients: Sequence[torch.Tensor], *_: Any) -> float:
+        return float(torch.nn.utils.get_total_norm(list(gradients)))
+
+    patch.setattr(pertoken.training.step, "total_norm", narrow)
+
+
+def norm_of_matrices_only(patch: Patch) -> None:
+    total_norm = pertoken.training.step.total_norm
+
+    def matrices(gradients: Sequence[torch.Tensor], *arguments: Any) -> float:
+        return total_norm([gradient for gradient in gradients if gradient.ndim > 1], *arguments)
+
+    patch.setattr(pertoken.training.step, "total_norm", matrices)
 
 
 def unscaling_by_the_last_loss_scale(patch: Patch) -> None:

@@ -6,10 +6,12 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pertoken.kernels.ops import Kernels
 from pertoken.model.transformer import CausalLM
 from pertoken.prove.case import EXACT, FLOAT64, Case
 from pertoken.prove.plain_update import clip_factor
@@ -81,10 +83,13 @@ def in_the_runs_dtype(name: str, case: Case) -> Result:
     dtype = case.train.dtype
     precision = Precision(dtype, torch.device("cpu"))
     model = copy.deepcopy(case.model).to(precision.parameter_dtype)
-    compile_model(model, "off" if case.train.compile == "off" else "auto", precision, total_steps=1, before=None)
+    how: Literal["off", "auto"] = "off" if case.train.compile == "off" else "auto"
+    compiled, _ = compile_model(model, how, precision, total_steps=1, before=None)
+    kernels = Kernels(getattr(torch, dtype)) if compiled else None
     optimizer, max_norm = _Recorder(model), case.reference.norm / 2
     unclipped: dict[str, Tensor] = {}
-    metrics = _until_it_updates(case, TrainState(model, optimizer, precision.new_scaler(), precision), unclipped)
+    state = TrainState(model, optimizer, precision.new_scaler(), precision, kernels=kernels)
+    metrics = _until_it_updates(case, state, unclipped)
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in unclipped.values()))
     factor = clip_factor(norm, max_norm)
     errors = {}
