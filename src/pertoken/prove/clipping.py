@@ -42,7 +42,7 @@ class _Recorder(torch.optim.SGD):
 
 
 def _step(case: Case, state: TrainState, max_norm: float, unclipped: dict[str, Tensor] | None = None) -> StepMetrics:
-    """One step over all chosen samples in several micro-batches; `unclipped` gets the true gradients."""
+    """One step over the chosen samples in several micro-batches; `unclipped` gets the true gradients."""
     share = case.split()
 
     def keep() -> None:

@@ -16,14 +16,25 @@ from pertoken.config import TrainConfig
 from pertoken.model.transformer import CausalLM
 from pertoken.prove.case import EXACT
 
-__all__ = ["Expected", "PlainOptimizer", "clip_factor", "roles_of", "scheduled_lr", "total_steps_of", "update_error"]
+__all__ = [
+    "UPDATE_ERROR",
+    "Expected",
+    "PlainOptimizer",
+    "clip_factor",
+    "roles_of",
+    "scheduled_lr",
+    "total_steps_of",
+    "update_error",
+]
 
 _ADAM_EPS = 1e-8
 _CLIP_EPS = 1e-6  # added to the norm, so that a zero norm divides nothing
 _MOMENTUM = 0.95
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan et al., "Muon", 2024
 _ITERATIONS = 5
-_GRADIENT_ROUNDING = 1e-12  # of a parameter's largest entry: a thousand times what float64 rounds off a gradient
+# Relative. A hundred times a gradient's: AdamW's second step is taken from weights that differ already, by what rounding
+# has done to the update of those whose gradients are nearly zero (4e-11 seen in a model of 30M parameters).
+UPDATE_ERROR = 1e-8
 _WEIGHT_ROUNDING = 2 * torch.finfo(torch.float64).eps
 
 
@@ -74,8 +85,8 @@ class Expected:
     """One parameter's change in one step, and what its error is measured by.
 
     AdamW divides each entry by its own size, so where a gradient is near zero its rounding is all there is to see. Its
-    entries are measured by the parameter's largest change plus what a gradient that is off by `_GRADIENT_ROUNDING`
-    could do to the entry. Muon mixes all entries of a matrix and magnifies at most 500 times, so its matrices are
+    entries are measured by the parameter's largest change plus what a gradient that is off by `EXACT` of its largest
+    entry could do to the entry. Muon mixes all entries of a matrix and magnifies at most 500 times, so its matrices are
     measured as a whole, by the norm. Both add what float64 rounds off the weight itself.
     """
 
@@ -135,8 +146,8 @@ class PlainOptimizer:
         direction = mean / (1 - beta1**self.steps) / size
         decay = self.train.weight_decay if self.roles[name] == "decays" else 0.0
         change = -lr * direction - lr * decay * weight
-        by_rounding = lr * (1 + direction.abs()) / size * self.largest[name] * _GRADIENT_ROUNDING
-        scale = change.abs().max() + (by_rounding + weight.abs() * _WEIGHT_ROUNDING) / EXACT
+        by_rounding = lr * (1 + direction.abs()) / size * self.largest[name] * EXACT
+        scale = change.abs().max() + (by_rounding + weight.abs() * _WEIGHT_ROUNDING) / UPDATE_ERROR
         return Expected(change, scale + torch.finfo(torch.float64).tiny)
 
     def _muon(self, name: str, weight: Tensor, gradient: Tensor, lr: float) -> Expected:
@@ -147,7 +158,7 @@ class PlainOptimizer:
         self.means[name] = mean
         direction = _orthogonal(_MOMENTUM * mean + (1 - _MOMENTUM) * gradient)
         change = -lr * self.train.weight_decay * weight - lr * 0.2 * math.sqrt(max(weight.shape)) * direction
-        scale = change.norm() + weight.norm() * _WEIGHT_ROUNDING / EXACT
+        scale = change.norm() + weight.norm() * _WEIGHT_ROUNDING / UPDATE_ERROR
         return Expected(change, scale + torch.finfo(torch.float64).tiny)
 
 

@@ -22,6 +22,7 @@ from pertoken.data.store import Store
 from pertoken.model.transformer import CausalLM
 from pertoken.prove.case import EXACT, FLOAT64, Case
 from pertoken.prove.plain_update import (
+    UPDATE_ERROR,
     Expected,
     PlainOptimizer,
     clip_factor,
@@ -187,9 +188,9 @@ def judge_updates(name: str, taken: Sequence[Taken], planned: Sequence[Planned],
     error, worst, *_ = max(of_steps, key=lambda step: step[0])
     ratio = max((step[2] for step in of_steps), key=lambda ratio: abs(ratio - 1))
     difference = max((step[3] for step in of_steps), key=abs)
-    passed = all(e <= EXACT for e in (error, abs(ratio - 1), abs(difference)))  # not so for NaN
+    passed = error <= UPDATE_ERROR and abs(ratio - 1) <= EXACT and abs(difference) <= EXACT  # not so for NaN
     verdict: Verdict = "passed" if passed else "failed"
-    return Result(name, "float64", verdict, EXACT, error, worst, ratio, difference, note)
+    return Result(name, "float64", verdict, UPDATE_ERROR, error, worst, ratio, difference, note)
 
 
 def _updated(name: str, case: Case, *, clipped: bool) -> Result:
