@@ -32,8 +32,8 @@ _CLIP_EPS = 1e-6  # added to the norm, so that a zero norm divides nothing
 _MOMENTUM = 0.95
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan et al., "Muon", 2024
 _ITERATIONS = 5
-# Relative. A hundred times a gradient's: AdamW's second step is taken from weights that differ already, by what rounding
-# has done to the update of those whose gradients are nearly zero (4e-11 seen in a model of 30M parameters).
+# Relative. A hundred times a gradient's: AdamW's second step starts from weights that differ already, by what rounding
+# has done to those whose gradients are nearly zero (4e-11 seen in a model of 30M parameters).
 UPDATE_ERROR = 1e-8
 _WEIGHT_ROUNDING = 2 * torch.finfo(torch.float64).eps
 
