@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pertoken.data.share import Share
 from pertoken.kernels.ops import Kernels
 from pertoken.model.transformer import CausalLM
 from pertoken.prove.case import EXACT, FLOAT64, Case
@@ -41,9 +42,15 @@ class _Recorder(torch.optim.SGD):
         self.given = {name: p.grad.clone() for p, name in self._names.items() if p.grad is not None}
 
 
-def _step(case: Case, state: TrainState, max_norm: float, unclipped: dict[str, Tensor] | None = None) -> StepMetrics:
-    """One step over the chosen samples in several micro-batches; `unclipped` gets the true gradients."""
-    share = case.split()
+def _step(
+    case: Case,
+    state: TrainState,
+    max_norm: float,
+    unclipped: dict[str, Tensor] | None = None,
+    share: Share | None = None,
+) -> StepMetrics:
+    """One step over `share`, or all chosen samples in several micro-batches; `unclipped` gets the true gradients."""
+    share = case.split() if share is None else share
 
     def keep() -> None:
         if unclipped is not None:
@@ -89,7 +96,8 @@ def in_the_runs_dtype(name: str, case: Case) -> Result:
     optimizer, max_norm = _Recorder(model), case.reference.norm / 2
     unclipped: dict[str, Tensor] = {}
     state = TrainState(model, optimizer, precision.new_scaler(), precision, kernels=kernels)
-    metrics = _until_it_updates(case, state, unclipped)
+    two = case.share(token_budget=case.num_inputs, ids=case.all_ids[:2])  # it is their own norm
+    metrics = _until_it_updates(case, state, unclipped, two)
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in unclipped.values()))
     factor = clip_factor(norm, max_norm)
     errors = {}
@@ -104,10 +112,12 @@ def in_the_runs_dtype(name: str, case: Case) -> Result:
     return Result.judge(name, dtype, _NORM_ERROR, found, note)
 
 
-def _until_it_updates(case: Case, state: TrainState, unclipped: dict[str, Tensor] | None = None) -> StepMetrics:
+def _until_it_updates(
+    case: Case, state: TrainState, unclipped: dict[str, Tensor], share: Share | None = None
+) -> StepMetrics:
     """Steps clipped to half the norm, until float16's loss scale is one under which no gradient overflows."""
     for _ in range(_MOST_OVERFLOWS):
-        metrics = _step(case, state, case.reference.norm / 2, unclipped)
+        metrics = _step(case, state, case.reference.norm / 2, unclipped, share)
         if not metrics.skipped:
             return metrics
     raise ValueError(f"{_MOST_OVERFLOWS} steps, and each was skipped; the last loss scale was {metrics.loss_scale}")
