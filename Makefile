@@ -3,11 +3,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-slow torture check bench clean
+.PHONY: help demo test test-isa test-slow torture check bench clean
 
 help:
 	@echo "make demo       from real chats to a chat model, in minutes, into ./demo"
 	@echo "make test       the tests"
+	@echo "make test-isa   the numeric tests under other instruction sets; SETTINGS=avx2,baseline and FILES= for some of them"
 	@echo "make test-slow  the tests that take long or need optional packages (a real 135M model)"
 	@echo "make torture    100 kills, failing disks, damaged checkpoints and bad rows: what was lost, as a table; 25 minutes"
 	@echo "make check      formatting, lint, types"
@@ -25,6 +26,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not torture"
+
+test-isa: $(INSTALLED)
+	$(BIN)/python tests/isa.py $(if $(SETTINGS),--settings "$(SETTINGS)") $(FILES)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf accelerate

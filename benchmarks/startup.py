@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from common import Failed, Finished, alternate, claim, main_of, parser_of, python, run, say, spread, write
+from safetensors.torch import save_file
+
+from pertoken.training.ledger import LEDGER, Ledger
 
 LENGTH, BATCH, DOCUMENT = 8, 16, 20_000
 MODELS = {
@@ -74,17 +77,21 @@ def pretend_to_be_at(run_dir: Path, position: int) -> int:
     newest = sorted(p for p in checkpoints.glob("step-*") if p.is_dir())[-1]
     state = json.loads((newest / "trainer_state.json").read_text())
     (newest / "trainer_state.json").write_text(json.dumps({**state, "step": step}))
-    manifest = json.loads((newest / "manifest.json").read_text())
-    content = (newest / "trainer_state.json").read_bytes()
-    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest["files"]["trainer_state.json"] |= entry
-    (newest / "manifest.json").write_text(json.dumps(manifest))
-    newest.rename(checkpoints / f"step-{step:08d}")
     row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    ledger = Ledger()
     with (run_dir / "metrics.jsonl").open("w") as file:
         for number in range(1, step + 1):
-            positions = [(number - 1) * BATCH, number * BATCH]
-            file.write(json.dumps({**row, "step": number, "positions": positions}) + "\n")
+            written = {**row, "step": number, "positions": [(number - 1) * BATCH, number * BATCH]}
+            line = json.dumps(written)
+            file.write(line + "\n")
+            ledger.add(written, line.encode())
+    save_file(ledger.tensors(), newest / LEDGER)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    for name in ("trainer_state.json", LEDGER):
+        content = (newest / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    newest.rename(checkpoints / f"step-{step:08d}")
     return step
 
 

@@ -247,6 +247,40 @@ def head_gradient_lost(patch: Patch) -> None:
     patch.setattr(pertoken.loss.TiedGradient, "of_head", property(lambda self: None, lambda self, value: None))
 
 
+def _blind_to(patch: Patch, words: str) -> None:
+    """The kernels run over modules of which `unsupported` would have said `words`."""
+    check = pertoken.model.transformer.unsupported
+
+    def blind(model: nn.Module, cls: type[nn.Module]) -> str | None:
+        why = check(model, cls)
+        return None if why is not None and words in why else why
+
+    patch.setattr(pertoken.model.transformer, "unsupported", blind)
+
+
+def replaced_projection_not_seen(patch: Patch) -> None:
+    _blind_to(patch, "q_proj is a")
+
+
+def bias_not_seen(patch: Patch) -> None:
+    _blind_to(patch, "q_proj has a bias")
+
+
+def hook_not_seen(patch: Patch) -> None:
+    _blind_to(patch, "v_proj has a forward hook")
+
+
+def frozen_matrix_learns(patch: Patch) -> None:
+    """The kernels ask for every gradient, whatever the parameter says."""
+    run = pertoken.model.transformer.CausalLM._run_natively
+
+    def all_learn(self: Any, *args: Any) -> Any:
+        self.requires_grad_(True)
+        return run(self, *args)
+
+    patch.setattr(pertoken.model.transformer.CausalLM, "_run_natively", all_learn)
+
+
 def optimizer_state_lost(patch: Patch) -> None:
     patch.setattr(pertoken.prove.classes, "load_optimizer", lambda checkpoint, model, optimizer: None)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +198,66 @@ def test_chat_remembers_the_conversation_and_ends_with_the_input(run):
     answers = twice.splitlines()
     assert len(answers) == 3
     assert answers[0] == answers[2] == once.strip("\n")
+
+
+@pytest.fixture(scope="module")
+def short(world, tmp_path_factory):
+    """A run whose model has a context of 60 tokens."""
+    folder = tmp_path_factory.mktemp("short") / "run"
+    recipe = world.write_recipe(
+        folder,
+        model__max_position_embeddings=60,
+        data__max_seq_len=60,
+        data__overlong="truncate",
+        train__max_steps=1,
+    )
+    code, _, err = pertoken("train", recipe)
+    assert code == 0, err
+    return folder
+
+
+def test_a_chat_longer_than_the_context_drops_the_oldest_turns_says_so_and_continues(short):
+    said = "red\n" * 12 + "x" * 80 + "\nred\n"
+    code, out, err = pertoken("chat", short, "--temperature", 0, "--max-new-tokens", 4, stdin=said)
+    assert code == 0, err
+    assert len(out.splitlines()) >= 13, "every message that fits is answered, also after one that does not"
+    lines = err.strip().splitlines()
+    assert any("longer than the model's context; its oldest 2 messages are dropped" in line for line in lines)
+    assert sum("not answered: this message takes" in line for line in lines) == 1
+
+
+def test_a_message_that_leaves_little_room_is_answered_in_what_is_left(short):
+    code, out, err = pertoken("chat", short, "--temperature", 0, "--max-new-tokens", 500, stdin="x" * 22 + "\n")
+    assert (code, err) == (0, "")
+    assert len(out) > 2, "some tokens, whatever they are, and a newline"
+
+
+def test_sampling_that_cannot_be_meant_ends_the_chat_at_once(run):
+    code, _, err = pertoken("chat", run[0], "--temperature", -1, stdin="red\n")
+    assert code == 2
+    assert "temperature=-1" in err
+    code, _, err = pertoken("generate", run[0], "--prompt", "red", "--seed", 2**70)
+    assert code == 2
+    assert f"seed={2**70}" in err
+
+
+@pytest.mark.parametrize("stdin", [b"\xff\xfe\nred\nr\xe9d\n\0\n\x1b[2J\n", b"red\xe4\xbb", b""])
+def test_bytes_of_any_kind_typed_into_a_chat_end_in_no_traceback(run, stdin):
+    command = [sys.executable, "-m", "pertoken", "chat", str(run[0]), "--max-new-tokens", "2", "--temperature", "0"]
+    ended = subprocess.run(command, input=stdin, capture_output=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert b"Traceback" not in ended.stderr
+    assert b"\x1b" not in ended.stdout + ended.stderr
+    bad = sum(not _is_utf8(line) for line in stdin.split(b"\n"))
+    assert ended.stderr.count(b"not UTF-8; this line was not sent") == bad
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def test_export_in_half_precision_and_as_minimind_and_back(run, world, tmp_path):

@@ -20,6 +20,8 @@ from pertoken import linear_cross_entropy
 from pertoken.errors import RecipeError
 from pertoken.fused_heads import _kernel, fused_loss_sum, require_head
 
+pytestmark = pytest.mark.numeric
+
 LIGER, CCE = "liger_kernel.ops.fused_linear_cross_entropy", "cut_cross_entropy"
 
 

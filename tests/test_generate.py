@@ -16,6 +16,8 @@ from pertoken.generate import generate, keep_top_k, keep_top_p, penalise_repetit
 from pertoken.model.hf import save_folder
 from pertoken.model.transformer import CausalLM
 
+pytestmark = pytest.mark.numeric
+
 PROMPT = [5, 17, 3, 40]
 
 

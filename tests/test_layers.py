@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "config", "model_config", "explain", "text", "files", "starter"},
     {"data"},
     {"kernels"},
-    {"model", "loss", "fused_heads"},
+    {"model", "loss", "loss_inputs", "fused_heads"},
     {"training"},
     {"adapters", "prove", "generate", "inspection", "chatting", "trigram"},
     {"console", "demo"},

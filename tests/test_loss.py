@@ -11,6 +11,8 @@ import torch.nn.functional as F
 import pertoken.loss
 from pertoken import linear_cross_entropy
 
+pytestmark = pytest.mark.numeric
+
 SIZES = [(1, 1, 2), (1, 8, 129), (7, 16, 5), (128, 32, 257), (129, 3, 1000)]  # N, D, V
 SHARES = [0.0, 0.4, 1.0]
 
@@ -208,3 +210,161 @@ def test_float16_gradient_of_a_head_over_many_rows_of_one_token_stays_finite(wei
         found[dtype] = (weight_.grad, hidden_.grad)
     for low, exact in zip(found[torch.float16], found[torch.float64], strict=True):
         torch.testing.assert_close(low.double(), exact.double(), rtol=2e-3, atol=1e-6)
+
+
+IMPLS = ["auto", "native", "chunked", "reference"]
+N, D, V = 6, 5, 7
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    hidden, weight, labels, _ = problem(N, D, V, 1.0, torch.float32)
+    return {"hidden": hidden, "weight": weight, "labels": labels, "loss_mask": torch.arange(N) % 3 > 0}
+
+
+def weights_of(*values: float) -> torch.Tensor:
+    return torch.tensor([*values, *[1.0] * (N - len(values))])
+
+
+BAD: dict[str, tuple[dict[str, torch.Tensor], type[Exception], str]] = {
+    "float labels": ({"labels": torch.ones(N)}, TypeError, "labels are float32: must be integers"),
+    "bool labels": ({"labels": torch.ones(N, dtype=torch.bool)}, TypeError, "labels are bool: must be integers"),
+    "complex mask": ({"loss_mask": torch.ones(N, dtype=torch.complex64)}, TypeError, "loss_mask is complex64"),
+    "integer hidden": ({"hidden": torch.ones(N, D, dtype=torch.int64)}, TypeError, "hidden is int64"),
+    "complex weight": ({"weight": torch.ones(V, D, dtype=torch.complex64)}, TypeError, "weight is complex64"),
+    "another dtype": ({"weight": torch.ones(V, D).double()}, TypeError, "hidden is float32, weight float64"),
+    "a narrower dtype": ({"hidden": torch.ones(N, D).bfloat16()}, TypeError, "hidden is bfloat16, weight float32"),
+    "sparse weight": ({"weight": torch.ones(V, D).to_sparse()}, TypeError, "weight is sparse_coo: must be dense"),
+    "sparse mask": ({"loss_mask": torch.ones(N).to_sparse()}, TypeError, "loss_mask is sparse_coo: must be dense"),
+    "too few labels": ({"labels": torch.zeros(N - 1).long()}, ValueError, r"labels has shape \[5\]: must be \[6\]"),
+    "too many labels": ({"labels": torch.zeros(N + 1).long()}, ValueError, r"labels has shape \[7\]: must be \[6\]"),
+    "one label": ({"labels": torch.zeros(1).long()}, ValueError, r"labels has shape \[1\]"),
+    "labels of rank 2": ({"labels": torch.zeros(N, 1).long()}, ValueError, r"labels has shape \[6, 1\]"),
+    "labels of rank 0": ({"labels": torch.zeros(()).long()}, ValueError, r"labels has shape \[\]"),
+    "too short a mask": ({"loss_mask": torch.ones(N - 1).bool()}, ValueError, r"loss_mask has shape \[5\]"),
+    "too long a mask": ({"loss_mask": torch.ones(N + 1).bool()}, ValueError, r"loss_mask has shape \[7\]"),
+    "a mask of rank 2": ({"loss_mask": torch.ones(N, 1).bool()}, ValueError, r"loss_mask has shape \[6, 1\]"),
+    "hidden of rank 3": ({"hidden": torch.ones(1, N, D)}, ValueError, r"hidden has shape .*must be \[N, D\]"),
+    "weight of rank 1": ({"weight": torch.ones(D)}, ValueError, r"weight has shape .*must be \[V, D\]"),
+    "another D": ({"weight": torch.ones(V, D + 1)}, ValueError, "D differs"),
+    "no vocabulary": ({"weight": torch.ones(0, D)}, ValueError, "the vocabulary is empty"),
+    "hidden on meta": ({"hidden": torch.ones(N, D, device="meta")}, ValueError, 'hidden is on "meta"'),
+    "weight on meta": ({"weight": torch.ones(V, D, device="meta")}, ValueError, 'weight is on "meta"'),
+    "labels on meta": ({"labels": torch.ones(N, device="meta").long()}, ValueError, "labels is on meta, hidden on cpu"),
+    "mask on meta": ({"loss_mask": torch.ones(N, device="meta")}, ValueError, "loss_mask is on meta, hidden on cpu"),
+    "a mask to learn": ({"loss_mask": torch.ones(N, requires_grad=True)}, ValueError, "loss_mask requires a gradient"),
+    "-100": ({"labels": torch.full((N,), -100)}, IndexError, "labels from -100 to -100 .* the vocabulary has 7"),
+    "-1 in uint8": ({"labels": torch.full((N,), 255).byte()}, IndexError, "labels from 255 to 255"),
+    "V": ({"labels": torch.full((N,), V)}, IndexError, "labels from 7 to 7"),
+    "beyond int64": ({"labels": torch.full((N,), -1).view(torch.uint64)}, IndexError, "the vocabulary has 7"),
+}
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "liger", "cce"])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_input_is_the_same_error_for_every_implementation(bad, impl):
+    changes, error, message = BAD[bad]
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**{**inputs(), **changes}, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+)
+def test_labels_of_any_integer_dtype_are_those_of_int64(dtype, impl):
+    given = inputs()
+    expected = linear_cross_entropy(**given, impl=impl)
+    found = linear_cross_entropy(**{**given, "labels": given["labels"].to(dtype)}, impl=impl)
+    assert torch.equal(found.loss_sum, expected.loss_sum)
+    ours, theirs = (torch.autograd.grad(o.loss_sum, (given["hidden"], given["weight"])) for o in (found, expected))
+    assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float16, torch.bfloat16, torch.float64])
+def test_a_mask_of_zeros_and_ones_of_any_dtype_is_one_of_weights(dtype, impl):
+    given = inputs()
+    expected = linear_cross_entropy(**given, impl=impl)
+    found = linear_cross_entropy(**{**given, "loss_mask": given["loss_mask"].to(dtype)}, impl=impl)
+    torch.testing.assert_close(found.loss_sum, expected.loss_sum)
+    assert float(found.num_tokens) == float(expected.num_tokens) == 4
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_negative_weights_are_weights_and_nan_and_infinity_come_through(impl):
+    given = inputs()
+    for weights in (weights_of(-2.0, 0.0, 0.5), weights_of(-1.0, -1.0, 0.0)):
+        out = linear_cross_entropy(**{**given, "loss_mask": weights}, impl=impl)
+        expected = plain(given["hidden"], given["weight"], given["labels"], weights)
+        torch.testing.assert_close(out.loss_sum, expected)
+        ours, theirs = (torch.autograd.grad(x, (given["hidden"], given["weight"])) for x in (out.loss_sum, expected))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+    for bad in (math.nan, math.inf):
+        out = linear_cross_entropy(**{**given, "loss_mask": weights_of(bad)}, impl=impl)
+        assert not out.loss_sum.isfinite()
+        assert not out.num_tokens.isfinite()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_tensors_that_are_not_contiguous_are_read_as_they_are(impl):
+    given = inputs()
+    apart = {name: torch.stack((x.detach(), x.detach()), -1)[..., 0] for name, x in given.items()}
+    turned = {name: given[name].detach().t().contiguous().t() for name in ("hidden", "weight")}
+    expected = linear_cross_entropy(**given, impl=impl)
+    expected_grads = torch.autograd.grad(expected.loss_sum, (given["hidden"], given["weight"]))
+    for other in (apart, {**given, **turned}, {**given, "hidden": given["hidden"].detach()[:1].expand(N, D)}):
+        hidden, weight = (other[name].requires_grad_() for name in ("hidden", "weight"))
+        out = linear_cross_entropy(**{**other, "hidden": hidden, "weight": weight}, impl=impl)
+        grads = torch.autograd.grad(out.loss_sum, (hidden, weight))
+        if hidden.stride(0) != 0:
+            torch.testing.assert_close(out.loss_sum, expected.loss_sum)
+            for a, b in zip(grads, expected_grads, strict=True):
+                torch.testing.assert_close(a, b)
+        else:
+            whole = linear_cross_entropy(**{**given, "hidden": hidden.detach().clone()}, impl="reference")
+            torch.testing.assert_close(out.loss_sum, whole.loss_sum)
+
+
+def test_an_implementation_that_there_is_not_or_not_here_is_an_error():
+    with pytest.raises(ValueError, match="impl='fast': must be one of auto, native"):
+        linear_cross_entropy(**inputs(), impl="fast")
+    given = inputs()
+    for dtype in (torch.float64, torch.float16):
+        changes = {name: given[name].detach().to(dtype) for name in ("hidden", "weight")}
+        with pytest.raises(ValueError, match="kernels are for bfloat16 and float32"):
+            linear_cross_entropy(**{**given, **changes}, impl="native")
+
+
+@pytest.mark.parametrize("impl", ["auto", "chunked", "reference"])
+def test_autocast_leaves_float64_alone(impl):
+    hidden, weight, labels, mask = problem(9, 4, 11, 1.0, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_cross_entropy(hidden, weight, labels, mask, impl=impl)
+    torch.testing.assert_close(out.loss_sum, plain(hidden, weight, labels, mask), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_shapes_are_the_definition_or_an_error(seed):
+    """Shapes that fit give each implementation the same sum; others give each the same error."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def size(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    for _ in range(10):
+        n, d, v = size(0, 4), size(1, 4), size(1, 4)
+        lengths = [n + (size(0, 6) == 0) for _ in range(2)]
+        given = {
+            "hidden": torch.randn(n, d + (size(0, 6) == 0), generator=generator),
+            "weight": torch.randn(v, d, generator=generator),
+            "labels": torch.randint(-1 if size(0, 6) == 0 else 0, v, (lengths[0],), generator=generator),
+            "loss_mask": torch.rand(lengths[1], generator=generator) < 0.5,
+        }
+        outcomes = []
+        for impl in IMPLS:
+            try:
+                outcomes.append(f"{float(linear_cross_entropy(**given, impl=impl).loss_sum):.4f}")
+            except (ValueError, IndexError) as error:
+                outcomes.append(f"{type(error).__name__}: {error}")
+        assert len(set(outcomes)) == 1, (outcomes, {name: x.shape for name, x in given.items()})

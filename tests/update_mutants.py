@@ -18,8 +18,8 @@ import torch
 import pertoken.data.order
 import pertoken.data.samples
 import pertoken.loss
-import pertoken.model.native
 import pertoken.model.native_attention
+import pertoken.model.native_blocks
 import pertoken.prove.evaluation
 import pertoken.prove.update
 import pertoken.training.checkpoint
@@ -49,17 +49,17 @@ def _rewrite(patch: Patch, of: ModuleType, name: str, old: str, new: str, *, see
 
 
 def label_lost_at_each_cut(patch: Patch) -> None:
-    old, new = "range(0, num_inputs, max_seq_len)", "range(0, num_inputs, max_seq_len + 1)"
+    old, new = "max_seq_len, max_seq_len)\n", "max_seq_len, max_seq_len + 1)\n"
     _rewrite(patch, pertoken.data.samples, "_text_samples", old, new)
 
 
 def end_of_document_lost(patch: Patch) -> None:
-    old, new = "num_inputs = len(encoded.tokens) - 1", "num_inputs = len(encoded.tokens) - 2"
+    old, new = "whole, 0, len(whole.tokens) - 1)", "whole, 0, len(whole.tokens) - 2)"
     _rewrite(patch, pertoken.data.samples, "_text_samples", old, new)
 
 
 def one_token_too_many_in_truncation(patch: Patch) -> None:
-    old, new = "encoded, 0, min(num_inputs, limit))", "encoded, 0, min(num_inputs, limit + 1))"
+    old, new = "outcome.counts, data.max_seq_len", "outcome.counts, data.max_seq_len + 1"
     _rewrite(patch, pertoken.data.samples, "_chat_samples", old, new)
 
 
@@ -307,4 +307,4 @@ def second_block_of_queries_adds_nothing_to_keys(patch: Patch) -> None:
     old = "sums[0] += torch.bmm(d_p.transpose(1, 2), q_B)"
     new = "sums[0] += torch.bmm(d_p.transpose(1, 2), q_B) * (block.block == 0)"
     attention = pertoken.model.native_attention
-    _rewrite(patch, attention, "attention_backward", old, new, seen_by=(pertoken.model.native,))
+    _rewrite(patch, attention, "attention_backward", old, new, seen_by=(pertoken.model.native_blocks,))

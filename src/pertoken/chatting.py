@@ -49,10 +49,32 @@ class Talker:
             raise RecipeError("--prompt: gives no token; write something to go on from")
         return ids
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """A conversation up to where the assistant is to speak."""
+    def require_template(self) -> None:
+        """Raises ModelError for a base model, which has no way to tell turns apart."""
         if self.tokenizer.chat_template is None:
             raise ModelError("the tokenizer has no chat template; this is a base model, use generate without --chat")
+
+    def encode_latest(
+        self, opening: list[dict[str, Any]], turns: list[dict[str, Any]], *, room: int
+    ) -> tuple[list[int], int]:
+        """`opening` and as many of the latest `turns` as leave `room` tokens for an answer, and how many of the turns
+        were left out. The last turn stays, as long as one token is left for the answer.
+
+        Raises RecipeError where the last turn alone is too long, and what `encode_chat` raises.
+        """
+        limit = self.model.config.max_position_embeddings
+        room = min(room, max(1, limit // 2))
+        for dropped in range(0, len(turns), 2):  # a question with its answer
+            ids = self.encode_chat([*opening, *turns[dropped:]])
+            if len(ids) + room <= limit:
+                return ids, dropped
+        if len(ids) >= limit:
+            raise RecipeError(f"this message takes {len(ids):,} tokens; the model's context is {limit:,}: shorten it")
+        return ids, dropped
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """A conversation up to where the assistant is to speak."""
+        self.require_template()
         try:
             text, _ = render(self.tokenizer, messages, template_kwargs=self.template_kwargs, add_generation_prompt=True)
         except ValueError as error:

@@ -36,6 +36,9 @@ app.add_typer(talk_app)
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to override: train.learning_rate=3e-4")
 ]
+VerifyData = Annotated[
+    bool, typer.Option("--verify-data", help="Read all data again, and check every byte of the token store")
+]
 
 DataPath = Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder or a glob of data")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there as JSON too")]
@@ -130,6 +133,7 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="With --resume: go on although data, weights or code give another loss")
     ] = False,
+    verify_data: VerifyData = False,
 ) -> None:
     """Train a model as a recipe says."""
     from pertoken.config import Recipe
@@ -142,7 +146,9 @@ def train(
     console = _console()
     listener = ConsoleListener(console, log_interval=parsed.log.log_interval)
     try:
-        result = run_training(parsed, resume=resume, overwrite=overwrite, force=force, listener=listener)
+        result = run_training(
+            parsed, resume=resume, overwrite=overwrite, force=force, verify_data=verify_data, listener=listener
+        )
     finally:
         listener.close()
     if os.environ.get("RANK", "0") == "0":
@@ -153,6 +159,7 @@ def train(
 def prepare(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE")],
     overrides: Overrides = None,
+    verify_data: VerifyData = False,
 ) -> None:
     """Tokenise a recipe's data into its store, or say that it is there."""
     from pertoken.config import Recipe
@@ -164,7 +171,8 @@ def prepare(
 
     console = _console()
     listener = ConsoleListener(console, log_interval=1)
-    for name, store in zip(("training", "evaluation"), run_preparing(parsed, listener), strict=True):
+    stores = run_preparing(parsed, listener, verify_data=verify_data)
+    for name, store in zip(("training", "evaluation"), stores, strict=True):
         if store is not None:
             _say_what_is_in(console, name, store)
 
@@ -220,8 +228,10 @@ def prove_command(
 def _write_json(path: Path | None, text: str) -> None:
     if path is None:
         return
+    from pertoken.files import user_path
+
     try:
-        path.write_text(text + "\n", encoding="utf-8")
+        user_path(path, "--json").write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"--json {path}: cannot be written ({error.strerror})") from None
 
@@ -343,12 +353,15 @@ def tokenizer_train(
     vocab_size: Annotated[int | None, typer.Option(help="Tokens in all; needed for bpe")] = None,
     kind: Annotated[Literal["bpe", "char"], typer.Option(help="Byte-level BPE, or one token per character")] = "bpe",
     text_key: Annotated[str, typer.Option(help="The key of a row's text")] = "text",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a tokenizer in that folder")] = False,
 ) -> None:
     """Train a tokenizer with a chat template on text or conversations."""
     from pertoken.data.tokenizer import train_tokenizer
     from pertoken.text import plain
 
-    tokenizer = train_tokenizer(files, vocab_size=vocab_size, kind=kind, out_dir=out, text_key=text_key)
+    tokenizer = train_tokenizer(
+        files, vocab_size=vocab_size, kind=kind, out_dir=out, text_key=text_key, overwrite=overwrite
+    )
     print(plain(f"{out}: {len(tokenizer):,} tokens"))
 
 

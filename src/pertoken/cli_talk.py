@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -67,42 +69,70 @@ def chat(
 ) -> None:
     """Talk to a model. /new starts over, /exit or end of input leaves."""
     from pertoken.chatting import Talker
+    from pertoken.errors import PertokenError
+    from pertoken.generate import check_sampling
 
     talker = Talker.load(model, device)
+    talker.require_template()
+    sampling: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
     opening = [{"role": "system", "content": system}] if system else []
-    messages = list(opening)
+    check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    turns: list[dict[str, str]] = []
+    for said in _lines_from_user():
+        if said == "/new":
+            turns = []
+            continue
+        turns.append({"role": "user", "content": said})
+        try:
+            ids, dropped = talker.encode_latest(opening, turns, room=max_new_tokens)
+            if dropped:
+                turns = turns[dropped:]
+                _say(f"the conversation is longer than the model's context; its oldest {dropped} messages are dropped")
+            answer = _stream(talker.reply(ids, **sampling))
+        except PertokenError as error:  # about this message; the conversation stays as it was before it
+            _say(f"not answered: {error}")
+            turns.pop()
+            continue
+        except KeyboardInterrupt:  # stops the answer, not the chat
+            print()
+            turns.pop()
+            continue
+        turns.append({"role": "assistant", "content": answer})
+
+
+def _lines_from_user() -> Iterator[str]:
+    """What is typed, line by line without blank ones, up to /exit or the end. A line that is not UTF-8 is refused."""
+    if sys.stdin is None:  # closed by whoever started this
+        return
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     interactive = sys.stdin.isatty()
     while True:
         try:
             said = input("you> " if interactive else "").strip()
+            said.encode()
+        except UnicodeEncodeError:
+            _say("not UTF-8; this line was not sent")
+            continue
         except (EOFError, KeyboardInterrupt):
-            break
+            return
         if said == "/exit":
-            break
-        if said == "/new":
-            messages = list(opening)
-            continue
-        if not said:
-            continue
-        messages.append({"role": "user", "content": said})
-        ids = talker.encode_chat(messages)
-        try:
-            answer = _stream(
-                talker.reply(
-                    ids,
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    repetition_penalty=repetition_penalty,
-                    seed=seed,
-                )
-            )
-        except KeyboardInterrupt:  # stops the answer, not the chat
-            print()
-            messages.pop()
-            continue
-        messages.append({"role": "assistant", "content": answer})
+            return
+        if said:
+            yield said
+
+
+def _say(text: str) -> None:
+    from pertoken.text import plain
+
+    print(plain(text), file=sys.stderr, flush=True)
 
 
 def _stream(pieces: Any) -> str:

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pertoken.errors import RecipeError
 from pertoken.explain import explain
+from pertoken.files import check_path, plain_file, user_path
 from pertoken.model_config import ModelConfig, ResolvedModelConfig, Section
 from pertoken.text import reason, shown
 
@@ -61,6 +62,16 @@ class DataConfig(Section):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return _as_tuple(value)
+
+    @field_validator("path", "eval_path")
+    @classmethod
+    def _paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(check_path, value))
+
+    @field_validator("tokenizer", "store")
+    @classmethod
+    def _path(cls, value: str | None) -> str | None:
+        return None if value is None else check_path(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -169,6 +180,11 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
+    @field_validator("out_dir", "init_from")
+    @classmethod
+    def _path(cls, value: str | None) -> str | None:
+        return None if value is None else check_path(value)
+
     @model_validator(mode="before")
     @classmethod
     def _stage_defaults(cls, values: Any) -> Any:
@@ -206,9 +222,9 @@ class Recipe(Section):
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         """Read a TOML recipe and apply dotted `key=value` overrides. Raises RecipeError."""
-        path = Path(path)
+        path = user_path(path, "RECIPE")
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(plain_file(path).read_text(encoding="utf-8-sig"))
         except OSError as error:
             problem = f"cannot be read ({error.strerror}); name a recipe, `pertoken new sft` prints one"
             raise RecipeError(f"{path}: {problem}") from None

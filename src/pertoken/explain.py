@@ -26,6 +26,7 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
 def explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
     """One line per problem of validating a `root`: dotted key, value, remedy; for an unknown key the nearest known."""
     keys = _all_keys(root)
+    sections = [name for name in root.model_fields if any(key.startswith(f"{name}.") for key in keys)]
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         key = one_line(key if len(key) <= _KEY_CHARS else key[:_KEY_CHARS] + "...")
@@ -43,7 +44,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
                 yield f"{key}: missing; add it to the recipe or pass {key}=..."
             case "value_error":
                 said = str(context["error"])
-                yield said if key in ("", *root.model_fields) else f"{what}: {said}"
+                yield said if key in ("", *sections) else f"{what}: {said}"  # a section's says its own keys
             case "literal_error":
                 yield f"{what}: must be one of {context['expected']}"
             case "greater_than_equal":

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,10 +17,65 @@ try:
 except ImportError:  # no such locks on Windows: there, two processes are not told apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FolderLock", "free_bytes", "sha256", "sync", "write_whole"]
+from pertoken.errors import RecipeError
+from pertoken.text import reason, shown
+
+__all__ = [
+    "FolderLock",
+    "check_path",
+    "free_bytes",
+    "free_name",
+    "plain_file",
+    "plain_files",
+    "sha256",
+    "sync",
+    "user_path",
+    "write_whole",
+]
 
 # What file systems without locks say, some of the networked ones: better to train there unguarded than not at all.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+def user_path(path: str | Path, what: str) -> Path:
+    """What a user means by `path`, with `~` as the home folder. Raises RecipeError, naming the option `what`, for what
+    cannot be a path."""
+    try:
+        return Path(check_path(str(path)))
+    except ValueError as error:
+        raise RecipeError(f"{what} {shown(str(path))}: {error}") from None
+
+
+def check_path(path: str) -> str:
+    """`path` with `~` as the home folder. Raises ValueError for what cannot be a path, whether or not it exists."""
+    try:
+        expanded = str(Path(path).expanduser()) if path.startswith("~") else path
+        os.lstat(expanded)
+    except (RuntimeError, ValueError) as error:  # no such user's home; a NUL, a lone surrogate
+        raise ValueError(f"no file can have this name ({reason(error)}); choose another") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError("too long for a name of a file; choose a shorter one") from None
+    return expanded
+
+
+def plain_file(path: Path) -> Path:
+    """`path`, if it is a regular file. Raises OSError for anything else: reading a pipe or a device may never end."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "a pipe, a device or a socket, not a regular file", str(path))
+    return path
+
+
+def plain_files(folder: Path) -> None:
+    """Raises OSError where a folder that foreign code is to read holds anything but regular files and folders."""
+    entries: Iterable[os.DirEntry[str]]
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir() and not entry.is_file() and os.path.exists(entry.path):
+                plain_file(Path(entry.path))
 
 
 def sync(path: Path) -> None:
@@ -30,11 +87,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: str) -> None:
-    """Write a small file so that a reader, and a power cut, finds the old content or the new. Raises OSError."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, and a power cut, finds the old content or the new. Raises OSError."""
     aside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        aside.write_text(content, encoding="utf-8")
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(aside)
         os.replace(aside, path)
     finally:
@@ -42,8 +99,16 @@ def write_whole(path: Path, content: str) -> None:
     sync(path.parent)
 
 
+def free_name(path: Path, what: str) -> Path:
+    """A name beside `path` that nothing has: NAME.WHAT-1, NAME.WHAT-2, ..."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.{what}-{number}")):
+        number += 1
+    return aside
+
+
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with plain_file(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from pertoken.data.batch import MicroBatch
 from pertoken.errors import RecipeError
 from pertoken.model.transformer import CausalLM
+from pertoken.training.memory import out_of_memory
 
-__all__ = ["generate", "keep_top_k", "keep_top_p", "penalise_repetition", "stream_text"]
+__all__ = ["check_sampling", "generate", "keep_top_k", "keep_top_p", "penalise_repetition", "stream_text"]
 
 
 def generate(
@@ -50,13 +51,7 @@ def generate(
     )
     outside = next((i for i in input_ids if not 0 <= i < config.vocab_size), None)
     _check("prompt", f"token {outside}", outside is None, f"the model's vocabulary has {config.vocab_size} tokens")
-    _check("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "must be at least 1")
-    _check("temperature", temperature, 0 <= temperature < math.inf, "must be at least 0 (0 is greedy)")
-    _check("top_k", top_k, top_k >= 0, "must be at least 0 (0 keeps every token)")
-    _check("top_p", top_p, 0 < top_p <= 1, "must be more than 0 and at most 1 (1 keeps every token)")
-    _check(
-        "repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "must be more than 0 (1 is none)"
-    )
+    check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     generator = torch.Generator().manual_seed(seed)
 
     def choose(logits: Tensor, ids: list[int]) -> int:
@@ -70,7 +65,12 @@ def generate(
     def tokens() -> Iterator[int]:
         ids = list(input_ids)
         length = len(ids) + min(max_new_tokens, room)
-        cache = model.new_cache(length) if use_cache else None
+        try:
+            cache = model.new_cache(length) if use_cache else None
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise RecipeError(f"max_new_tokens={max_new_tokens}: no memory for {length:,} tokens; lower it") from None
         while len(ids) < length:
             with torch.inference_mode():
                 if cache is None:
@@ -84,6 +84,20 @@ def generate(
             yield token
 
     return _in_eval_mode(model, tokens())
+
+
+def check_sampling(
+    max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float, seed: int | None
+) -> None:
+    """Raises RecipeError for arguments of `generate` that cannot be meant."""
+    _check("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "must be at least 1")
+    _check("temperature", temperature, 0 <= temperature < math.inf, "must be at least 0 (0 is greedy)")
+    _check("top_k", top_k, top_k >= 0, "must be at least 0 (0 keeps every token)")
+    _check("top_p", top_p, 0 < top_p <= 1, "must be more than 0 and at most 1 (1 keeps every token)")
+    _check(
+        "repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "must be more than 0 (1 is none)"
+    )
+    _check("seed", seed, seed is None or 0 <= seed < 2**63, "must be at least 0 and have 63 bits at most")
 
 
 def _check(name: str, value: object, fine: bool, remedy: str) -> None:

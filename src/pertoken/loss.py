@@ -7,7 +7,7 @@ logits are at hand, so the forward pass does all the matrix work and the backwar
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,9 @@ from pertoken.errors import CompilerError
 from pertoken.fused_heads import fused_loss_sum
 from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import Kernels
+from pertoken.loss_inputs import check_head, checked_labels
 
-__all__ = ["LossImpl", "LossOutput", "TiedGradient", "linear_cross_entropy"]
+__all__ = ["LossImpl", "LossOutput", "TiedGradient", "cross_entropy", "first_order_only", "linear_cross_entropy"]
 
 LossImpl = Literal["auto", "native", "chunked", "reference", "liger", "cce"]
 
@@ -74,10 +75,11 @@ def linear_cross_entropy(
         nll = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none")
         LossOutput((nll * loss_mask).sum(), loss_mask.sum())
 
-    with `hidden` [N, D], `weight` [V, D], `labels` [N] int64 with real token ids everywhere (one under a false mask is
-    never looked at), `loss_mask` [N] bool or float weights. The matrix products run in the autocast dtype where one is
-    active, in `hidden`'s otherwise; soft-max, sums and the accumulation of the weight's gradient in at least float32
-    (float64 for float64). No supervised token: sum 0, count 0, zero gradients.
+    with `hidden` [N, D], `weight` [V, D], `labels` [N] integers, real token ids (one under a false mask is never looked
+    at), `loss_mask` [N] bool or weights. Weights may be negative; one that is NaN or infinite makes the sum so. The
+    matrix products run in the autocast dtype where one is active, in `hidden`'s otherwise; soft-max, sums and the
+    accumulation of the weight's gradient in at least float32 (float64 for float64). No supervised token: sum 0, count
+    0, zero gradients.
 
     `impl="reference"` is the plain code above, logits and all; `"chunked"` holds at most one chunk of them; `"native"`
     too, through kernels compiled for this processor (bfloat16 and float32 on a CPU; raises CompilerError where they
@@ -85,39 +87,63 @@ def linear_cross_entropy(
     extras: see `fused_loss_sum` for what they do not promise. With `tied`, of native and chunked, the weight's gradient
     goes there, not to autograd.
 
-    A label outside [0, V) at a supervised position is an error (IndexError or RuntimeError; a device assert on CUDA).
+    Raises, for every `impl` alike, IndexError for a supervised label outside of [0, V) (on CUDA a device assert),
+    TypeError for a dtype that cannot be meant, ValueError for shapes or devices that do not fit together, for weights
+    that require a gradient and for an `impl` that cannot run there.
     """
-    num_tokens = loss_mask.sum(dtype=torch.int64 if loss_mask.dtype == torch.bool else torch.float64)
+    if impl not in get_args(LossImpl):
+        raise ValueError(f"impl={impl!r}: must be one of {', '.join(get_args(LossImpl))}")
+    check_head(hidden, weight)
+    labels, loss_mask = checked_labels(
+        labels, loss_mask, rows=hidden.shape[0], vocab_size=weight.shape[0], device=hidden.device
+    )
     if impl == "reference":
-        loss_sum = _reference(hidden, weight, labels, loss_mask)
+        return _plain(F.linear(hidden, weight), labels, loss_mask)
+    num_tokens = _count(loss_mask)
+    rows = loss_mask.nonzero().squeeze(1)
+    if rows.numel() < loss_mask.numel():
+        hidden, labels, loss_mask = hidden[rows], labels[rows], loss_mask[rows]
+    if not torch.is_grad_enabled():  # which the function's `needs_input_grad` would not know
+        hidden, weight = hidden.detach(), weight.detach()
+    weights = None if loss_mask.dtype == torch.bool else loss_mask
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64  # which autocast leaves alone
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    if (impl == "liger" or impl == "cce") and len(labels):  # without rows ours still gives zero gradients
+        loss_sum = fused_loss_sum(impl, hidden, weight, labels, weights, dtype)
     else:
-        rows = loss_mask.nonzero().squeeze(1)
-        if rows.numel() < loss_mask.numel():
-            hidden, labels, loss_mask = hidden[rows], labels[rows], loss_mask[rows]
-        if not torch.is_grad_enabled():  # which the function's `needs_input_grad` would not know
-            hidden, weight = hidden.detach(), weight.detach()
-        weights = None if loss_mask.dtype == torch.bool else loss_mask
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        if (impl == "liger" or impl == "cce") and len(labels):  # without rows ours still gives zero gradients
-            loss_sum = fused_loss_sum(impl, hidden, weight, labels, weights, dtype)
-        else:
-            kernels = None if impl == "chunked" else _kernels(device, dtype, required=impl == "native")
-            loss_sum = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype, kernels, tied)  # type: ignore[no-untyped-call]
-    return LossOutput(loss_sum, num_tokens, {"loss": (loss_sum.detach(), num_tokens)})
+        kernels = None if impl == "chunked" else _kernels(device, dtype, required=impl == "native")
+        loss_sum = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype, kernels, tied)  # type: ignore[no-untyped-call]
+    return _output(loss_sum, num_tokens)
 
 
-def _reference(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight)
+def cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> LossOutput:
+    """`linear_cross_entropy` by its definition, of `logits` [N, V] that exist whole. Raises what that does."""
+    rows, vocab_size = logits.shape
+    return _plain(logits, *checked_labels(labels, loss_mask, rows=rows, vocab_size=vocab_size, device=logits.device))
+
+
+def _plain(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> LossOutput:
     logits = logits.to(_accumulator(logits.dtype))
     labels = torch.where(loss_mask != 0, labels, 0)
     nll = F.cross_entropy(logits, labels, reduction="none")
-    return torch.where(loss_mask != 0, nll * loss_mask, 0).sum()
+    return _output(torch.where(loss_mask != 0, nll * loss_mask.to(nll.dtype), 0).sum(), _count(loss_mask))
+
+
+def _count(loss_mask: Tensor) -> Tensor:
+    return loss_mask.sum(dtype=torch.int64 if loss_mask.dtype == torch.bool else torch.float64)
+
+
+def _output(loss_sum: Tensor, num_tokens: Tensor) -> LossOutput:
+    return LossOutput(loss_sum, num_tokens, {"loss": (loss_sum.detach(), num_tokens)})
 
 
 def _kernels(device: str, dtype: torch.dtype, *, required: bool) -> Kernels | None:
     if device != "cpu" or dtype not in (torch.bfloat16, torch.float32):
-        assert not required, (device, dtype)
+        if required:
+            raise ValueError(
+                f'impl="native": the kernels are for bfloat16 and float32 on a CPU, not {dtype} on {device}'
+            )
         return None
     try:
         return Kernels(dtype)
@@ -129,6 +155,16 @@ def _kernels(device: str, dtype: torch.dtype, *, required: bool) -> Kernels | No
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def first_order_only() -> None:
+    """For backward passes written by hand, which are constants to autograd: with `create_graph=True` their part of the
+    second derivative would be left out without a word. Raises RuntimeError there."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the kernels and the chunked loss have no gradient of their gradient; for create_graph=True set "
+            'train.compile="off" and loss_impl="reference"'
+        )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -154,6 +190,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only()
         grad = grad_outputs[0] / ctx.boost
         d_hidden, d_weight = ctx.saved_tensors
         # Scaled in the wide type first: a float16 gradient overflows only where its true, scaled value does.
@@ -226,8 +263,6 @@ def _native_forward(
     """What `_forward` does, through the kernels: logits become their own gradient in place, in two passes over them."""
     dtype = kernels.dtype
     num_rows, vocab_size = len(labels), weight.shape[0]
-    if num_rows and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
-        raise IndexError(f"labels from {int(labels.min())} to {int(labels.max())}: the vocabulary has {vocab_size}")
     x_ND, w_VD = hidden.detach().to(dtype), weight.detach().to(dtype)
     needs_hidden, needs_weight = ctx.needs_input_grad[:2]
     d_hidden = torch.empty_like(x_ND) if needs_hidden else None

@@ -151,3 +151,15 @@ class ResolvedModelConfig(ModelConfig):
     moe_intermediate_size: int
     aux_loss: Literal["sequence", "micro_batch", "none"]
     aux_loss_coef: float
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the decoder that this describes, by arithmetic."""
+        hidden, heads = self.hidden_size, self.num_attention_heads + self.num_key_value_heads
+        attention = 2 * hidden * self.head_dim * heads + (2 * self.head_dim if self.family == "qwen3" else 0)
+        if self.use_moe:
+            mlp = self.num_experts * hidden * (3 * self.moe_intermediate_size + 1)
+        else:
+            mlp = 3 * hidden * self.intermediate_size
+        tables = 1 if self.tie_word_embeddings else 2
+        return self.num_hidden_layers * (attention + mlp + 2 * hidden) + hidden + tables * self.vocab_size * hidden

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import reprlib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-__all__ = ["names", "one_line", "plain", "reason", "shown"]
+__all__ = ["escaped_logs", "names", "one_line", "plain", "reason", "shown"]
 
 _SHOWN_CHARS, _SHOWN_NAMES, _REASON_CHARS = 60, 8, 300
 # Format characters that scripts and emoji cannot do without: zero-width non-joiner and joiner.
@@ -47,6 +50,31 @@ def names(found: Iterable[str]) -> str:
 def reason(error: BaseException) -> str:
     """What foreign code says was wrong, in one escaped line of bounded length."""
     return one_line(" ".join(str(error).split())[:_REASON_CHARS]) or type(error).__name__
+
+
+@contextmanager
+def escaped_logs(library: str) -> Iterator[None]:
+    """What `library` logs or warns of, while it reads a folder from anywhere, is one escaped line a message."""
+
+    def escape(record: logging.LogRecord) -> bool:
+        record.msg, record.args = one_line(record.getMessage()), ()
+        return True
+
+    def format_warning(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        return f"{filename}:{lineno}: {category.__name__}: {one_line(str(message))}\n"
+
+    handlers, usual = list(logging.getLogger(library).handlers), warnings.formatwarning
+    for handler in handlers:
+        handler.addFilter(escape)
+    warnings.formatwarning = format_warning
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+        for handler in handlers:
+            handler.removeFilter(escape)
 
 
 def _escaped(character: str) -> str:

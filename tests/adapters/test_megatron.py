@@ -36,6 +36,8 @@ from megatron_two_ranks import MODELS, splits, unchecked, work
 from pertoken.adapters.megatron import forward_step
 from pertoken.errors import RecipeError
 
+pytestmark = pytest.mark.numeric
+
 FAMILIES = [("qwen3", False), ("qwen3", True), ("llama", False), ("llama", True)]
 TOLERANCE = 1e-6  # of the largest entry of each parameter's gradient
 

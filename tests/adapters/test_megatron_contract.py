@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from pertoken.adapters.megatron import forward_step, loss_func, require_per_token_loss
 from pertoken.errors import DataError, RecipeError
 
+pytestmark = pytest.mark.numeric
+
 # The contract of loss_func
 
 

@@ -28,6 +28,8 @@ from pertoken.training.optim import build_adamw, lr_at
 from pertoken.training.precision import Precision
 from pertoken.training.run_data import prepare
 
+pytestmark = pytest.mark.numeric
+
 STEPS, BATCH = 10, 8
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -61,7 +62,7 @@ def test_parts_hold_every_row_of_every_jsonl_once_with_its_line(
         assert all(span.stop - span.start >= part for span in spans[:-1])
 
 
-@pytest.mark.parametrize(("part", "count"), [(1, 11), (3_000, 5), (10**9, 1)])
+@pytest.mark.parametrize(("part", "count"), [(1, 11), (3_000, 4), (10**9, 1)])
 def test_row_groups_of_parquet_are_cut_into_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int, count: int
 ) -> None:
@@ -103,3 +104,58 @@ def test_parts_are_a_share_of_all_between_two_bounds(
     (tmp_path / "a.jsonl").write_bytes(b"{}\n" * (size // 3 + 1))
     (whole, *_), *others = scan([tmp_path / "a.jsonl"])[1]
     assert not others or part <= whole.stop - whole.start < part + 3
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
+@pytest.mark.parametrize("size", [40, 10**9])
+def test_a_span_knows_the_hash_of_its_own_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int
+) -> None:
+    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (size, size))
+    monkeypatch.setattr(pertoken.data.parts, "_BLOCK_BYTES", 7)
+    path = _file_of_rows(tmp_path / name, 30)
+    (content_hash,), parts = scan([path])
+    content = path.read_bytes()
+    spans = [span for part in parts for span in part]
+    assert [span.sha256 for span in spans] == [hashlib.sha256(content[s.start : s.stop]).hexdigest() for s in spans]
+    assert content_hash == hashlib.sha256(content).hexdigest()
+    assert [span.start for span in spans] == [0, *(span.stop for span in spans[:-1])]
+    assert spans[-1].stop == len(content)
+
+
+def _file_of_rows(path: Path, count: int) -> Path:
+    texts = [f"The text of row {i}" for i in range(count)]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=10, compression="none", use_dictionary=False)
+    else:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
+@pytest.mark.parametrize("size", [100, 10**9])
+def test_rows_that_changed_since_they_were_hashed_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int
+) -> None:
+    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (size, size))
+    path = _file_of_rows(tmp_path / name, 30)
+    _, parts = scan([path])
+    assert len(_rows_of_parts([path], parts)) == (1 if name == "a.txt" else 30)
+    before = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"The text of row 17", b"The text of row 71"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(DataError, match=rf"{name}: changed while it was being prepared, so nothing was stored"):
+        _rows_of_parts([path], parts)
+
+
+def test_a_line_that_is_cut_short_or_grows_is_a_change(tmp_path: Path) -> None:
+    path = _file_of_rows(tmp_path / "a.jsonl", 3)
+    _, parts = scan([path])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"text": "appended"}\n')
+    assert len(_rows_of_parts([path], parts)) == 3, "what was hashed is still there"
+    for content in (whole[:-5], whole[:-1] + b" \n", b""):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="changed while it was being prepared"):
+            _rows_of_parts([path], parts)

@@ -18,6 +18,7 @@ import pertoken.data.columns
 import pertoken.data.parts
 import pertoken.data.prepare
 import pertoken.data.samples
+import pertoken.data.store
 import pertoken.data.workers
 from pertoken.config import DataConfig
 from pertoken.data.store import Store, build_store
@@ -37,9 +38,14 @@ def _build(files: list[Path], cache: Path, tokenizer: Any, stage: Any, on_progre
     return build_store(config.path, stage=stage, tokenizer=tokenizer, data=config, on_progress=on_progress)
 
 
+def _in(cache: Path) -> list[Path]:
+    """What is in the cache, but for the hashes of files, which are kept there once a file is some seconds old."""
+    return [path for path in cache.iterdir() if path.name != "hashes.json"]
+
+
 def _files_of(cache: Path) -> dict[str, bytes]:
-    """Every file of the cache's one store; there must be nothing else."""
-    (store,) = cache.iterdir()
+    """Every file of the cache's one store; there must be nothing else but the files' hashes."""
+    (store,) = _in(cache)
     return {path.name: path.read_bytes() for path in store.iterdir()}
 
 
@@ -129,7 +135,7 @@ def test_bad_rows_of_any_part_are_named_as_without_parts(
     def error(workers: int) -> str:
         with pytest.raises(DataError) as raised:
             _build(files, tmp_path / "cache", bpe_tokenizer, "sft", workers=workers, max_seq_len=60, overlong="error")
-        assert not list((tmp_path / "cache").iterdir()), "the data must change first, so nothing is kept"
+        assert not _in(tmp_path / "cache"), "the data must change first, so nothing is kept"
         return str(raised.value)
 
     in_parts = error(3)
@@ -176,7 +182,7 @@ def test_a_killed_build_goes_on_where_it_was(
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    (work,) = cache.iterdir()
+    (work,) = _in(cache)
     kept = {int(path.name[5:11]) for path in work.glob("part-*.json")}
     assert len(kept) >= 3
     made, told = _made_parts(monkeypatch), []
@@ -201,7 +207,7 @@ def test_a_damaged_part_is_made_again(
 
     with pytest.raises(KeyboardInterrupt):
         _build(files, cache, bpe_tokenizer, stage, interrupt, workers=1, on_bad_row="skip")
-    (work,) = cache.iterdir()
+    (work,) = _in(cache)
     arrow = work / "part-000001.arrow"
     arrow.write_bytes(arrow.read_bytes()[:-50] + b"\0" + arrow.read_bytes()[-49:])  # one byte
     (work / "part-000002.skipped").write_text("something else")
@@ -229,7 +235,7 @@ def test_parts_of_other_data_settings_or_cuts_are_not_taken(
     options: dict[str, Any] = {"workers": 1, "on_bad_row": "skip"}
     with pytest.raises(KeyboardInterrupt):
         _build(files, cache, bpe_tokenizer, "sft", interrupt, **options)
-    (work,) = cache.iterdir()
+    (work,) = _in(cache)
 
     def everything_was_made() -> bool:
         all_made = made == list(range(len(made)))
@@ -255,8 +261,8 @@ def test_a_lost_worker_is_an_error_that_keeps_the_finished_parts(
     processes: list[Any] = []
     start = pertoken.data.workers._start
 
-    def noted() -> Any:
-        connection, process = start()
+    def noted(said: Any) -> Any:
+        connection, process = start(said)
         processes.append(process)
         return connection, process
 
@@ -265,7 +271,9 @@ def test_a_lost_worker_is_an_error_that_keeps_the_finished_parts(
             os.kill(processes[0].pid, signal.SIGKILL)
 
     monkeypatch.setattr(pertoken.data.workers, "_start", noted)
-    with pytest.raises(DataError, match=r"data\.workers: a worker process ended .* it goes on where it was"):
+    with pytest.raises(
+        DataError, match=r"data\.workers: a worker process was killed \(code -9\), most often for lack of memory; "
+    ):
         _build(files, cache, bpe_tokenizer, "pretrain", kill, workers=2, on_bad_row="skip")
     assert all(process.poll() is not None for process in processes), "no process is left behind"
     kept = list(cache.glob(".building-*/part-*.json"))
@@ -312,3 +320,77 @@ def test_memory_does_not_grow_with_the_file(
         tracemalloc.stop()
     assert path.stat().st_size > 600_000
     assert peaks[2] - peaks[1] < 150_000, peaks
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_changes_while_it_is_prepared_is_not_stored(
+    tmp_path: Path, bpe_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, name: str, workers: int
+) -> None:
+    """Its size and its time of modification stay what they were."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, texts = tmp_path / name, [f"The text of row {i}" for i in range(300)]
+    if name == "a.parquet":
+        table = pa.table({"text": texts})
+        pq.write_table(table, path, row_group_size=50, compression="none", use_dictionary=False)
+    else:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    scan = pertoken.data.store.scan
+
+    def change(files: list[Path]) -> Any:
+        found, before = scan(files), path.stat()
+        path.write_bytes(path.read_bytes().replace(b"row 217", b"row 712"))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return found
+
+    monkeypatch.setattr(pertoken.data.store, "scan", change)
+    with pytest.raises(DataError, match=rf"{name}: changed while it was being prepared, so nothing was stored; run"):
+        _build([path], tmp_path / "cache", bpe_tokenizer, "pretrain", workers=workers)
+    assert not _in(tmp_path / "cache")
+    monkeypatch.setattr(pertoken.data.store, "scan", scan)
+    store = _build([path], tmp_path / "cache", bpe_tokenizer, "pretrain", workers=workers)
+    text = "".join(bpe_tokenizer.decode(store[i].tokens) for i in range(len(store)))
+    assert "row 712" in text
+    assert "row 217" not in text
+
+
+_HUNGRY = """
+import resource, sys
+import pertoken.data.prepare
+import pertoken.data.workers
+make_part = pertoken.data.workers.make_part
+
+def hungry(*args):
+    from tokenizers import Tokenizer, models
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20),) * 2)
+    Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).encode("a" * 5_000_000)
+
+pertoken.data.workers.make_part = hungry
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_a_worker_without_memory_is_one_clear_line(
+    tmp_path: Path, bpe_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not the trace with which Rust ends the process."""
+    files = _write(tmp_path / "data", "pretrain", count=600)
+    (tmp_path / "site").mkdir()
+    hook = "import sys\n" + _HUNGRY + "pertoken.data.workers.main(pertoken.data.workers.Connection(int(sys.argv[1])))\n"
+    (tmp_path / "site" / "hungry.py").write_text(hook)
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> Any:
+        return popen([sys.executable, str(tmp_path / "site" / "hungry.py"), *command[4:]], **options)
+
+    monkeypatch.setattr(pertoken.data.workers.subprocess, "Popen", start)
+    with pytest.raises(DataError) as error:
+        _build(files, tmp_path / "cache", bpe_tokenizer, "pretrain", workers=2, on_bad_row="skip")
+    assert len(str(error.value).splitlines()) == 1
+    assert "a worker process was killed (code -6), most often for lack of memory; run it again with fewer" in str(
+        error.value
+    )
+    assert capfd.readouterr().err == ""

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pertoken.data import records
-from pertoken.data.records import BadRow, Problems, Record, find_files, parse_json, read_records
+from pertoken.data.records import BadRow, Problems, Record, parse_json, read_records
 from pertoken.errors import DataError
 
 
@@ -105,36 +105,6 @@ def test_a_broken_parquet_file_is_an_error(tmp_path: Path) -> None:
         list(read_records(tmp_path / "a.parquet"))
 
 
-def test_files_folders_and_globs_are_found_once_and_in_order(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.txt", "sub/c.parquet", "notes.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-
-    def names(*paths: str) -> list[str]:
-        return [file.relative_to(tmp_path).as_posix() for file in find_files([str(tmp_path / p) for p in paths])]
-
-    assert names("") == ["a.txt", "b.jsonl", "sub/c.parquet"]
-    assert names("*") == ["a.txt", "b.jsonl"]
-    assert names("**/*.parquet", "b.jsonl") == ["sub/c.parquet", "b.jsonl"]
-    assert names("b.jsonl", ".") == ["b.jsonl", "a.txt", "sub/c.parquet"]
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("missing.jsonl", r"missing\.jsonl: no such file or folder; correct data\.path"),
-        ("notes.md", r"notes\.md: cannot read \.md; give one of \.jsonl, \.parquet, \.txt"),
-        ("*.csv", r"\*\.csv: no \.jsonl, \.parquet, \.txt file found there"),
-        ("empty", r"empty: no \.jsonl, \.parquet, \.txt file found there"),
-    ],
-)
-def test_a_path_that_names_no_data_is_an_error(tmp_path: Path, path: str, message: str) -> None:
-    (tmp_path / "notes.md").write_text("x")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=message):
-        find_files([str(tmp_path / path)])
-
-
 @pytest.mark.parametrize("count", [0, 1, 20, 21, 1000])
 def test_the_first_twenty_problems_are_listed_and_the_others_counted(count: int) -> None:
     problems = Problems()
@@ -168,18 +138,6 @@ def test_a_line_far_too_long_costs_no_memory_and_the_rest_is_read(
     assert isinstance(last, Record)
     assert (last.line, last.value, last.end) == (3, {"a": 3}, path.stat().st_size)
     assert peak < 8 << 20, peak  # of a line of 64
-
-
-def test_a_file_name_that_could_not_be_printed_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "caf\udce9.jsonl").write_text("{}")
-    with pytest.raises(DataError, match="not UTF-8, so no message could name it; rename it"):
-        find_files([str(tmp_path)])
-
-
-@pytest.mark.parametrize("path", ["x" * 300 + ".jsonl", "~nobody-of-this-name/a.jsonl", "a\0b.jsonl", "[" * 50])
-def test_a_path_that_no_file_can_have_is_an_error_of_the_data(path: str) -> None:
-    with pytest.raises(DataError, match=r"correct data\.path"):
-        find_files([path])
 
 
 def test_a_bad_row_is_one_line_whatever_the_data_says() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pertoken.data.encode import Encoder
-from pertoken.data.store import _tokenizer_identity
+from pertoken.data.store_key import _tokenizer_identity
 from pertoken.data.tokenizer import (
     CHATML,
     as_transformers,

@@ -6,6 +6,8 @@ import json
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -209,6 +211,33 @@ def test_names_in_a_folder_cannot_steer_the_terminal(folder: Path) -> None:
     tensors |= {f"{i}\x1b[2J\n" + "x" * 10_000: torch.zeros(1) for i in range(9)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _refused(load_model, folder, r"\\x1b\[2J")
+
+
+STEERING = "\x1b[31mX\nanother line"
+TOLD = {
+    "a type": {"model_type": STEERING},
+    "angles": {"model_type": "qwen2", "rope_scaling": {"rope_type": STEERING, "factor": 2.0}},
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_what_transformers_says_of_a_folder_cannot_steer_the_terminal(folders, tmp_path, case) -> None:
+    """In a process of its own: pytest has its own handlers."""
+    folder = Path(shutil.copytree(folders["foreign"], tmp_path / "model"))
+    _config(folder, **TOLD[case])
+    code = (
+        "import sys, logging; from pathlib import Path; from pertoken import load_model, load_tokenizer\n"
+        "from pertoken.errors import PertokenError\n"
+        "for load in (load_tokenizer, load_model):\n"
+        "    try: load(sys.argv[1])\n"
+        "    except PertokenError as error: print(error, file=sys.stderr)\n"
+        "assert not logging.getLogger('transformers').handlers[0].filters\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert b"\\x1b[31mX\\nanother line" in ended.stderr, "it is said"
+    assert b"\x1b" not in ended.stdout + ended.stderr
+    assert not [line for line in ended.stderr.splitlines() if line.startswith(b"another line")]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"a":' * 100_000, "\0", "\udcff", "1" * 5000])

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pertoken.kernels.ops import Kernels, Seats
 
+pytestmark = pytest.mark.numeric
+
 DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [(1, 1), (3, 5), (16, 16), (32, 48), (33, 17), (70, 129)]  # N, D: below, at and above a tile
 EPS = 1e-6
@@ -128,12 +130,10 @@ def test_cross_entropy_turns_logits_into_their_gradient(dtype, n, v, weights):
     nll = F.cross_entropy(exact, labels, reduction="none")
     (nll * (1.0 if weight is None else weight.double())).sum().backward()
     untouched = logits.clone()
-    assert torch.equal(
-        kernels.cross_entropy(logits, labels, weight, gradient=False),
-        kernels.cross_entropy(untouched.clone(), labels, weight, gradient=True),
-    )
+    without = kernels.cross_entropy(logits, labels, weight, gradient=False)
     assert torch.equal(logits, untouched)
-    found = kernels.cross_entropy(logits, labels, weight, gradient=True)
+    found = kernels.cross_entropy(logits, labels, weight, gradient=True)  # of the same memory: sums may depend on where
+    assert torch.equal(found, without)
     assert (found.double() - nll.detach()).abs().max() <= 1e-6 * max(1.0, float(untouched.abs().max()))
     # Of probabilities: where all but 1 goes to one label, its gradient is what rounding leaves of 1 - p.
     assert (logits.double() - exact.grad).abs().max() <= 4 * torch.finfo(dtype).eps * max(

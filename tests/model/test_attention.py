@@ -4,6 +4,8 @@ from attention_reference import plain_softmax_attention, qkv
 
 from pertoken.model.attention import AttentionLayout, KVCache, attention, cached_attention
 
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 LENGTHS = [
     (1,),

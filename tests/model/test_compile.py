@@ -10,6 +10,8 @@ from pertoken.config import ModelConfig
 from pertoken.data.batch import Sample, collate
 from pertoken.model.transformer import CausalLM
 
+pytestmark = pytest.mark.numeric
+
 
 # Both are of the compiler's own doing: what it imports, and that it looks at `.grad` of what it traces.
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

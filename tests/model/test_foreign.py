@@ -28,6 +28,8 @@ from pertoken.training.precision import Precision
 from pertoken.training.run_data import prepare
 from pertoken.training.step import TrainState, train_step
 
+pytestmark = pytest.mark.numeric
+
 NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 SIZES = {
     "hidden_size": 32,
@@ -190,6 +192,7 @@ def test_dropout_that_is_not_in_the_configuration_is_switched_off_too(folders):
 def test_no_dropout_rate_is_left_and_training_mode_computes_what_evaluation_does(folders, name):
     model = load_model(folders[name])
     assert isinstance(model, ForeignLM)
+    assert {n for n, p in model.named_parameters() if p.data_ptr() % 64} == set(), "products depend on where they lie"
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {0.0}
     rates = {k: v for k, v in model.hf.config.to_dict().items() if "drop" in k and isinstance(v, float)}
     assert set(rates.values()) == {0.0}
@@ -418,6 +421,28 @@ def test_a_broken_folder_is_refused_by_name_in_one_line(folders, tmp_path, how):
         load_model(folder)
     assert BROKEN[how] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_qwen2_of_few_layers_loads_with_the_logits_of_transformers(tmp_path, layers):
+    """Its max_window_layers is 28 by default, and means nothing without windows."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=50, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=16, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    assert config.max_window_layers > layers
+    assert not config.use_sliding_window
+    with torch.random.fork_rng():
+        theirs = Qwen2ForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["max_window_layers"] == config.max_window_layers
+    ours = load_model(tmp_path).eval()
+    assert isinstance(ours, ForeignLM)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(ours.hf(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 
 def test_a_covered_family_keeps_our_own_decoder(world, tmp_path):

@@ -14,6 +14,8 @@ from pertoken.model.transformer import CausalLM
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
 
+pytestmark = pytest.mark.numeric
+
 ROUTERS = [(4, 1, True), (4, 1, False), (5, 2, True), (5, 2, False), (3, 3, True), (1, 1, True)]  # E, k, norm_topk_prob
 LENGTHS = [1, 7, 33, 34, 64, 5]
 

@@ -2,77 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
+from native_cases import BATCHES, MODELS, VOCAB, batch_of, gradient, largest_error, model_of
 
 from pertoken import loss
-from pertoken.data.batch import MicroBatch, Sample, collate
+from pertoken.data.batch import collate
 from pertoken.kernels import ops
-from pertoken.model import native, native_attention
-from pertoken.model.transformer import CausalLM
-from pertoken.model_config import ModelConfig
+from pertoken.model import native, native_attention, native_blocks
 
-SHAPE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-VOCAB = 101
-BATCHES = {
-    "short": ([7, 5, 1], "some"),
-    "all supervised": ([50, 33, 64], "all"),
-    "blocks": ([500, 400, 400, 33], "some"),
-    "one row": ([400, 30], "one"),
-    "weights": ([90, 90, 90, 40], "weights"),
-    "a document that nobody supervises": ([20, 33, 33], "not the first"),
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "qwen3": {},
-    "llama, untied": {"family": "llama", "tie_word_embeddings": False},
-    "one head each": {"num_key_value_heads": 4, "head_dim": 6},
-    "experts": {"use_moe": True, "num_experts": 4, "num_experts_per_tok": 2, "aux_loss_coef": 0.1},
-}
-
-
-def batch_of(lengths: list[int], supervised: str) -> MicroBatch:
-    rng = np.random.default_rng(0)
-
-    def mask(i: int, n: int) -> np.ndarray:
-        match supervised:
-            case "all":
-                return np.ones(n, dtype=bool)
-            case "one":
-                return np.arange(n) == (n - 1 if i == 0 else n)
-            case "weights":
-                return (rng.random(n) * (rng.random(n) < 0.5)).astype(np.float32)
-            case "not the first":
-                return np.full(n, i > 0)
-            case _:
-                return rng.random(n) < 0.4
-
-    return collate([Sample(rng.integers(0, VOCAB, n + 1), mask(i, n)) for i, n in enumerate(lengths)])
-
-
-def model_of(changes: dict[str, Any], dtype: torch.dtype) -> CausalLM:
-    """With weights large enough that attention and norms matter, and norms that are not 1."""
-    model = CausalLM(ModelConfig(**{**SHAPE, **changes}).resolve(VOCAB), dtype=dtype)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(dtype) * 0.05)
-    return model
-
-
-def gradient(model: CausalLM, micro_batch: MicroBatch, *, low: bool = False) -> tuple[float, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        out = model(micro_batch)
-    out.objective(50.0, 60.0).backward()
-    return float(out.loss_sum.detach()), {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def largest_error(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
-    assert found.keys() == exact.keys()
-    return max(float((found[n] - g).abs().max() / g.abs().max().clamp(min=1e-30)) for n, g in exact.items())
+pytestmark = pytest.mark.numeric
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
@@ -111,7 +51,7 @@ def test_nothing_is_read_before_it_is_written(batch, monkeypatch):
     def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.full(shape, float("nan"), dtype=dtype)
 
-    for module in (native, native_attention, ops, loss):
+    for module in (native, native_attention, native_blocks, ops, loss):
         monkeypatch.setattr(module, "empty", poisoned)
     model = model_of({}, torch.float32)
     model.use_kernels(torch.bfloat16)

@@ -6,6 +6,8 @@ from pertoken.config import ModelConfig
 from pertoken.data.batch import Sample, collate
 from pertoken.model.transformer import CausalLM
 
+pytestmark = pytest.mark.numeric
+
 SMALL = {
     "qwen3": {"num_key_value_heads": 2, "head_dim": 12},
     "llama": {"family": "llama", "num_key_value_heads": 1, "tie_word_embeddings": False},

@@ -16,6 +16,8 @@ from pertoken.model import transformer
 from pertoken.model.attention import AttentionLayout, flash_capability, varlen_attention, which_attention
 from pertoken.model.transformer import CausalLM
 
+pytestmark = pytest.mark.numeric
+
 CPU, A100, T4 = torch.device("cpu"), (8, 0), (7, 5)
 LENGTHS = [(1,), (1, 1), (129, 7, 1), (5, 128, 31)]
 

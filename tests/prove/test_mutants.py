@@ -15,6 +15,8 @@ import pertoken.prove.ranks
 from pertoken.prove.report import Result
 from pertoken.prove.run import NAMES, prove
 
+pytestmark = pytest.mark.numeric
+
 RECIPES: dict[str, dict[str, Any]] = {
     "dense": {},
     "moe": {
@@ -63,6 +65,11 @@ PLANTED = [
     ("kernels_see_one_ahead", "kernels", "dense"),
     ("rows_beside_the_asked_ones", "kernels", "dense"),
     ("head_gradient_lost", "kernels", "dense"),
+    ("replaced_projection_not_seen", "changed modules", "dense"),
+    ("bias_not_seen", "changed modules", "dense"),
+    ("hook_not_seen", "changed modules", "dense"),
+    ("hook_not_seen", "changed modules", "moe"),
+    ("frozen_matrix_learns", "changed modules", "dense"),
     ("optimizer_state_lost", "resume in mid-epoch", "dense"),
     # What is not the gradient of one step.
     ("label_lost_at_each_cut", "rows, token by token", "pretrain"),

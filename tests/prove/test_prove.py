@@ -22,6 +22,8 @@ from pertoken.prove.run import NAMES, prove
 from pertoken.prove.samples import LONG, choose
 from pertoken.training.run_data import prepare
 
+pytestmark = pytest.mark.numeric
+
 ROOT = Path(__file__).parents[2]
 MOE = {"model__use_moe": True, "model__num_experts": 4, "model__num_experts_per_tok": 2}
 IN_ONE_PROCESS = [name for name in NAMES if "ranks" not in name and name != "compiled"]

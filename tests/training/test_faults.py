@@ -33,6 +33,8 @@ from pertoken.training.replay import replay
 from pertoken.training.spikes import Spikes, SpikeStep
 from pertoken.training.step import TrainState
 
+pytestmark = pytest.mark.numeric
+
 SAMPLES = [
     Sample(np.array([3, 1, 4, 1, 5, 9, 2]), np.ones(6, dtype=np.bool_)),
     Sample(np.array([6, 5, 3]), np.array([False, True])),

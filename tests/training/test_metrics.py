@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny import pertoken, rows_of
 
-from pertoken.errors import CheckpointError
 from pertoken.model import transformer
 from pertoken.training.metrics import MetricsFile
 
@@ -38,8 +37,6 @@ def test_torn_and_later_rows_are_dropped_on_resume(tmp_path):
     file.write({"step": 3, "loss": float("inf")})
     file.close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": null}\n'
-    with pytest.raises(CheckpointError, match="has 3 rows up to step 5"):
-        MetricsFile(path, last_step=5)
 
 
 def test_tensorboard_has_what_the_rows_have_also_after_a_resume(world, tmp_path):
@@ -117,6 +114,51 @@ def test_a_tracker_that_is_not_installed_says_what_to_install(world, tmp_path, m
     code, _, err = pertoken("train", recipe)
     assert code == 2
     assert "pip install wandb" in err
+
+
+@pytest.mark.parametrize("how", ["--overwrite", "--resume"])
+def test_wandb_without_a_key_is_one_line_before_anything_is_touched_and_never_a_question(
+    world, tmp_path, monkeypatch, how
+):
+    import wandb
+
+    recipe = world.write_recipe(tmp_path / "run", train__max_steps=1)
+    assert pertoken("train", recipe)[0] == 0
+    before = rows_of(tmp_path / "run")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    wandb.teardown()
+
+    def asked(*args, **kwargs):
+        raise AssertionError("it asks")
+
+    monkeypatch.setattr(wandb, "init", asked)
+    code, _, err = pertoken("train", recipe, how, "log.trackers=wandb", "train.max_steps=2")
+    assert code == 2
+    assert err.strip() == (
+        'error: log.trackers: "wandb" has no API key; run `wandb login`, set WANDB_MODE=offline, or take it out of the '
+        "list"
+    )
+    assert rows_of(tmp_path / "run") == before
+    wandb.teardown()
+
+
+def test_wandb_that_cannot_start_is_one_line(world, tmp_path, monkeypatch):
+    import wandb
+
+    def fails(*args, **kwargs):
+        raise wandb.errors.CommError("no network\x1b[2J")
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb, "init", fails)
+    wandb.teardown()
+    recipe = world.write_recipe(tmp_path / "run", log__trackers=["wandb"], train__max_steps=1)
+    code, _, err = pertoken("train", recipe)
+    assert code == 2
+    assert '"wandb" cannot start (no network\\x1b[2J); set WANDB_MODE=offline' in err
+    wandb.teardown()
 
 
 def test_the_summary_counts_padding_at_the_precision_of_the_step(world, tmp_path, monkeypatch):

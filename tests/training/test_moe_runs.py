@@ -15,6 +15,8 @@ from pertoken.training.precision import Precision
 from pertoken.training.run_data import load_data
 from pertoken.training.run_model import build_model
 
+pytestmark = pytest.mark.numeric
+
 MOE = {"model__use_moe": True, "model__num_experts": 4, "model__moe_intermediate_size": 48}
 
 

@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from tiny import rows_of
 
+from pertoken import train
 from pertoken.kernels.ops import Kernels
 from pertoken.training.norms import clip, matrix_norms, sum_of_squares, total_norm
 from pertoken.training.parallel import World
@@ -98,3 +100,16 @@ def test_matrix_norms_are_frobenius_norms():
     assert matrix_norms(x).shape == (3, 1, 1)
     for matrix, norm in zip(x, matrix_norms(x).flatten().tolist(), strict=True):
         assert norm == pytest.approx(math.sqrt(exact(matrix)), rel=1e-13)
+
+
+@pytest.mark.parametrize("compile", ["auto", "off"])
+def test_the_reported_norm_of_a_run_is_that_of_float64(world, tmp_path, compile):
+    """At a real vocabulary, where few rows of the embedding have most of the gradient."""
+    norms = {}
+    for dtype in ("float32", "float64"):
+        recipe = world.recipe(
+            tmp_path / dtype, train__dtype=dtype, train__max_steps=1, train__compile=compile, model__vocab_size=120_000
+        )
+        train(recipe)
+        norms[dtype] = rows_of(tmp_path / dtype)[0]["grad_norm"]
+    assert norms["float32"] == pytest.approx(norms["float64"], rel=1e-6)

@@ -12,6 +12,8 @@ from pertoken.model.transformer import CausalLM
 from pertoken.training import optim
 from pertoken.training.optim import build_adamw, build_muon, build_optimizer, lr_at, orthogonalised, set_lr
 
+pytestmark = pytest.mark.numeric
+
 
 def rates(total: int, **kwargs) -> list[float]:
     kwargs = {"peak": 2.0, "warmup_steps": 0, **kwargs}

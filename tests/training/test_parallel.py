@@ -20,6 +20,8 @@ from tiny import World, rows_of, untimed
 
 from pertoken import Recipe, load_model, train
 
+pytestmark = pytest.mark.numeric
+
 JOBS = Path(__file__).parents[1] / "rank_jobs.py"
 STEPS, STOP_AT = 30, 17
 HOW = ("ddp", "fsdp")

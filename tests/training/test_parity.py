@@ -16,6 +16,8 @@ from pertoken.model.hf import save_folder
 from pertoken.model.transformer import CausalLM
 from pertoken.training.run_data import prepare
 
+pytestmark = pytest.mark.numeric
+
 
 def padded(samples):
     """(input_ids, attention_mask, labels, mask), [B, T] each, right-padded with zeros."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import pertoken, rows_of, untimed
+
+from pertoken import train
+from pertoken.training.precision import Precision
+from pertoken.training.probe import environment
+
+pytestmark = pytest.mark.numeric
 
 FILES = ("model.safetensors", "optimizer.safetensors", "config.json")
 
@@ -102,6 +110,24 @@ def test_what_may_not_change_is_refused_by_name_and_what_may_is_not(world, tmp_p
     code, _, err = pertoken("train", recipe, out, "--resume", "train.max_steps=5", "log.log_interval=1")
     assert code == 0, err
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names an instruction set of x86-64")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_instruction_set_is_not_taken_for_other_weights(world, tmp_path, monkeypatch, dtype):
+    """It rounds otherwise, and a resume must allow for that."""
+    run, settings = tmp_path / "run", {"train__dtype": dtype, "data__eval_path": []}
+    train(world.recipe(run, **settings, train__max_steps=2))
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    before = json.loads((checkpoint / "trainer_state.json").read_text())["environment"]
+    recipe = world.write_recipe(tmp_path / "recipe", **settings, train__max_steps=3)
+    other = "x86-64-v2" if os.environ.get("PERTOKEN_KERNELS_MARCH") == "x86-64" else "x86-64"
+    monkeypatch.setenv("PERTOKEN_KERNELS_MARCH", other)
+    in_a_new_process("train", recipe, f"out_dir={run}", "--resume")
+    assert len(rows_of(run)) == 3
+    resumed = environment(Precision(dtype, torch.device("cpu")), ranks=1, compiled=True)
+    assert resumed != before
+    assert resumed | {"instruction_sets": 0} == before | {"instruction_sets": 0}
 
 
 def test_changed_data_is_refused_and_moved_data_is_not(world, tmp_path):

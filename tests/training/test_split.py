@@ -17,6 +17,8 @@ from pertoken.training.precision import Precision
 from pertoken.training.run_data import prepare
 from pertoken.training.step import TrainState, train_step
 
+pytestmark = pytest.mark.numeric
+
 BUDGETS = {100_000: (1, 1), 1500: (3, 7), 600: (8, 16)}  # tokens per micro-batch -> fewest and most micro-batches
 
 

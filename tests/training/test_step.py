@@ -22,6 +22,8 @@ from pertoken.training.metrics import Listener
 from pertoken.training.precision import Precision
 from pertoken.training.run_data import prepare
 
+pytestmark = pytest.mark.numeric
+
 
 class Told(Listener):
     def __init__(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,15 @@ import pyarrow as pa
 
 from pertoken.data.sample import Sample
 from pertoken.data.samples import Row
+from pertoken.data.sums import SummedFile
 
-__all__ = ["Columns", "join", "write"]
+__all__ = ["SCHEMA", "Columns", "join", "write"]
 
 # Per record batch: bounds memory while writing, and keeps the batches few.
 _BATCH_TOKENS = 4_000_000
 _BATCH_ROWS = 65_536
 
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     {
         "tokens": pa.list_(pa.int32()),  # T + 1
         "loss_mask": pa.list_(pa.uint8()),  # T, 0 or 1: a byte each, unlike bool, so that it is read without a copy
@@ -35,6 +38,9 @@ _SCHEMA = pa.schema(
 )
 
 
+_LISTS = ("tokens", "loss_mask")
+
+
 class Columns:
     """The memory-mapped record batches as one table with random access."""
 
@@ -42,9 +48,7 @@ class Columns:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        self._lists = [
-            tuple(_list_views(batch.column(name)) for name in ("tokens", "loss_mask")) for batch in self._batches
-        ]
+        self._lists = [tuple(_list_views(batch.column(name)) for name in _LISTS) for batch in self._batches]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -52,6 +56,21 @@ class Columns:
     def column(self, name: str) -> np.ndarray:
         parts = [_values(batch.column(name)) for batch in self._batches]
         return np.concatenate(parts) if parts else np.zeros(0)
+
+    def damaged(self, sums: Mapping[str, int]) -> str | None:
+        """The first column that differs from the checksums that `join` returned, or None."""
+        names = _summed_columns()
+        if not self._batches:
+            return None
+        with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1)) as threads:  # zlib lets other threads run
+            found = threads.map(lambda name: self._sum(name) == sums.get(name), names)
+            return next((name for name, same in zip(names, found, strict=True) if not same), None)
+
+    def _sum(self, name: str) -> int:
+        total = 0
+        for batch in self._batches:
+            total = _add_to_sum(total, batch, name)
+        return total
 
     def value(self, name: str, i: int) -> int:
         batch, row = self._find(i)
@@ -77,7 +96,7 @@ def write(path: Path, rows: Iterable[Row]) -> dict[str, int]:
     totals = {"samples": 0, "tokens": 0, "num_tokens": 0}
     pending: list[Row] = []
     pending_tokens = 0
-    with path.open("wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+    with path.open("wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         for row in rows:
             pending.append(row)
             pending_tokens += len(row.tokens)
@@ -92,17 +111,37 @@ def write(path: Path, rows: Iterable[Row]) -> dict[str, int]:
     return totals
 
 
-def join(paths: Iterable[Path], path: Path) -> None:
-    """Write the record batches of several files, as they are and in order, into one."""
+def join(paths: Iterable[Path], path: Path) -> dict[str, Any]:
+    """Write the record batches of several files, as they are and in order, into one.
+
+    Returns the checksums of the file's blocks (`SummedFile.sums`) and, as "columns", those of the columns that a run
+    reads as a whole: all numbers, and where the lists begin and end.
+    """
+    columns = dict.fromkeys(_summed_columns(), 0)
     with path.open("wb") as file:
-        with pa.ipc.new_file(file, _SCHEMA) as writer:
+        summed = SummedFile(file)
+        with pa.ipc.new_file(pa.PythonFile(summed, mode="w"), SCHEMA) as writer:
             for part in paths:
                 with pa.OSFile(str(part)) as source:  # not mapped: read once, a batch in memory at a time
                     reader = pa.ipc.open_file(source)
                     for i in range(reader.num_record_batches):
-                        writer.write_batch(reader.get_batch(i))
+                        batch = reader.get_batch(i)
+                        writer.write_batch(batch)
+                        for name in columns:
+                            columns[name] = _add_to_sum(columns[name], batch, name)
         file.flush()
         os.fsync(file.fileno())  # a rename that outlives a power cut must not name an empty file
+    return {**summed.sums, "columns": columns}
+
+
+def _summed_columns() -> list[str]:
+    return [f"{name}.offsets" if name in _LISTS else name for name in SCHEMA.names]
+
+
+def _add_to_sum(total: int, batch: Any, name: str) -> int:
+    column = batch.column(name.removesuffix(".offsets"))
+    values: Any = _values(column.offsets if "." in name else column)
+    return zlib.crc32(values.view(np.uint8), total)
 
 
 def _batch(rows: list[Row]) -> Any:
@@ -118,7 +157,7 @@ def _batch(rows: list[Row]) -> Any:
         "row_digest": [row.digest for row in rows],
         "is_tail": [row.is_tail for row in rows],
     }
-    return pa.record_batch([_array(columns[field.name], field.type) for field in _SCHEMA], schema=_SCHEMA)
+    return pa.record_batch([_array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
 
 
 # Between numpy and Arrow by their buffers: `pa.array` and `to_numpy` would import pandas where it is installed.

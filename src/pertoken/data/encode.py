@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pertoken.data.cuts import Cut, Cuts, NoCut
 from pertoken.data.sample import Sample
 from pertoken.data.tokenizer import special_ids
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Encoded", "Encoder", "Marked"]
+
+_WHOLE_CHARS = 2_000_000  # some 600 MB while it is encoded
+_AWAY_FROM_EDGE = 32  # bytes from where a word may start: what is before the window can be part of it
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,9 @@ class Encoder:
         self._is_special[special] = True
         self._widths = _widths(self._backend)  # [V] int64, bytes of text of each token; None: ask for offsets
         self._ascii_only = self._backend.normalizer is not None  # then `_widths` hold in ASCII text alone
+        self._cuts: Cuts | None = None
+        if self._widths is not None:
+            self._cuts = Cuts.of(json.loads(self.to_str()), int(self._widths.max()))
 
     def to_str(self) -> str:
         """Everything that decides the encoding."""
@@ -79,6 +86,49 @@ class Encoder:
             yield self._by_widths(marked, encoding, append) or self._by_offsets(
                 marked, self._with_offsets([marked.text])[0], append
             )
+
+    def pieces(self, marked: Marked, *, append: int | None = None) -> Iterator[Encoded]:
+        """What `encode` gives for one text, in pieces that follow each other, in memory that does not grow with it.
+
+        Raises NoCut at once for a text that is too long to be encoded whole and has no place to cut.
+        """
+        text = marked.text
+        if self._cuts is None:
+            if len(text) > _WHOLE_CHARS:
+                raise NoCut(f"{len(text):,} characters, more than the {_WHOLE_CHARS:,} that can be encoded at once")
+            return iter(list(self.encode([marked], append=append)))
+        return self._pieces(marked, list(self._cuts.find(text)), append)
+
+    def _pieces(self, marked: Marked, cuts: list[Cut], append: int | None) -> Iterator[Encoded]:
+        start, first = 0, None  # of the piece; the token that it must start with
+        for cut in cuts:
+            piece = _part_of(marked, start, cut.at)
+            (encoded,) = self.encode([piece], append=append if cut is cuts[-1] else None)
+            if first is not None and first != encoded.tokens[0]:
+                raise NoCut(f"a word at character {start:,} that is too long to be encoded whole and cannot be cut")
+            if cut.window is None:
+                yield encoded
+                start, first = cut.at, None
+            else:
+                count, width = self._cut_within(piece.text, encoded, cut.window, marked.text, start)
+                yield Encoded(encoded.tokens[:count], encoded.supervised[:count], encoded.num_bytes[:count])
+                start, first = start + width, encoded.tokens[count]
+
+    def _cut_within(self, piece: str, encoded: Encoded, window: int, text: str, start: int) -> tuple[int, int]:
+        """(tokens, characters) of the piece that are before the cut: where a token in its last word starts."""
+        assert self._widths is not None
+        assert self._cuts is not None
+        raw = piece.encode()
+        starts = np.cumsum(self._widths[encoded.tokens])
+        if starts[-1] == len(raw) and (not self._ascii_only or piece.isascii()):
+            word, end = len(piece[:-window].encode()), len(piece[: -window // 2].encode())
+            for i in range(int(np.searchsorted(starts, end, side="right")) - 1, -1, -1):
+                at = int(starts[i])
+                if at < word + _AWAY_FROM_EDGE:
+                    break
+                if raw[at] & 0xC0 != 0x80 and self._cuts.allows(text, start + (chars := len(raw[:at].decode()))):
+                    return i + 1, chars
+        raise NoCut(f"a word at character {start:,} that is too long to be encoded whole and cannot be cut")
 
     def _with_offsets(self, strings: list[str]) -> Any:
         return self._backend.encode_batch(strings, add_special_tokens=False)
@@ -124,6 +174,13 @@ class Encoder:
         if append is None:
             return Encoded(own, supervised, num_bytes)
         return Encoded(np.append(own, np.int32(append)), np.append(supervised, True), np.append(num_bytes, 0))
+
+
+def _part_of(marked: Marked, start: int, end: int) -> Marked:
+    if start == 0 and end == len(marked.text):
+        return marked
+    spans = [(max(a, start) - start, min(b, end) - start) for a, b in marked.spans if a < end and b > start]
+    return Marked(marked.text[start:end], spans)
 
 
 def _ids(backend: Any) -> list[int]:

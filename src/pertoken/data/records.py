@@ -7,36 +7,35 @@ several of them can be shown at once.
 from __future__ import annotations
 
 import codecs
-import glob
+import hashlib
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pertoken.errors import DataError
+from pertoken.files import plain_file
 from pertoken.text import names, one_line, reason, shown
 
 __all__ = [
     "BOM",
     "MAX_LINE_BYTES",
-    "SUFFIXES",
     "BadRow",
     "Problems",
     "Record",
     "Span",
     "empty_file",
-    "find_files",
     "parquet_file",
     "parse_json",
     "read_records",
 ]
 
-SUFFIXES = (".jsonl", ".parquet", ".txt")
 BOM = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 64 << 20  # of a .jsonl: what is longer is no row, and would only fill the memory
 
@@ -78,10 +77,11 @@ class Span:
     """Rows of one file that follow each other: lines of a .jsonl, row groups of a .parquet, the whole of a .txt."""
 
     file: int  # index into the files
-    start: int  # bytes of the file [start, stop); of a .parquet its share
+    start: int  # bytes of the file [start, stop)
     stop: int
     line: int  # of the first row
     groups: tuple[int, int] | None = None  # row groups [first, last) of a .parquet
+    sha256: str | None = None  # of these bytes; None: not to be compared with what is read
 
 
 class Problems:
@@ -110,54 +110,18 @@ class Problems:
         raise DataError("\n".join([*lines, hint] if hint else lines))
 
 
-def find_files(paths: Sequence[str]) -> list[Path]:
-    """The data files that `paths` (files, folders, globs) name, in the order given, each one once.
-
-    A folder means every .jsonl, .parquet and .txt file below it, sorted; so does a glob.
-    Raises DataError where a path names nothing that can be read.
-    """
-    found: dict[Path, Path] = {}
-    for path in paths:
-        try:
-            for file in _matches(path):
-                str(file).encode()
-                found.setdefault(file.resolve(), file)
-        except UnicodeEncodeError:
-            raise DataError(f"{path}: a name there is not UTF-8, so no message could name it; rename it") from None
-        except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user's home, a NUL
-            raise DataError(f"{path}: cannot be read ({reason(error)}); correct data.path") from None
-    return list(found.values())
-
-
-def _matches(path: str) -> list[Path]:
-    here = Path(path).expanduser()
-    known = ", ".join(SUFFIXES)
-    if here.is_file():
-        if here.suffix not in SUFFIXES:
-            raise DataError(f"{path}: cannot read {here.suffix or 'a file without a suffix'}; give one of {known}")
-        return [here]
-    if here.is_dir():
-        candidates = sorted(here.rglob("*"))
-    elif glob.has_magic(path):
-        candidates = [Path(match) for match in sorted(glob.glob(str(here), recursive=True))]
-    else:
-        raise DataError(f"{path}: no such file or folder; correct data.path")
-    files = [file for file in candidates if file.suffix in SUFFIXES and file.is_file()]
-    if not files:
-        raise DataError(f"{path}: no {known} file found there; correct data.path")
-    return files
-
-
 def read_records(path: str | Path, span: Span | None = None) -> Iterator[Record | BadRow]:
     """The rows of one file, or of a span of it, streamed. Blank lines of a .jsonl are skipped; their line numbers are
     not reused.
 
-    Raises DataError where the file itself cannot be read or, read as a whole, holds no row.
+    Raises DataError where the file itself cannot be read or, read as a whole, holds no row. The rows of a span with a
+    hash are made of the very bytes that were hashed: DataError at the end of them where the file has changed since.
     """
     path = Path(path)
     read = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".txt": _read_text}[path.suffix]
     empty = span is None
     try:
+        plain_file(path)
         for row in read(path, span):
             empty = False
             yield row
@@ -176,13 +140,11 @@ def parse_json(text: str) -> Any:
     a key that is twice in one object, and for numbers that Python cannot hold."""
     try:
         value = _DECODER.decode(text)
-        if "\\ud" in text or "\\uD" in text:  # a lone surrogate is no character: no tokenizer can encode it
-            json.dumps(value, ensure_ascii=False).encode()
+        if ("\\ud" in text or "\\uD" in text) and _has_surrogate(value):  # no character: no tokenizer can encode it
+            raise _Refused("an unpaired surrogate escape (\\ud800 to \\udfff), which is no character")
     except json.JSONDecodeError as error:
         what = "a byte order mark" if text.startswith("\ufeff") else error.msg
         raise ValueError(f"not valid JSON ({what} at column {error.colno})") from None
-    except UnicodeEncodeError:
-        raise ValueError("an unpaired surrogate escape (\\ud800 to \\udfff), which is no character") from None
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     except _Refused:
@@ -194,6 +156,21 @@ def parse_json(text: str) -> Any:
 
 class _Refused(ValueError):
     """JSON by the letter, perhaps, but nothing that can be meant."""
+
+
+def _has_surrogate(value: Any) -> bool:
+    """Without a copy of its texts, which may be long."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            if _SURROGATE.search(item):
+                return True
+        elif isinstance(item, dict):
+            left += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            left += item
+    return False
 
 
 def _constant(name: str) -> None:
@@ -215,45 +192,55 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _DECODER = json.JSONDecoder(parse_constant=_constant, parse_float=_float, object_pairs_hook=_object)
 
 
 def _read_jsonl(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
     file, end, stop = str(path), span.start if span else 0, span.stop if span else math.inf
+    seen = sha256()
     with path.open("rb") as lines:
         lines.seek(end)
         for line in count(span.line if span else 1):
             raw = lines.readline(MAX_LINE_BYTES + 1) if end < stop else b""
             if not raw:
+                _refuse_change(path, span, seen)
                 return
             end += len(raw)
+            seen.update(raw)
             if len(raw) > MAX_LINE_BYTES:
-                end += _skip_line(lines) if raw[-1:] != b"\n" else 0
+                end += _skip_line(lines, seen) if raw[-1:] != b"\n" else 0
                 much = f"a line of more than {MAX_LINE_BYTES:,} bytes"
                 yield BadRow(file, line, "row", f"{much}; end lines with \\n, or split the row")
                 continue
             raw = (raw.removeprefix(BOM) if line == 1 else raw).rstrip()
-            if not raw:
-                continue
-            try:
-                value = parse_json(raw.decode())
-            except UnicodeDecodeError as error:
-                yield BadRow(file, line, "row", _not_utf8(error, "the line"))
-            except ValueError as error:
-                yield BadRow(file, line, "row", f"{error}; {_remedy(raw)}")
-            else:
-                if isinstance(value, dict):
-                    yield Record(file, line, value, _digest(raw), end)
-                else:
-                    found = type(value).__name__
-                    yield BadRow(file, line, "row", f"a JSON {found}, not an object; write one JSON object a line")
+            if raw:
+                yield _json_row(file, line, raw, end)
 
 
-def _skip_line(lines: BinaryIO) -> int:
+def _json_row(file: str, line: int, raw: bytes, end: int) -> Record | BadRow:
+    try:
+        value = parse_json(raw.decode())
+    except UnicodeDecodeError as error:
+        return BadRow(file, line, "row", _not_utf8(error, "the line"))
+    except ValueError as error:
+        return BadRow(file, line, "row", f"{error}; {_remedy(raw)}")
+    if not isinstance(value, dict):
+        return BadRow(file, line, "row", f"a JSON {type(value).__name__}, not an object; write one JSON object a line")
+    return Record(file, line, value, _digest(raw), end)
+
+
+def _refuse_change(path: Path, span: Span | None, seen: hashlib._Hash) -> None:
+    if span is not None and span.sha256 not in (None, seen.hexdigest()):
+        raise DataError(f"{path}: changed while it was being prepared, so nothing was stored; run again")
+
+
+def _skip_line(lines: BinaryIO, seen: hashlib._Hash) -> int:
     """Read to the end of the line, a piece at a time. Returns the bytes that were left of it."""
     skipped = 0
     while piece := lines.readline(1 << 20):
         skipped += len(piece)
+        seen.update(piece)
         if piece.endswith(b"\n"):
             break
     return skipped
@@ -269,6 +256,7 @@ def _remedy(raw: bytes) -> str:
 
 def _read_text(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
     raw = path.read_bytes()
+    _refuse_change(path, span, sha256(raw))
     content = raw.removeprefix(BOM)
     if not content:
         return
@@ -281,7 +269,9 @@ def _read_text(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
         at = content.index(b"\0")
         yield BadRow(str(path), 1, "text", f"a NUL byte at offset {at} of the file: not text; save the file as UTF-8")
     else:
-        yield Record(str(path), 1, text, _digest(content), len(raw))
+        digest, size = _digest(content), len(raw)
+        del raw, content  # the text alone is in memory while it is encoded
+        yield Record(str(path), 1, text, digest, size)
 
 
 def _read_parquet(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
@@ -308,10 +298,24 @@ def _read_parquet(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
                     yield BadRow(file, line, "row", f"a value that cannot be read ({reason(error)}); write it as text")
                 else:
                     yield Record(file, line, value, _digest(raw), size * line // max(rows, 1))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if span is not None and span.sha256 is not None:
+            _refuse_change(path, span, _sha256_of(path, span))
         raise _not_parquet(path, error) from None
+    if span is not None and span.sha256 is not None:
+        _refuse_change(path, span, _sha256_of(path, span))
     if line != last:
         raise DataError(f"{path}: holds {line} rows where its footer says {last}; write it again")
+
+
+def _sha256_of(path: Path, span: Span) -> hashlib._Hash:
+    seen, left = sha256(), span.stop - span.start
+    with path.open("rb") as file:
+        file.seek(span.start)
+        while left and (block := file.read(min(left, 1 << 20))):
+            seen.update(block)
+            left -= len(block)
+    return seen
 
 
 def parquet_file(path: Path) -> Any:

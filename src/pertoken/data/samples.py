@@ -11,10 +11,11 @@ import numpy as np
 
 from pertoken.config import DataConfig
 from pertoken.data.chat import ChatTemplate, rendered_chat
+from pertoken.data.cuts import NoCut
 from pertoken.data.encode import Encoded, Encoder, Marked
 from pertoken.data.formats import to_conversation, to_text
 from pertoken.data.records import BadRow, Problems, Record, Span, read_records
-from pertoken.errors import RecipeError
+from pertoken.errors import DataError, RecipeError
 from pertoken.text import reason
 
 if TYPE_CHECKING:
@@ -122,25 +123,46 @@ class Making:
         """
         rows = _Rows(self, outcome, skip)
         for chunk in _chunks(rows.documents(part)):
-            for document, tokens in self._encoded(chunk, rows):
+            for document, pieces in self._encoded(chunk, rows):
                 if self.template is None:
-                    yield from _text_samples(document, tokens, self.data.max_seq_len, outcome.counts)
+                    yield from _text_samples(document, pieces, self.data.max_seq_len, outcome.counts)
                 else:
-                    yield from _chat_samples(document, tokens, self.data, str(self.files[document.file]), outcome)
+                    yield from _chat_samples(document, pieces, self.data, str(self.files[document.file]), outcome)
             on_bytes(rows.bytes_done)
 
-    def _encoded(self, chunk: list[_Document], rows: _Rows) -> list[tuple[_Document, Encoded]]:
-        """Each document with its tokens; one that the tokenizer has no tokens for is a bad row."""
+    def _encoded(self, chunk: list[_Document], rows: _Rows) -> Iterator[tuple[_Document, Iterator[Encoded]]]:
+        """Each document with its tokens, a long one's in pieces; one that there are no tokens for is a bad row."""
         try:
-            encoded = self.encoder.encode([document.marked for document in chunk], append=self.eos_token_id)
-            return list(zip(chunk, encoded, strict=True))
+            if len(chunk) == 1 and len(chunk[0].marked.text) >= _CHUNK_CHARS:
+                pieces = self.encoder.pieces(chunk[0].marked, append=self.eos_token_id)
+                yield chunk[0], self._guarded(chunk[0], pieces)
+                return
+            encoded = list(self.encoder.encode([document.marked for document in chunk], append=self.eos_token_id))
+        except DataError:
+            raise
         except Exception as error:  # a tokenizer is a program from elsewhere, and may fail at a text in any way
             if len(chunk) == 1:
-                file, line = str(self.files[chunk[0].file]), chunk[0].line
-                problem = f"the tokenizer has no tokens for it ({reason(error)}); choose another, or remove the row"
-                rows.bad(BadRow(file, line, "text" if self.template is None else "conversation", problem))
-                return []
-            return [pair for document in chunk for pair in self._encoded([document], rows)]
+                rows.bad(self._bad(chunk[0], error))
+            else:
+                for document in chunk:
+                    yield from self._encoded([document], rows)
+            return
+        for document, whole in zip(chunk, encoded, strict=True):
+            yield document, iter([whole])
+
+    def _guarded(self, document: _Document, pieces: Iterator[Encoded]) -> Iterator[Encoded]:
+        """The pieces. Samples of the first ones are written when another one fails, so that is no bad row any more."""
+        try:
+            yield from pieces
+        except Exception as error:
+            raise DataError(str(self._bad(document, error))) from None
+
+    def _bad(self, document: _Document, error: Exception) -> BadRow:
+        field = "text" if self.template is None else "conversation"
+        problem = f"the tokenizer has no tokens for it ({reason(error)}); choose another, or remove the row"
+        if isinstance(error, NoCut):
+            problem = f"{error}; split the row, or break its text into lines"
+        return BadRow(str(self.files[document.file]), document.line, field, problem)
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -165,7 +187,7 @@ class _Rows:
                 self._outcome.counts.rows += 1
                 texts = row if isinstance(row, BadRow) else self._texts(row)
                 if isinstance(row, Record):
-                    self.bytes_done = before + row.end - span.start
+                    self.bytes_done = before + max(0, min(row.end, span.stop) - span.start)
                 if isinstance(texts, BadRow):
                     self.bad(texts)
                     continue
@@ -209,32 +231,60 @@ def _rendered(row: Record, template: ChatTemplate, data: DataConfig) -> list[tup
 
 
 def _chunks(documents: Iterator[_Document]) -> Iterator[list[_Document]]:
+    """Documents in order, together about as much as is encoded at a time; a long one is by itself."""
     chunk: list[_Document] = []
     chars = 0
     for document in documents:
-        chunk.append(document)
-        chars += len(document.marked.text)
-        if len(chunk) == _CHUNK_DOCUMENTS or chars >= _CHUNK_CHARS:
+        length = len(document.marked.text)
+        if chunk and (len(chunk) == _CHUNK_DOCUMENTS or chars + length > _CHUNK_CHARS):
             yield chunk
             chunk, chars = [], 0
+        chunk.append(document)
+        chars += length
     if chunk:
         yield chunk
 
 
-def _text_samples(document: _Document, encoded: Encoded, max_seq_len: int, counts: Counts) -> Iterator[Row]:
+def _text_samples(document: _Document, pieces: Iterator[Encoded], max_seq_len: int, counts: Counts) -> Iterator[Row]:
     """Samples that overlap by one token: the last label of one is the first input of the next."""
-    num_inputs = len(encoded.tokens) - 1
-    if not num_inputs:
+    held: list[Encoded] = []  # from the first input of the next sample on
+    samples = 0
+    for piece in pieces:
+        held.append(piece)
+        if sum(len(part.tokens) for part in held) > max_seq_len:
+            whole = _joined(held)
+            starts = range(0, len(whole.tokens) - max_seq_len, max_seq_len)
+            for start in starts:
+                yield _row(document, whole, start, start + max_seq_len)
+            held, samples = [_cut(whole, starts[-1] + max_seq_len)], samples + len(starts)
+    whole = _joined(held)
+    if len(whole.tokens) > 1:
+        yield _row(document, whole, 0, len(whole.tokens) - 1)
+    elif not samples:
         counts.too_short += 1
-    for start in range(0, num_inputs, max_seq_len):
-        yield _row(document, encoded, start, min(start + max_seq_len, num_inputs))
+
+
+def _joined(pieces: Sequence[Encoded]) -> Encoded:
+    if len(pieces) == 1:
+        return pieces[0]
+    names = ("tokens", "supervised", "num_bytes")
+    return Encoded(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in names))
+
+
+def _cut(whole: Encoded, start: int, stop: int | None = None) -> Encoded:
+    return Encoded(whole.tokens[start:stop], whole.supervised[start:stop], whole.num_bytes[start:stop])
 
 
 def _chat_samples(
-    document: _Document, encoded: Encoded, data: DataConfig, file: str, outcome: Outcome
+    document: _Document, pieces: Iterator[Encoded], data: DataConfig, file: str, outcome: Outcome
 ) -> Iterator[Row]:
-    counts = outcome.counts
-    num_inputs, limit = len(encoded.tokens) - 1, data.max_seq_len
+    counts, limit = outcome.counts, data.max_seq_len
+    kept, num_tokens = [], 0  # what a sample can hold is kept, the rest counted
+    for piece in pieces:
+        if num_tokens <= limit:
+            kept.append(_cut(piece, 0, limit + 1 - num_tokens))
+        num_tokens += len(piece.tokens)
+    encoded, num_inputs = _joined(kept), num_tokens - 1
     if num_inputs > limit and data.overlong == "error":
         remedy = 'raise it, or set data.overlong to "drop" or "truncate"'
         outcome.problems.add(

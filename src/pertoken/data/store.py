@@ -1,18 +1,10 @@
 """Tokenised samples on disk: made once, memory-mapped ever after.
 
-A store is a folder of the cache, named by a hash over everything that decides its contents, with
-
-    samples.arrow   an Arrow IPC file, one row per sample (see columns.py)
-    store.json      files, settings, counts
-    skipped.txt     the bad rows that were skipped, one line each
-
-It is built aside and renamed into place, so a folder of that name is always whole.
+A store is a folder of the cache (`store_folder.py`), named by a hash over everything that decides its contents.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,24 +16,24 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 import numpy as np
 
 from pertoken.config import DataConfig
-from pertoken.data.columns import Columns, join
+from pertoken.data.columns import Columns
 from pertoken.data.encode import Encoder
+from pertoken.data.find import find_files
+from pertoken.data.hashes import recall, remember, see
 from pertoken.data.parts import part_bytes, scan
 from pertoken.data.prepare import MadePart, make_parts, work_folder
-from pertoken.data.records import BadRow, Problems, find_files
+from pertoken.data.records import BadRow, Problems
 from pertoken.data.sample import Sample
 from pertoken.data.samples import Making, Outcome
-from pertoken.data.tokenizer import special_ids
+from pertoken.data.store_folder import SKIPPED, Check, Damaged, open_folder, put_in_place, write_folder
+from pertoken.data.store_key import StoreKey
 from pertoken.errors import DataError
 from pertoken.text import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Store", "StoreReport", "build_store"]
-
-_VERSION = 2  # of the format and of how samples are made: raise it when either changes
-_SAMPLES, _META, _SKIPPED = "samples.arrow", "store.json", "skipped.txt"
+__all__ = ["Store", "StoreReport", "build_store", "open_store"]
 
 
 @dataclass(frozen=True)
@@ -82,12 +74,14 @@ class Store:
         self,
         columns: Columns,
         *,
+        name: str,
         fingerprint: str,
         files: tuple[str, ...],
         contents: tuple[str, ...],
         report: StoreReport,
         ids: np.ndarray | None = None,
     ) -> None:
+        self.name = name  # of the folder in the cache
         self.fingerprint = fingerprint  # hash over contents of files, tokenizer and settings
         self.files = files
         self._contents = contents  # the SHA-256 of each file
@@ -183,6 +177,7 @@ class Store:
         ids = np.flatnonzero(chosen) if self._ids is None else self._ids[chosen]
         return Store(
             self._columns,
+            name=self.name,
             fingerprint=self.fingerprint,
             files=self.files,
             contents=self._contents,
@@ -197,43 +192,61 @@ def build_store(
     stage: Literal["sft", "pretrain"],
     tokenizer: PreTrainedTokenizerBase,
     data: DataConfig,
+    verify_data: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    on_message: Callable[[str], None] = lambda text: None,
 ) -> Store:
     """The samples of `paths`, opened from the cache where the same files and settings were built before.
 
-    `on_progress` is told (bytes done, bytes in all) during a build. The cache is `data.store`, else
-    $XDG_CACHE_HOME/pertoken, else ~/.cache/pertoken.
-    Raises DataError for bad rows (as `data.on_bad_row` and `data.overlong` say) and where no sample results.
+    The files are read only where no run has read them before, as they are now. A store is checked in part when it is
+    opened, and made again, with a message, where it is damaged; with `verify_data` the files are read in any case, and
+    the store is checked in full. `on_progress` is told (bytes done, bytes in all) during a build. The cache is
+    `data.store`, else $XDG_CACHE_HOME/pertoken, else ~/.cache/pertoken.
+    Raises DataError for bad rows (as `data.on_bad_row` and `data.overlong` say), where no sample results, and for files
+    that change meanwhile.
     """
-    files = find_files(paths)
-    encoder = Encoder(tokenizer)
-    settings = _settings(stage, data)
-    contents, parts = scan(files)
-    fingerprint = _hash(_VERSION, settings, contents, _tokenizer_identity(tokenizer, encoder))
-    cache = _cache(data.store)
-    folder = cache / _hash(fingerprint, [str(file) for file in files])  # the names too, for `file:line` must be right
-    if (store := _open(folder, hit=True)) is not None:
-        return store
-    making = Making.of(files, data, stage=stage, tokenizer=tokenizer, encoder=encoder)
-    progress = _Progress(sum(map(part_bytes, parts)), on_progress)
+    files, cache = find_files(paths, on_message), _cache(data.store)
+    making = Making.of(files, data, stage=stage, tokenizer=tokenizer, encoder=Encoder(tokenizer))
+    key = StoreKey.of(files, data, stage=stage, tokenizer=tokenizer, encoder=making.encoder)
+    check: Check = "full" if verify_data else "sample"
     try:
-        with work_folder(cache, folder.name) as work:
+        known = recall(cache, files) if not verify_data else None
+        if known is not None and (store := _open_or_tell(cache, key, known, check, on_message)) is not None:
+            return store
+        seen = see(files)
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    contents, parts = scan(files)
+    remember(cache, files, seen, contents)
+    if contents != known and (store := _open_or_tell(cache, key, contents, check, on_message)) is not None:
+        return store
+    name, progress = key.name(contents), _Progress(sum(map(part_bytes, parts)), on_progress)
+    try:
+        with work_folder(cache, name) as work:
             made = make_parts(parts, making, work, workers=data.workers, on_progress=progress.at)
-            aside = _joined(made, work / "store", paths)
-            meta = {"fingerprint": fingerprint, "files": [str(file) for file in files], "settings": settings}
-            meta["contents"] = contents
-            meta["report"] = _report(made)
-            (aside / _META).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
-            _move(aside, folder)
+            _write(work / "store", made, paths, key.meta(contents))
+            put_in_place(work / "store", cache / name)
     except ChildProcessError as error:
         raise DataError(f"data.workers: {error}; run it again with fewer, and it goes on where it was") from None
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"data.store={cache}: cannot be written ({reason}); choose another folder") from None
     progress.end()
-    store = _open(folder, hit=False)
-    assert store is not None, folder
+    store = _open(cache / name, "none", hit=False)
+    assert store is not None, name
     return store
+
+
+def open_store(name: str, fingerprint: str, data: DataConfig) -> Store | None:
+    """The store of that name in this machine's cache, with nothing read but its store.json; None where it is not.
+
+    For a process that is told by another one what that has built or checked.
+    """
+    try:
+        store = _open(_cache(data.store) / name, "none", hit=True)
+    except Damaged:
+        return None
+    return store if store is not None and store.fingerprint == fingerprint else None
 
 
 class _Progress:
@@ -268,8 +281,8 @@ def _outcome(made: Sequence[MadePart]) -> Outcome:
     return outcome
 
 
-def _joined(made: Sequence[MadePart], folder: Path, paths: Sequence[str]) -> Path:
-    """The files of a store but for its META, from its parts. Raises DataError for bad rows and for no sample at all."""
+def _write(folder: Path, made: Sequence[MadePart], paths: Sequence[str], meta: dict[str, Any]) -> None:
+    """A store's folder from its parts. Raises DataError for bad rows and for no sample at all."""
     outcome = _outcome(made)
     outcome.raise_problems()
     if not sum(part.totals["samples"] for part in made):
@@ -277,55 +290,42 @@ def _joined(made: Sequence[MadePart], folder: Path, paths: Sequence[str]) -> Pat
         raise DataError(
             f"{', '.join(paths)}: no sample results ({found}); see data.max_seq_len, data.overlong and data.on_bad_row"
         )
-    shutil.rmtree(folder, ignore_errors=True)  # of a build that was interrupted here
-    folder.mkdir()
-    join([part.samples for part in made], folder / _SAMPLES)
-    if outcome.counts.skipped:
-        with (folder / _SKIPPED).open("wb") as listed:
-            for part in made:
-                with part.skipped.open("rb") as lines:
-                    shutil.copyfileobj(lines, listed)
-    return folder
+    skipped = [part.skipped for part in made] if outcome.counts.skipped else []
+    write_folder(folder, [part.samples for part in made], skipped, {**meta, "report": _report(made)})
 
 
-def _move(aside: Path, folder: Path) -> None:
+def _open_or_tell(
+    cache: Path, key: StoreKey, contents: list[str], check: Check, on_message: Callable[[str], None]
+) -> Store | None:
+    """The store of these contents. Where it is damaged it is removed, and `on_message` told."""
+    folder = cache / key.name(contents)
     try:
-        aside.rename(folder)
-    except OSError:
-        # Another process built the same meanwhile; or what is there is broken, since it was not opened above.
-        if _open(folder, hit=True) is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
-
-
-def _open(folder: Path, *, hit: bool) -> Store | None:
-    """The store in a folder; None where there is none, or a damaged one."""
-    skipped = folder / _SKIPPED
-    try:
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-        columns = Columns(folder / _SAMPLES)
-        report = StoreReport(**meta["report"], skipped_file=str(skipped) if skipped.exists() else None, hit=hit)
-        files, contents = tuple(meta["files"]), tuple(meta["contents"])
-        fingerprint = meta["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):  # pyarrow's errors are OSError or ValueError too
+        return _open(folder, check, hit=True)
+    except Damaged as damage:
+        on_message(f"{folder}: a damaged token store ({damage}); making it again from the data")
+        shutil.rmtree(folder, ignore_errors=True)
         return None
-    return Store(columns, fingerprint=fingerprint, files=files, contents=contents, report=report)
 
 
-def _settings(stage: str, data: DataConfig) -> dict[str, Any]:
-    """Everything in the recipe that decides the samples."""
-    names = ("format", "text_key", "prompt_key", "completion_key", "template_kwargs", "max_seq_len")
-    values = data.model_dump(mode="json", include={*names, "overlong", "on_bad_row"})
-    return {**values, "stage": stage, "tail": data.eval_fraction if data.eval_split == "tail" else 0.0}
-
-
-def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> list[Any]:
-    named = [tokenizer.special_tokens_map, sorted(special_ids(tokenizer))]
-    return [encoder.to_str(), *named, tokenizer.chat_template]
-
-
-def _hash(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def _open(folder: Path, check: Check, *, hit: bool) -> Store | None:
+    """The store in a folder; None where there is none. Raises Damaged."""
+    found = open_folder(folder, check)
+    if found is None:
+        return None
+    columns, meta = found
+    skipped = folder / SKIPPED
+    try:
+        report = StoreReport(**meta["report"], skipped_file=str(skipped) if skipped.exists() else None, hit=hit)
+        return Store(
+            columns,
+            name=folder.name,
+            fingerprint=meta["fingerprint"],
+            files=tuple(meta["files"]),
+            contents=tuple(meta["contents"]),
+            report=report,
+        )
+    except (KeyError, TypeError):
+        raise Damaged("store.json is not what pertoken writes") from None
 
 
 def _cache(store: str | None) -> Path:

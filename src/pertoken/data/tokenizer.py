@@ -6,11 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pertoken.data.find import find_files
 from pertoken.data.formats import detect_format, to_conversation, to_text
 from pertoken.data.records import BadRow, Problems, Record, read_records
-from pertoken.data.trained import CHATML, SPECIAL_TOKENS, TrainedTokenizer, bpe_backend, char_backend
+from pertoken.data.trained import (
+    CHATML,
+    MORE_FILES,
+    SPECIAL_TOKENS,
+    TrainedTokenizer,
+    bpe_backend,
+    char_backend,
+)
 from pertoken.errors import DataError, ModelError, RecipeError
-from pertoken.text import reason, shown
+from pertoken.files import plain_files, user_path
+from pertoken.text import escaped_logs, names, reason, shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -90,12 +99,15 @@ def as_transformers(tokenizer: TrainedTokenizer | PreTrainedTokenizerBase) -> Pr
 def _load_folder(path: Path) -> PreTrainedTokenizerBase:
     import transformers
 
+    path = user_path(path, "tokenizer")
     if not path.is_dir():
         raise ModelError(f"tokenizer {path}: no such folder; name one that holds a tokenizer.json")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
+        plain_files(path)
+        with escaped_logs("transformers"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            )
         if not tokenizer.is_fast:
             raise ModelError(f"tokenizer {path}: has no tokenizer.json, so tokens cannot be traced back to their text")
         last = max(tokenizer.get_vocab().values(), default=-1)
@@ -202,6 +214,7 @@ def train_tokenizer(
     text_key: str = "text",
     prompt_key: str = "prompt",
     completion_key: str = "completion",
+    overwrite: bool = False,
 ) -> TrainedTokenizer:
     """Train a tokenizer on the text and the conversations in `files`, and save it as a folder.
 
@@ -209,15 +222,42 @@ def train_tokenizer(
     "char": a token per character seen or written by the template, others become <|endoftext|>; `vocab_size`, which may
     be None, is an upper bound.
     Both have SPECIAL_TOKENS as ids 0, 1, 2 and CHATML as chat template.
-    Raises RecipeError for a `vocab_size` that is too small, DataError for files that give no text or bad rows.
+    `files` may be folders and globs, too. An `out_dir` with anything in it is refused unless `overwrite`, which
+    replaces a tokenizer of the same files there and leaves all else.
+    Raises RecipeError for a `vocab_size` that is too small and for `out_dir`, DataError for files that give no text or
+    bad rows.
     """
-    texts = _texts(files, text_key, prompt_key, completion_key)
+    out_dir = _room_for_a_tokenizer(user_path(out_dir, "--out"), overwrite=overwrite)
+    if vocab_size is not None and vocab_size > _MAX_TOKENS:
+        raise RecipeError(f"vocab_size={vocab_size}: there can be {_MAX_TOKENS:,} tokens at most")
+    texts = _texts(_training_files(files), text_key, prompt_key, completion_key)
     tokenizer = TrainedTokenizer.new(_train_bpe(texts, vocab_size) if kind == "bpe" else _train_char(texts, vocab_size))
     try:
         tokenizer.save_pretrained(out_dir)
     except OSError as error:
         raise RecipeError(f"{out_dir}: cannot be written ({error.strerror}); choose another folder") from None
     return tokenizer
+
+
+def _room_for_a_tokenizer(folder: Path, *, overwrite: bool) -> Path:
+    try:
+        there = sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return folder
+    except OSError as error:
+        raise RecipeError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+    if there and not overwrite:
+        raise RecipeError(f"{folder}: holds {names(there)}; choose another folder, or replace them with --overwrite")
+    if others := [name for name in there if name in MORE_FILES]:
+        raise RecipeError(f"{folder}: holds {names(others)} of another kind of tokenizer; choose another folder")
+    return folder
+
+
+def _training_files(files: Sequence[str | Path]) -> list[Path]:
+    try:
+        return find_files([str(file) for file in files])
+    except DataError as error:
+        raise DataError(str(error).replace("correct data.path", "name another")) from None
 
 
 def _train_bpe(texts: Iterator[str], vocab_size: int | None) -> Tokenizer:

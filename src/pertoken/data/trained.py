@@ -13,10 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pertoken.files import plain_files
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["CHATML", "SPECIAL_TOKENS", "TrainedTokenizer", "bpe_backend", "char_backend"]
+__all__ = ["CHATML", "MORE_FILES", "SPECIAL_TOKENS", "TrainedTokenizer", "bpe_backend", "char_backend"]
 
 # Ids 0, 1, 2 of a trained tokenizer: padding and unknown, start of a turn (bos), end of a turn (eos).
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -78,7 +80,12 @@ _CONFIG = {
 }
 _ABOUT_LOADING = ("is_local", "local_files_only")  # what transformers adds when it saves what it has loaded
 # What else transformers reads from such a folder, and config.json's families with which it does not read more.
-_MORE_FILES = ("special_tokens_map.json", "added_tokens.json", "additional_chat_templates", "tokenizer.model")
+MORE_FILES = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "additional_chat_templates",
+    "tokenizer.model",
+)
 _FAMILIES = ("qwen3", "qwen3_moe", "llama", "mixtral")
 _MOST_TOKENS = 100_000  # above, transformers looks whether the tokenizer is one of Mistral's that it mends
 
@@ -107,10 +114,11 @@ class TrainedTokenizer:
 
         folder = Path(folder)
         try:
+            plain_files(folder)
             config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
             if {key: value for key, value in config.items() if key not in _ABOUT_LOADING} != _CONFIG:
                 return None
-            if any((folder / name).exists() for name in _MORE_FILES) or not _is_ours(folder / "config.json"):
+            if any((folder / name).exists() for name in MORE_FILES) or not _is_ours(folder / "config.json"):
                 return None
             text = (folder / "tokenizer.json").read_text(encoding="utf-8")
             if _frame(json.loads(text)) not in _frames():

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pertoken.data.parts import Part
 from pertoken.data.prepare import make_part
 from pertoken.data.samples import Making
 from pertoken.errors import PertokenError
+from pertoken.text import one_line
 
 __all__ = ["share_out"]
 
@@ -40,10 +44,23 @@ def share_out(
     The error of the first part that has one is raised, as if they were made one after another. Raises
     ChildProcessError where a worker dies.
     """
+    # What workers write goes there: of one that ran out of memory, a trace that is of no use to anybody.
+    with tempfile.TemporaryFile() as said:
+        _share_out(parts, making, folder, workers, on_bytes, said)
+
+
+def _share_out(
+    parts: Mapping[int, Part],
+    making: Making,
+    folder: Path,
+    workers: int,
+    on_bytes: Callable[[int, int], None],
+    said: IO[bytes],
+) -> None:
     started: dict[Any, subprocess.Popen[bytes]] = {}
     try:
         for _ in range(workers):
-            connection, process = _start()
+            connection, process = _start(said)
             started[connection] = process
         waiting, errors, given = deque(parts.items()), dict[int, BaseException](), 0
 
@@ -72,9 +89,7 @@ def share_out(
         if errors:
             raise errors[min(errors)]
     except (EOFError, ConnectionError):
-        codes = [process.poll() for process in started.values()]
-        ended = next((f"with code {code}" for code in codes if code), "early")
-        raise ChildProcessError(f"a worker process ended {ended}, often for lack of memory") from None
+        raise ChildProcessError(f"a worker process {_how_it_ended(list(started.values()), said)}") from None
     finally:
         for connection, process in started.items():
             process.kill()
@@ -82,7 +97,21 @@ def share_out(
             connection.close()
 
 
-def _start() -> tuple[Any, subprocess.Popen[bytes]]:
+def _how_it_ended(processes: list[subprocess.Popen[bytes]], said: IO[bytes]) -> str:
+    """In words, once one of them has closed its connection."""
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.2)  # the connection closes a moment earlier
+    code = next((process.returncode for process in processes if process.returncode), None)
+    said.seek(0)
+    text = said.read().decode("utf-8", "replace")
+    if code in (-signal.SIGKILL, -signal.SIGABRT) or "memory allocation" in text or "MemoryError" in text:
+        return f"was killed (code {code}), most often for lack of memory"
+    last = text.strip().splitlines()[-1:]
+    return f"ended with code {code}" + "".join(f" ({one_line(line)[:200]})" for line in last)
+
+
+def _start(said: IO[bytes]) -> tuple[Any, subprocess.Popen[bytes]]:
     ours, theirs = Pipe()
     environment = {
         **os.environ,
@@ -96,6 +125,7 @@ def _start() -> tuple[Any, subprocess.Popen[bytes]]:
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
+        stderr=said,
         process_group=0,  # an interrupt from the terminal is the parent's business
     )
     theirs.close()

@@ -419,14 +419,17 @@ INLINE float total(const float *x) {
     return out;
 }
 
+INLINE int32_t within(int32_t limit, int64_t C) { return limit < 0 ? 0 : limit > C ? (int32_t)C : limit; }
+
 /* In place: a row of scores, times scale, becomes its soft-max over the columns that its query may see, zero after them;
- * log_z gets the logarithm of the sum. scores [documents, copies, R, C]; limits [documents, R] says how many columns.
+ * log_z gets the logarithm of the sum. scores [documents, copies, R, C]; limits [documents, R] says how many columns,
+ * and is kept within 0 and C.
  * C is a multiple of VECTOR. */
 void softmax_forward(act *scores, float *log_z, const int32_t *limits, int64_t documents, int64_t copies, int64_t R,
                      int64_t C, float scale, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 8)
     for (int64_t i = 0; i < documents * copies * R; i++) {
-        int32_t end = limits[i / (copies * R) * R + i % R], filled = (end + VECTOR - 1) / VECTOR * VECTOR;
+        int32_t end = within(limits[i / (copies * R) * R + i % R], C), filled = (end + VECTOR - 1) / VECTOR * VECTOR;
         act *row = scores + i * C;
         log_z[i] = 0.0f;
         if (end > 0) {
@@ -465,7 +468,7 @@ void softmax_backward(act *scores, act *d_p, const float *log_z, const int32_t *
                       int64_t copies, int64_t R, int64_t C, float scale, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 8)
     for (int64_t i = 0; i < documents * copies * R; i++) {
-        int32_t end = limits[i / (copies * R) * R + i % R], filled = (end + VECTOR - 1) / VECTOR * VECTOR;
+        int32_t end = within(limits[i / (copies * R) * R + i % R], C), filled = (end + VECTOR - 1) / VECTOR * VECTOR;
         act *row = scores + i * C, *grad = d_p + i * C;
         float z = log_z[i], sums[VECTOR];
         for (int k = 0; k < VECTOR; k++) sums[k] = 0.0f;
@@ -512,13 +515,14 @@ void cross_entropy(act *logits, const int64_t *labels, const float *weights, flo
             for (int64_t v = start; v < end; v++) part += exp_(load(row[v]) - top);
             sum += part;
         }
-        float log_z = top + (float)log(sum), at_label = load(row[labels[i]]);
-        nll[i] = log_z - at_label;
+        /* Both relative to the largest logit: the sum of both would be rounded to its own size. */
+        float log_sum = (float)log(sum), at_label = load(row[labels[i]]) - top;
+        nll[i] = log_sum - at_label;
         if (!with_gradient) continue;
         float factor = weights ? weights[i] : 1.0f;
 #pragma omp simd
-        for (int64_t v = 0; v < V; v++) row[v] = low(factor * exp_act(load(row[v]) - log_z));
-        row[labels[i]] = low(factor * (exp_(at_label - log_z) - 1.0f));
+        for (int64_t v = 0; v < V; v++) row[v] = low(factor * exp_act(load(row[v]) - top - log_sum));
+        row[labels[i]] = low(factor * (exp_(at_label - log_sum) - 1.0f));
     }
 }
 

@@ -1,7 +1,9 @@
 """The kernels of decoder.c on tensors.
 
 `Kernels` is for one dtype of activations, bfloat16 or float32; weights of norms, the residual stream and statistics are
-float32 always. Tensors must be on the CPU and contiguous, unless a stride is named. Nothing here has a gradient.
+float32 always. Tensors must be plain ones on the CPU, contiguous unless rows may lie apart. Each call checks the types,
+shapes and layouts of what it is given, and what the kernels take for an address: a wrong one raises TypeError,
+ValueError or IndexError, and never reads or writes beyond a tensor's end. Nothing here has a gradient.
 
 Shape suffixes: N rows (tokens), D hidden size, F width of the MLP, V vocabulary, C columns.
 """
@@ -11,10 +13,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pertoken.kernels.build import load_library
 from pertoken.kernels.memory import empty
@@ -33,9 +36,27 @@ class Seats:
     positions: Tensor  # [N] int32, each row's position in its document
     num_rows: int  # of the padded layout, for one head
 
+    def __post_init__(self) -> None:
+        """ValueError for a seat outside of the layout, which would be written to."""
+        _expect("table", self.table, torch.int32, -1, 5)
+        _expect("positions", self.positions, torch.int32, self.num_tokens)
+        if not self.num_tokens:
+            return
+        first, width, block, row, _ = self.table.to(torch.int64).unbind(1)
+        inside = (first >= 0) & (first + width <= self.num_rows) & (row >= 0) & (row < width)
+        if not bool((inside & (block > 0)).all()) or bool((width % block.clamp(min=1)).any()):
+            raise ValueError(f"a seat lies outside of the layout's {self.num_rows} rows")
+        if int(self.positions.min()) < 0:
+            raise ValueError("a position is negative")
+
     @property
     def num_tokens(self) -> int:
         return self.table.shape[0]
+
+    @cached_property
+    def num_positions(self) -> int:
+        """One more than the last."""
+        return int(self.positions.max()) + 1 if self.num_tokens else 0
 
 
 class Kernels:
@@ -47,6 +68,8 @@ class Kernels:
 
     def norm_forward(self, h_ND: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """RMS norm: (out [N, D] in the dtype of activations, 1 / rms [N])."""
+        _expect("h", h_ND, torch.float32, -1, -1)
+        _expect("weight", weight, torch.float32, h_ND.shape[1])
         n, d = h_ND.shape
         out, rstd = empty(n, d, dtype=self.dtype), h_ND.new_empty(n)
         self._call("norm_forward", h_ND, weight, out, rstd, n, d, _F(eps))
@@ -54,6 +77,9 @@ class Kernels:
 
     def norm_transposed(self, h_ND: Tensor, weight: Tensor, rstd_N: Tensor) -> Tensor:
         """What `norm_forward` gave, as [D, N]."""
+        _expect("h", h_ND, torch.float32, -1, -1)
+        _expect("weight", weight, torch.float32, h_ND.shape[1])
+        _expect("rstd", rstd_N, torch.float32, h_ND.shape[0])
         n, d = h_ND.shape
         out = empty(d, n, dtype=self.dtype)
         self._call("norm_transposed", h_ND, weight, rstd_N, out, n, d)
@@ -63,14 +89,34 @@ class Kernels:
         self, d_out_ND: Tensor, h_ND: Tensor, weight: Tensor, rstd_N: Tensor, d_residual_ND: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """(d_residual, where given, plus the gradient through the norm [N, D], the gradient of its weight [D])."""
+        _expect("h", h_ND, torch.float32, -1, -1)
+        _expect("d_out", d_out_ND, self.dtype, *h_ND.shape)
+        _expect("weight", weight, torch.float32, h_ND.shape[1])
+        _expect("rstd", rstd_N, torch.float32, h_ND.shape[0])
+        if d_residual_ND is not None:
+            _expect("d_residual", d_residual_ND, torch.float32, *h_ND.shape)
         n, d = h_ND.shape
         d_h, d_weight = empty(n, d, dtype=h_ND.dtype), torch.empty_like(weight)
         partial = torch.empty(torch.get_num_threads(), d, dtype=torch.float64)
-        self._call("norm_backward", d_out_ND, h_ND, weight, rstd_N, d_residual_ND, d_h, d_weight, partial, n, d)
+        self._call(
+            "norm_backward",
+            d_out_ND,
+            h_ND,
+            weight,
+            rstd_N,
+            d_residual_ND,
+            d_h,
+            d_weight,
+            partial,
+            n,
+            d,
+            threads=len(partial),
+        )
         return d_h, d_weight
 
     def lower_both_ways(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """float32 [N, D] in the dtype of activations: as it is, and transposed [D, N]."""
+        _expect("x", x_ND, torch.float32, -1, -1)
         n, d = x_ND.shape
         straight, turned = empty(n, d, dtype=self.dtype), empty(d, n, dtype=self.dtype)
         self._call("lower_both_ways", x_ND, straight, turned, n, d)
@@ -78,26 +124,33 @@ class Kernels:
 
     def widen_transposed(self, x_RC: Tensor, out_CR: Tensor, *, add: bool = False) -> Tensor:
         """`out` (+)= x transposed, in float32. Rows of both may lie apart."""
+        _expect("x", x_RC, self.dtype, -1, -1, apart=True)
         r, c = x_RC.shape
-        assert out_CR.shape == (c, r), (out_CR.shape, x_RC.shape)
-        assert x_RC.stride(1) == out_CR.stride(1) == 1, (x_RC.stride(), out_CR.stride())
-        self._call("widen_transposed", _Rows(x_RC), _Rows(out_CR), r, c, x_RC.stride(0), out_CR.stride(0), _I(add))
+        _expect("out", out_CR, torch.float32, c, r, apart=True)
+        self._call("widen_transposed", x_RC, out_CR, r, c, x_RC.stride(0), out_CR.stride(0), _I(add))
         return out_CR
 
     def add_residual(self, h_ND: Tensor, delta_ND: Tensor) -> Tensor:
+        _expect("h", h_ND, torch.float32, -1, -1)
+        _expect("delta", delta_ND, self.dtype, *h_ND.shape)
         out = empty(*h_ND.shape, dtype=h_ND.dtype)
         self._call("add_residual", h_ND, delta_ND, out, h_ND.numel())
         return out
 
     def swiglu_forward(self, gate_up_NF: Tensor) -> Tensor:
         """[N, 2F], the gates first -> silu(gate) * up [N, F]."""
+        _expect("gate_up", gate_up_NF, self.dtype, -1, -1)
         n, f = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
+        if gate_up_NF.shape[1] != 2 * f:
+            raise ValueError(f"gate_up has {gate_up_NF.shape[1]} columns: must be an even number")
         out = empty(n, f, dtype=self.dtype)
         self._call("swiglu_forward", gate_up_NF, out, n, f)
         return out
 
     def swiglu_backward(self, gate_up_NF: Tensor, d_out_NF: Tensor) -> Tensor:
         """In place: `gate_up` becomes its gradient. Returns what `swiglu_forward` gave."""
+        _expect("d_out", d_out_NF, self.dtype, -1, -1)
+        _expect("gate_up", gate_up_NF, self.dtype, d_out_NF.shape[0], 2 * d_out_NF.shape[1])
         n, f = d_out_NF.shape
         again = empty(n, f, dtype=self.dtype)
         self._call("swiglu_backward", gate_up_NF, d_out_NF, again, n, f)
@@ -120,10 +173,11 @@ class Kernels:
         Heads are normalised with `norm` [head_dim] where given, and turned by their position's row of `angles`
         [positions, head_dim] (cosines, then sines), where given.
         """
+        self._expect_heads(x, seats, heads, share, head_dim, norm, angles)
         out = empty(heads * seats.num_rows, head_dim, dtype=self.dtype)
         self._call(
             "seat_heads",
-            *(_Rows(x), x.stride(0), out, seats.table, seats.positions, norm, angles),
+            *(x, x.stride(0), out, seats.table, seats.positions, norm, angles),
             *(seats.num_tokens, heads, share, head_dim, _F(eps)),
         )
         return out
@@ -146,49 +200,99 @@ class Kernels:
 
         `x` is that input, needed with `norm`. Without `angles`, rows are brought back and nothing else.
         """
+        self._expect_heads(to, seats, heads, share, head_dim, norm, angles)
+        _expect("d_out", d_out, self.dtype, heads * seats.num_rows, head_dim)
+        if norm is not None:
+            if x is None:
+                raise ValueError("x is missing: the gradient of a norm needs its input")
+            self._expect_heads(x, seats, heads, share, head_dim, norm, angles)
         d_norm = torch.empty_like(norm) if norm is not None else None
         partial = torch.empty(torch.get_num_threads(), head_dim, dtype=torch.float64) if norm is not None else None
         self._call(
             "unseat_heads",
-            *(d_out, None if x is None else _Rows(x), 0 if x is None else x.stride(0), _Rows(to), to.stride(0)),
+            *(d_out, x, 0 if x is None else x.stride(0), to, to.stride(0)),
             *(seats.table, seats.positions, norm, angles, d_norm, partial),
             *(seats.num_tokens, heads, share, head_dim, _F(eps)),
+            threads=None if partial is None else len(partial),
         )
         return d_norm
+
+    def _expect_heads(
+        self,
+        x: Tensor,
+        seats: Seats,
+        heads: int,
+        share: int,
+        head_dim: int,
+        norm: Tensor | None,
+        angles: Tensor | None,
+    ) -> None:
+        """Rows of heads, of which `x` may have more than are seated, and columns beside them."""
+        _expect("rows", x, self.dtype, -1, -1, apart=True)
+        if x.shape[0] < seats.num_tokens or x.shape[1] < heads * head_dim:
+            raise ValueError(f"rows have shape {list(x.shape)}: {seats.num_tokens} of {heads} x {head_dim} are seated")
+        if min(heads, share, head_dim) < 1 or heads % share:
+            raise ValueError(f"{heads} heads of {head_dim}, {share} to a group: must be whole groups")
+        if angles is not None:
+            if head_dim > MAX_HEAD_DIM or head_dim % 2:
+                raise ValueError(f"head_dim={head_dim}: must be even and at most {MAX_HEAD_DIM} where heads are turned")
+            _expect("angles", angles, torch.float32, -1, head_dim)
+            if angles.shape[0] < seats.num_positions:
+                raise IndexError(f"angles of {angles.shape[0]} positions: the seats have {seats.num_positions}")
+        if norm is not None:
+            _expect("norm", norm, torch.float32, head_dim)
+            if angles is None:
+                raise ValueError("norm without angles is not computed")
 
     def softmax_forward(self, scores_BRC: Tensor, log_z_BR: Tensor, limits_SR: Tensor, scale: float) -> None:
         """In place: scores [S * copies, R, C] times `scale` to probabilities, over the first `limits` [S, R] int32
         columns of each row, zero after them; `log_z` [S * copies, R] gets the logarithm of the normaliser. C must be a
         multiple of 16."""
-        b, r, c = scores_BRC.shape
-        s = limits_SR.shape[0]
-        assert c % 16 == 0, c
-        self._call("softmax_forward", scores_BRC, log_z_BR, limits_SR, s, b // s, r, c, _F(scale))
+        documents, copies, r, c = self._expect_scores(scores_BRC, log_z_BR, limits_SR)
+        self._call("softmax_forward", scores_BRC, log_z_BR, limits_SR, documents, copies, r, c, _F(scale))
 
     def softmax_backward(
         self, scores_BRC: Tensor, d_p_BRC: Tensor, log_z_BR: Tensor, limits_SR: Tensor, scale: float
     ) -> None:
         """In place: scores to probabilities once more, and their gradient `d_p` to that of the scores."""
+        documents, copies, r, c = self._expect_scores(scores_BRC, log_z_BR, limits_SR)
+        _expect("d_p", d_p_BRC, self.dtype, *scores_BRC.shape)
+        self._call("softmax_backward", scores_BRC, d_p_BRC, log_z_BR, limits_SR, documents, copies, r, c, _F(scale))
+
+    def _expect_scores(self, scores_BRC: Tensor, log_z_BR: Tensor, limits_SR: Tensor) -> tuple[int, int, int, int]:
+        """(S, copies, R, C). The kernels themselves keep limits within C."""
+        _expect("scores", scores_BRC, self.dtype, -1, -1, -1)
         b, r, c = scores_BRC.shape
-        s = limits_SR.shape[0]
-        assert c % 16 == 0, c
-        self._call("softmax_backward", scores_BRC, d_p_BRC, log_z_BR, limits_SR, s, b // s, r, c, _F(scale))
+        _expect("log_z", log_z_BR, torch.float32, b, r)
+        _expect("limits", limits_SR, torch.int32, -1, r)
+        documents = limits_SR.shape[0]
+        if c % 16:
+            raise ValueError(f"scores have {c} columns: must be a multiple of 16")
+        if b % documents if documents else b:
+            raise ValueError(f"scores of {b} heads: must be a multiple of the {documents} documents")
+        return documents, b // max(documents, 1), r, c
 
     def cross_entropy(self, logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None, *, gradient: bool) -> Tensor:
         """Negative log-likelihoods [N] in nats. With `gradient`, `logits` become weight * (softmax - one hot).
 
-        Labels must be known to be inside of the vocabulary.
+        Raises IndexError for a label outside of the vocabulary.
         """
+        _expect("logits", logits_NV, self.dtype, -1, -1, apart=True)
         n, v = logits_NV.shape
+        _expect("labels", labels_N, torch.int64, n)
+        if weights_N is not None:
+            _expect("weights", weights_N, torch.float32, n)
+        _expect_indices("labels", labels_N, v)
         nll = torch.empty(n)
         self._call(
             "cross_entropy",
-            *(_Rows(logits_NV), labels_N, weights_N, nll, n, v, logits_NV.stride(0), _I(gradient)),
+            *(logits_NV, labels_N, weights_N, nll, n, v, logits_NV.stride(0), _I(gradient)),
         )
         return nll
 
     def sum_of_squares(self, x: Tensor) -> Tensor:
         """Of float32 numbers [n], 0-d float64; the same to the bit for any number of threads."""
+        _expect("x", x, torch.float32, x.numel(), apart=True)
         n = x.numel()
         partial = torch.empty(-(-n // _BLOCK), dtype=torch.float64)
         self._call("sum_of_squares", x.contiguous(), partial, n)
@@ -196,22 +300,42 @@ class Kernels:
 
     def add_rows(self, x_ND: Tensor, index_N: Tensor, out_VD: Tensor) -> Tensor:
         """`out_VD.index_add_(0, index_N, x_ND)` in float32, the rows of one index added up in float64 first."""
+        _expect("x", x_ND, torch.float32, -1, -1)
+        _expect("index", index_N, torch.int64, x_ND.shape[0])
+        _expect("out", out_VD, torch.float32, -1, x_ND.shape[1])
+        _expect_indices("index", index_N, out_VD.shape[0])
         order = index_N.argsort(stable=True)
         targets, counts = torch.unique_consecutive(index_N[order], return_counts=True)
         starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
         self._call("add_rows", x_ND, order, starts, targets, out_VD, len(targets), x_ND.shape[1])
         return out_VD
 
-    def _call(self, name: str, *arguments: Any) -> None:
+    def _call(self, name: str, *arguments: Any, threads: int | None = None) -> None:
+        """`threads` where there is scratch for so many: torch's number of them may change at any time."""
         function: Callable[..., None] = getattr(self._library, name)
-        function(*map(_as_c, arguments), ctypes.c_int(torch.get_num_threads()))
+        function(*map(_as_c, arguments), ctypes.c_int(threads or torch.get_num_threads()))
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """A tensor whose rows may lie apart; the kernel is told how far."""
+def _expect(name: str, x: Tensor, dtype: torch.dtype, *shape: int, apart: bool = False) -> None:
+    """TypeError or ValueError unless `x` is a plain tensor of `shape` (-1: any), contiguous, or `apart` in its rows."""
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        raise TypeError(f"{name} is a {type(x).__name__}: must be a plain tensor")
+    if x.dtype != dtype:
+        raise TypeError(f"{name} is {x.dtype}: must be {dtype}")
+    if x.layout != torch.strided or not x.is_cpu:
+        raise ValueError(f"{name} is {x.layout} on {x.device}: must be dense, on the CPU")
+    if x.ndim != len(shape) or any(n not in (-1, m) for n, m in zip(shape, x.shape, strict=True)):
+        raise ValueError(f"{name} has shape {list(x.shape)}: must be {list(shape)}")
+    walkable = x.shape[-1] <= 1 or x.stride(-1) == 1 if apart else x.is_contiguous()
+    if not walkable:
+        raise ValueError(f"{name} has strides {x.stride()}: must be contiguous{' rows' if apart else ''}")
 
-    tensor: Tensor
+
+def _expect_indices(name: str, x: Tensor, end: int) -> None:
+    if x.numel():
+        low, high = x.aminmax()
+        if not 0 <= int(low) <= int(high) < end:
+            raise IndexError(f"{name} from {int(low)} to {int(high)}: must be within [0, {end})")
 
 
 _F, _I = ctypes.c_float, ctypes.c_int
@@ -222,12 +346,7 @@ def _as_c(value: Any) -> Any:
         case None:
             return ctypes.c_void_p(None)
         case Tensor():
-            assert value.is_contiguous(), (value.shape, value.stride())
-            assert value.device.type == "cpu", value.device
             return ctypes.c_void_p(value.data_ptr())
-        case _Rows(tensor):
-            assert tensor.shape[-1] <= 1 or tensor.stride(-1) == 1, tensor.stride()
-            return ctypes.c_void_p(tensor.data_ptr())
         case int():
             return ctypes.c_int64(value)
         case _:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from pertoken.model.mlp import MLP
 from pertoken.model.moe import Documents, Load, MixtureOfExperts
-from pertoken.model.native import NativeBatch, attention_block, mlp_block
+from pertoken.model.native import NativeBatch
+from pertoken.model.native_blocks import attention_block, mlp_block
 from pertoken.model_config import ResolvedModelConfig
 
-__all__ = ["Attend", "Decoder", "Rope", "call", "compute_dtype", "rope_angles"]
+__all__ = ["Attend", "Attention", "Decoder", "Layer", "Rope", "call", "compute_dtype", "rope_angles"]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H, D]
 Rope = tuple[Tensor, Tensor]  # cos and sin, [N, 1, D / 2] each
@@ -30,15 +31,17 @@ class Decoder(nn.Module):
         # Not `nn.Embedding(...)`, whose initialisation imports torch's compiler where the device is "meta".
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(table, freeze=False)  # type: ignore[no-untyped-call]
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
+    """A block: attention and feed-forward, each with its norm and its residual sum."""
+
     def __init__(self, config: ResolvedModelConfig) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = _Attention(config)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MixtureOfExperts(config) if config.use_moe else MLP(config.hidden_size, config.intermediate_size)
         self.call_experts: Callable[..., tuple[Tensor, Load | None]] = call
@@ -77,7 +80,9 @@ class _Layer(nn.Module):
         return attention_block(hidden, self.input_layernorm, matrices, (attn.q_norm, attn.k_norm), batch)
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries, whose products `attend` computes."""
+
     def __init__(self, config: ResolvedModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim

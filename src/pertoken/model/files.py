@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pertoken.errors import ModelError
+from pertoken.files import plain_file, plain_files
 from pertoken.text import names, reason, shown
 
 __all__ = ["check_foreign", "count_weights", "read_json", "save_tokenizer", "weight_files"]
@@ -26,7 +27,7 @@ _MOST_EXPERTS = 100_000  # a layer's may be one tensor, so their number does not
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ModelError."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(plain_file(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); name a Hugging Face model folder") from None
     except (ValueError, RecursionError) as error:
@@ -79,7 +80,7 @@ def count_weights(files: list[Path]) -> tuple[int, int]:
     tensors = numbers = 0
     for file in files:
         try:
-            with safe_open(file, framework="pt") as weights:
+            with safe_open(plain_file(file), framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 - no mapping
                     size = 1
                     for length in weights.get_slice(name).get_shape():
@@ -96,11 +97,17 @@ def check_foreign(folder: Path) -> int:
     Raises ModelError for what transformers would act on before it looks at a weight: more layers or experts than there
     can be, attention whose code is fetched from elsewhere, and an adapter, which names another model.
     """
+    try:
+        plain_files(folder)
+    except OSError as error:
+        raise ModelError(f"{error.filename}: cannot be read ({error.strerror}); remove it") from None
     num_tensors, numbers = count_weights(weight_files(folder))
     path = folder / "config.json"
     for key, value in _items(read_json(path)):
         what = f"{path}: {names([key])}={shown(value)}"
-        most = num_tensors if "layer" in key else _MOST_EXPERTS if key.endswith("experts") else math.inf
+        # max_window_layers says from which layer on windows would begin; transformers' own default is 28.
+        counts_layers = "layer" in key and key != "max_window_layers"
+        most = num_tensors if counts_layers else _MOST_EXPERTS if key.endswith("experts") else math.inf
         if isinstance(value, int) and value > most:
             raise ModelError(f"{what}: more than the {num_tensors} tensors in the weights can be; correct it")
         if key.endswith("attn_implementation") and "/" in str(value):

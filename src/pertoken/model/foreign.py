@@ -22,9 +22,9 @@ from pertoken.errors import ModelError, RecipeError
 from pertoken.loss import LossImpl, LossOutput, linear_cross_entropy
 from pertoken.model.files import check_foreign, save_tokenizer
 from pertoken.model.head import check_logits, linear_head, smallest_vocabulary
-from pertoken.model.hf import listed
+from pertoken.model.hf import aligned, listed
 from pertoken.model.operations import padding_metric
-from pertoken.text import reason
+from pertoken.text import escaped_logs, reason
 
 __all__ = ["ForeignCache", "ForeignConfig", "ForeignLM", "load_foreign", "quiet"]
 
@@ -235,9 +235,18 @@ def load_foreign(folder: Path, *, dtype: torch.dtype) -> ForeignLM:
     Raises ModelError for a family that transformers lacks, weights that are missing or left over, and what `ForeignLM`
     refuses.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     numbers = check_foreign(folder)
+    try:
+        with escaped_logs("transformers"):
+            return _load(folder, numbers, dtype)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+
+
+def _load(folder: Path, numbers: int, dtype: torch.dtype) -> ForeignLM:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         _switch_off_dropout(config)
@@ -257,19 +266,16 @@ def load_foreign(folder: Path, *, dtype: torch.dtype) -> ForeignLM:
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except ModelError as error:
-        raise ModelError(f"{folder}: {error}") from None
+    except ModelError:
+        raise
     except Exception as error:  # transformers raises errors of any kind for a folder that is not what it says
-        raise ModelError(f"{folder}: transformers cannot open it ({reason(error)}); name another model") from None
+        raise ModelError(f"transformers cannot open it ({reason(error)}); name another model") from None
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, info.get(key, ()))):
-            raise ModelError(
-                f"{folder}: {key.replace('_', ' ')}: {listed(names)}; compare the weights with config.json"
-            )
-    try:
-        return ForeignLM(hf)
-    except ModelError as error:
-        raise ModelError(f"{folder}: {error}") from None
+            raise ModelError(f"{key.replace('_', ' ')}: {listed(names)}; compare the weights with config.json")
+    for parameter in hf.parameters():
+        parameter.data = aligned(parameter.data)
+    return ForeignLM(hf)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pertoken.errors import ModelError
+from pertoken.files import plain_file
 from pertoken.model.files import read_json, save_tokenizer, weight_files
 from pertoken.model.hf_config import config_from_hf, config_to_hf
 from pertoken.model.transformer import CausalLM
@@ -23,6 +24,7 @@ from pertoken.model_config import ResolvedModelConfig
 from pertoken.text import one_line, reason
 
 __all__ = [
+    "aligned",
     "build_model",
     "config_from_hf",
     "config_to_hf",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 _MIXTRAL_NAMES = {".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".down_proj.": ".w2.", ".up_proj.": ".w3."}
+_ALIGNMENT = 64  # bytes, as torch allocates
 # Buffers that older files saved among the weights; they follow from the configuration.
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|^model\.freqs_(cos|sin)$")
 
@@ -49,7 +52,7 @@ def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Caus
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder):
         try:
-            tensors |= load_file(file)
+            tensors |= load_file(plain_file(file))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file}: cannot be read ({reason(error)}); copy or download it again") from None
     return build_model(config, tensors, dtype, folder)
@@ -64,7 +67,7 @@ def name_on_disk(name: str, config: ResolvedModelConfig) -> str:
 
 
 def build_model(config: ResolvedModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype, source: Path) -> CausalLM:
-    """A model around the tensors, which are not copied where they have `dtype` already."""
+    """A model around the tensors, which are not copied where they have `dtype` already and lie as `aligned` wants."""
     model = _skeleton(config, len(tensors), source)
     on_disk = {name: name_on_disk(name, config) for name in model.state_dict()}
     expected = {on_disk[name]: tensor.shape for name, tensor in model.state_dict().items()}
@@ -86,8 +89,18 @@ def build_model(config: ResolvedModelConfig, tensors: dict[str, Tensor], dtype: 
             raise ModelError(f"{source}: {name}: shape {[*found.shape]} is not {[*shape]}; compare it with config.json")
         if not found.is_floating_point():
             raise ModelError(f"{source}: {name}: dtype {found.dtype}; write the model out dequantised")
-    model.load_state_dict({name: tensors[there].to(dtype) for name, there in on_disk.items()}, assign=True)
+    placed = {name: aligned(tensors[there].to(dtype)) for name, there in on_disk.items()}
+    model.load_state_dict(placed, assign=True)
     return model
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of it where torch's own allocator would put one.
+
+    The last bit of a matrix product may depend on where its factors lie. In a mapped file they lie at any multiple of
+    eight bytes; a resumed run would compute with them what the uninterrupted run computes with aligned ones.
+    """
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def _skeleton(config: ResolvedModelConfig, num_tensors: int, source: Path) -> CausalLM:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pertoken.errors import ModelError
+from pertoken.files import plain_file
 from pertoken.model.hf import build_model, listed
 from pertoken.model.transformer import CausalLM
 from pertoken.model_config import ModelConfig, ResolvedModelConfig
@@ -27,7 +28,7 @@ def load_minimind(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Ca
     """
     path = Path(path)
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(plain_file(path), map_location="cpu", weights_only=True)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); name a MiniMind .pth file") from None
     except Exception:  # foreign bytes lead the unpickler to errors of any kind

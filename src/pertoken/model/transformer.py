@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pertoken.data.batch import MicroBatch
 from pertoken.kernels.ops import Kernels
-from pertoken.loss import LossImpl, LossOutput, TiedGradient, linear_cross_entropy
+from pertoken.loss import LossImpl, LossOutput, TiedGradient, cross_entropy, linear_cross_entropy
 from pertoken.model.attention import (
     AttentionLayout,
     KVCache,
@@ -33,6 +33,7 @@ from pertoken.model.blocks import Attend, Decoder, Rope, call, compute_dtype, ro
 from pertoken.model.moe import Documents, Load, MixtureOfExperts, with_balance_loss
 from pertoken.model.native import Casts, NativeBatch, embed, final_norm
 from pertoken.model.operations import attention_operations, body_parameters, padding_metric
+from pertoken.model.supported import is_plain_linear, unsupported
 from pertoken.model_config import ResolvedModelConfig
 
 __all__ = ["CausalLM"]
@@ -116,10 +117,16 @@ class CausalLM(nn.Module):
         """Run on a CPU through the kernels: the same sums and gradients, several times faster.
 
         They are compiled if they are not in the cache. Raises CompilerError where they cannot be for activations of
-        `dtype`. Other dtypes than bfloat16 and float32, and other devices, run as before.
+        `dtype`. Other dtypes than bfloat16 and float32, and other devices, run as before, and so does a forward pass
+        that finds a module changed (`unsupported`).
         """
         Kernels(dtype)
-        self.native = NativeBatch.supports(self.config)
+        self.native = True
+
+    @property
+    def unsupported(self) -> str | None:
+        """Why the modules run plain even where kernels may be used, in words: what a user has changed in them."""
+        return unsupported(self, CausalLM)
 
     @contextmanager
     def keeping_casts(self) -> Iterator[None]:
@@ -152,7 +159,8 @@ class CausalLM(nn.Module):
         """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number.
 
         Experts add their balance loss. An empty micro-batch gives zeros, and every parameter a zero gradient. `impl` is
-        `linear_cross_entropy`'s, the model's `loss_impl` if not given.
+        `linear_cross_entropy`'s, the model's `loss_impl` if not given; a head that is more than its weight (an adapter,
+        say) is called instead, and all its logits are computed.
         """
         documents, num_tokens = None, sum(micro_batch.lengths)
         if self.config.use_moe:
@@ -178,7 +186,10 @@ class CausalLM(nn.Module):
         labels, loss_mask = micro_batch.labels, micro_batch.loss_mask
         if asked is not None:
             labels, loss_mask = labels[asked], loss_mask[asked]
-        out = linear_cross_entropy(hidden, self.head_weight, labels, loss_mask, impl=impl, tied=tied)
+        if self.lm_head is None or is_plain_linear(self.lm_head):
+            out = linear_cross_entropy(hidden, self.head_weight, labels, loss_mask, impl=impl, tied=tied)
+        else:
+            out = cross_entropy(self.lm_head(hidden), labels, loss_mask)
         out = replace(out, metrics=out.metrics | {"padding": padding})
         return with_balance_loss(out, loads, self.config, num_tokens) if self.config.use_moe else out
 
@@ -186,8 +197,9 @@ class CausalLM(nn.Module):
         on_cpu = micro_batch.input_ids.device.type == "cpu"
         if not self.native or not on_cpu or not bool((micro_batch.loss_mask != 0).any()):
             return False
-        weight = self.model.embed_tokens.weight
-        return weight.dtype == torch.float32 and compute_dtype(weight) in (torch.float32, torch.bfloat16)
+        if self.unsupported is not None:
+            return False
+        return compute_dtype(self.model.embed_tokens.weight) in (torch.float32, torch.bfloat16)
 
     def _native_batch(self, micro_batch: MicroBatch) -> NativeBatch:
         kernels = Kernels(compute_dtype(self.model.embed_tokens.weight))
@@ -238,7 +250,8 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]"""
-        return F.linear(hidden, self.head_weight)
+        logits: Tensor = F.linear(hidden, self.head_weight) if self.lm_head is None else self.lm_head(hidden)
+        return logits
 
     def new_cache(self, max_length: int) -> KVCache:
         """An empty cache for `decode`, for one sequence of at most `max_length` tokens."""

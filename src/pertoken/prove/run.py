@@ -18,6 +18,7 @@ from pertoken.prove.classes import CLASSES, split_of_balance
 from pertoken.prove.clipping import CLIPPING_CLASSES, float16
 from pertoken.prove.drift import STEPS, bfloat16
 from pertoken.prove.evaluation import evaluation
+from pertoken.prove.modules import changed_modules
 from pertoken.prove.other import transformers_padded
 from pertoken.prove.paths import PATH_CLASSES
 from pertoken.prove.plain_update import total_steps_of
@@ -36,11 +37,13 @@ from pertoken.training.run_model import build_model
 __all__ = ["NAMES", "prove"]
 
 _EPOCH, _ROWS, _SUPERVISED = "every sample once an epoch", "rows, token by token", "who is supervised"
+_CHANGED = "changed modules"
 _TRANSFORMERS, _BFLOAT16 = "transformers, padded", f"bfloat16, {STEPS} steps"
 _FLOAT16 = "float16 under its loss scale"
 _BALANCE = "balance loss per micro-batch"
 _OF_CASE = {**CLASSES, **CLIPPING_CLASSES, **UPDATE_CLASSES, **PATH_CLASSES, "evaluation": evaluation}
-NAMES = (_EPOCH, _ROWS, _SUPERVISED, *_OF_CASE, _FLOAT16, _BFLOAT16, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
+_OF_DATA, _OF_STEPS = (_EPOCH, _ROWS, _SUPERVISED), (_FLOAT16, _BFLOAT16)
+NAMES = (*_OF_DATA, *_OF_CASE, _CHANGED, *_OF_STEPS, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
 _LEAST_TOKENS = 40
 
 
@@ -98,6 +101,7 @@ def prove(
     case = _case(recipe, model, data, chosen, later)
     for name, of_class in _OF_CASE.items():
         run(name, lambda of_class=of_class, name=name: of_class(name, case))  # type: ignore[misc]
+    run(_CHANGED, lambda: changed_modules(_CHANGED, case))
     if recipe.train.dtype == "float16":
         run(_FLOAT16, lambda: float16(_FLOAT16, case))
     run(_BFLOAT16, lambda: bfloat16(_BFLOAT16, case))

@@ -5,6 +5,7 @@
       optimizer.safetensors                                                  optimiser tensors by parameter name; where
                                                                              FSDP2 shards them, a file for each rank
                                                                              and optimizer.index.json
+      metrics.ledger                                                         the figures of every step so far
       trainer_state.json                                                     step, recipe, data fingerprint, scaler, ...
       manifest.json                                                          sizes and checksums, written last
     checkpoints/best -> step-00000200                                        the lowest evaluation loss
@@ -29,7 +30,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pertoken.errors import CheckpointError, ModelError
-from pertoken.files import sha256
+from pertoken.files import plain_file, sha256, user_path
 from pertoken.model.folder import load_folder
 from pertoken.model.minimind import load_minimind
 from pertoken.model.transformer import CausalLM
@@ -51,6 +52,8 @@ __all__ = [
     "prune",
     "put_damaged_aside",
     "recipe_of",
+    "remove_checkpoint",
+    "remove_checkpoints",
     "remove_unfinished",
     "resolve_model_folder",
     "set_best",
@@ -70,7 +73,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            self.state: dict[str, Any] = json.loads(plain_file(folder / STATE).read_text(encoding="utf-8"))
             if not isinstance(self.state["step"], int) or not isinstance(self.state["recipe"], dict):
                 raise ValueError("step or recipe is of the wrong type")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -133,7 +136,7 @@ def problem_with(folder: Path, *, contents: bool = True) -> str | None:
     try:
         if not _lies_in(folder, MANIFEST):
             return f"{MANIFEST} leads out of the folder"
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = json.loads(plain_file(folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         if STATE not in files:
             return f"its manifest has no {STATE}"
         for name, expected in files.items():
@@ -189,7 +192,9 @@ def set_best(run_dir: Path, folder: Path) -> None:
     aside.unlink(missing_ok=True)
     aside.symlink_to(folder.name, target_is_directory=True)
     if link.is_dir() and not link.is_symlink():  # the run was copied by something that follows links
-        shutil.rmtree(link)
+        remove_checkpoint(link)
+    if os.path.lexists(link) and not link.is_symlink():
+        put_damaged_aside(link)
     os.replace(aside, link)
 
 
@@ -205,19 +210,77 @@ def prune(run_dir: Path, *, keep_last: int, newest: int) -> None:
     whole = [folder for step, folder in _steps(run_dir) if step <= newest and not problem_with(folder, contents=False)]
     for folder in whole[keep_last:]:
         if folder.name != best_name:
-            shutil.rmtree(folder)
+            remove_checkpoint(folder)
     remove_unfinished(run_dir)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove the files that the manifest lists, then the manifest, then the folder if it is empty. Raises OSError.
+
+    Whatever else somebody has put there stays, as does all of a folder that is no checkpoint of ours. Until the
+    manifest goes, the removal can be repeated. Of a link the link alone is removed.
+    """
+    if folder.is_symlink():
+        return folder.unlink()
+    names = _listed(folder)
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    if names:
+        (folder / MANIFEST).unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+    return None
+
+
+def _listed(folder: Path) -> list[str]:
+    """The files of a checkpoint by its manifest; none where there is no such manifest."""
+    try:
+        names = list(json.loads(plain_file(folder / MANIFEST).read_text(encoding="utf-8"))["files"])
+        if STATE not in names or not _lies_in(folder, MANIFEST):
+            return []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [name for name in names if (folder / name).name == name and not _is_folder(folder / name)]
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def remove_checkpoints(run_dir: Path) -> None:
+    """Remove every checkpoint of a run by its manifest, the newest last, so that a crash leaves one to resume from.
+
+    Links are removed, never followed. Raises OSError.
+    """
+    checkpoints = run_dir / "checkpoints"
+    if checkpoints.is_symlink():
+        return checkpoints.unlink()
+    if not checkpoints.is_dir():
+        return None
+    remove_unfinished(run_dir)
+    best = checkpoints / "best"
+    links = [*checkpoints.glob(".best-*"), *([best] if best.is_symlink() else [])]
+    for link in links:
+        if link.is_symlink() and _NAME.fullmatch(os.readlink(link)):
+            link.unlink()
+    found = [*checkpoints.glob("damaged-*"), best, *(folder for _, folder in reversed([*_steps(run_dir)]))]
+    for folder in found:
+        if _is_folder(folder) or (folder.is_symlink() and folder != best):
+            remove_checkpoint(folder)
+    if not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
+    return None
 
 
 def remove_unfinished(run_dir: Path) -> None:
     """What killed saves left. Raises OSError."""
     for left in (run_dir / "checkpoints").glob(f"{WRITING}*"):
-        shutil.rmtree(left)
+        shutil.rmtree(left) if _is_folder(left) else left.unlink()
 
 
 def resolve_model_folder(path: str | Path) -> Path:
     """The folder or `.pth` file that MODEL means: for a run, its newest valid checkpoint. Raises ModelError."""
-    path = Path(path)
+    path = user_path(path, "MODEL")
     if path.suffix == ".pth" and path.is_file():
         return path
     if (path / "config.json").is_file():

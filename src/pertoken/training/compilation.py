@@ -17,6 +17,7 @@ __all__ = ["compile_model", "has_compiler"]
 
 # torch.compile takes some 15 to 60 s and saves a part of each step: fewer steps than these do not earn it.
 _WORTH_COMPILING = 500
+_KERNEL_DTYPES = ("bfloat16", "float32")
 
 
 def compile_model(
@@ -27,7 +28,7 @@ def compile_model(
     On a CPU that means kernels, compiled in seconds and kept in the cache, so `"auto"` uses them where there is a C
     compiler. On CUDA it means torch.compile, which `"auto"` uses in runs of some length. `before` is what the run
     decided when it was started, which `"auto"` repeats on a resume, where it can. `"on"` raises RecipeError where code
-    cannot be generated.
+    cannot be generated, or would not be used because of what the user has changed in the model.
     """
     if how == "off" or (how == "auto" and before is False):
         return _without(model), None
@@ -36,28 +37,38 @@ def compile_model(
             return False, None
         model.compile_layers()
         return True, None
-    why = None
     if how == "on" and not isinstance(model, CausalLM):
-        why = "the kernels are for pertoken's own decoder"
-    elif precision.dtype not in ("bfloat16", "float32"):
-        why = f"the kernels are for bfloat16 and float32, not for {precision.dtype}"
+        why: str | None = "the kernels are for pertoken's own decoder"
     else:
-        dtype = getattr(torch, precision.dtype)
-        try:
-            model.use_kernels(dtype) if isinstance(model, CausalLM) else Kernels(
-                dtype
-            )  # a foreign model's loss has them
-            return True, None
-        except CompilerError as error:
-            why = str(error)
-            if how == "auto":
-                return _without(model), f"training without compiled kernels, several times slower: {why}"
+        why = _use_kernels(model, precision)
+    if why is None:
+        return True, None
     if how == "on":
         raise RecipeError(f'train.compile="on": {why}; set it to "auto" or "off"')
-    return _without(model), None
+    expected = precision.dtype not in _KERNEL_DTYPES
+    return _without(model), None if expected else f"training without compiled kernels, several times slower: {why}"
+
+
+def _use_kernels(model: CausalLM, precision: Precision) -> str | None:
+    """Why not, if they cannot be. Of a foreign model, which lacks `use_kernels`, only the loss has kernels."""
+    if precision.dtype not in _KERNEL_DTYPES:
+        return f"the kernels are for bfloat16 and float32, not for {precision.dtype}"
+    dtype = getattr(torch, precision.dtype)
+    try:
+        if not isinstance(model, CausalLM):
+            Kernels(dtype)
+            return None
+        if model.unsupported is not None:
+            return model.unsupported
+        model.use_kernels(dtype)
+        return None
+    except CompilerError as error:
+        return str(error)
 
 
 def _without(model: CausalLM) -> bool:
+    if isinstance(model, CausalLM):
+        model.native = False
     if model.loss_impl == "auto":
         model.loss_impl = "chunked"  # which would look for kernels by itself
     return False

@@ -13,11 +13,15 @@ from torch import nn
 
 from pertoken.config import Recipe, apply_override
 from pertoken.data.batch import collate, plan
-from pertoken.data.records import Record, find_files, read_records
+from pertoken.data.find import find_files
+from pertoken.data.records import Record, read_records
 from pertoken.data.store import Store, build_store
 from pertoken.data.tokenizer import open_tokenizer
+from pertoken.errors import PertokenError
+from pertoken.kernels.memory import forget_blocks
 from pertoken.model.transformer import CausalLM
 from pertoken.training.checkpoint import load_model, recipe_of, resolve_model_folder
+from pertoken.training.memory import out_of_memory
 from pertoken.training.parallel import World
 from pertoken.training.precision import Precision, keeping_casts
 
@@ -53,22 +57,46 @@ def evaluate(
 ) -> Evaluation:
     """Token-weighted loss over every sample of `store`, shared among the ranks of `world` (alone if not given).
 
-    The model's train/eval mode is restored.
+    The model's train/eval mode is restored. Where memory ends, micro-batches are halved, unless other ranks wait.
+    Raises PertokenError where one sample is too many.
     """
     world = world or World()
     was_training = model.training
     model.eval()
-    loss_sum = 0.0
+    loss_sum: float | None = None
     try:
-        with keeping_casts(model):
-            for indices in plan(store.lengths.tolist(), world_size=world.size, token_budget=token_budget)[world.rank]:
-                with precision.autocast():
-                    out = model(collate([store[i] for i in indices]).to(precision.device))
-                loss_sum += float(out.loss_sum)
+        while loss_sum is None:
+            micro_batches = plan(store.lengths.tolist(), world_size=world.size, token_budget=token_budget)[world.rank]
+            loss_sum = _loss_sum(model, store, precision, micro_batches)
+            if loss_sum is None and (world.size > 1 or len(micro_batches) >= len(store)):
+                raise PertokenError(
+                    f"evaluation: out of memory with {token_budget} tokens in a micro-batch; "
+                    "lower train.micro_batch_tokens or data.max_seq_len"
+                )
+            token_budget = max(1, token_budget // 2)
     finally:
         model.train(was_training)
     loss_sum = float(world.sum(torch.tensor([loss_sum], dtype=torch.float64)))
     return Evaluation(loss_sum, float(store.num_tokens.sum()), int(store.num_bytes.sum()))
+
+
+def _loss_sum(
+    model: nn.Module, store: Store, precision: Precision, micro_batches: Sequence[Sequence[int]]
+) -> float | None:
+    """In nats; None where memory ends."""
+    loss_sum = 0.0
+    try:
+        with keeping_casts(model):
+            for indices in micro_batches:
+                with precision.autocast():
+                    out = model(collate([store[i] for i in indices]).to(precision.device))
+                loss_sum += float(out.loss_sum)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        forget_blocks()
+        return None
+    return loss_sum
 
 
 def _data_recipe(folder: Path, path: str, overrides: Sequence[str], *, longest: int) -> Recipe:

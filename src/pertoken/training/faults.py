@@ -70,7 +70,9 @@ def first_non_finite(model: nn.Module, micro_batch: MicroBatch, precision: Preci
     The modules run one by one, without kernels and without compiled code, in the precision of training.
     """
     found: list[tuple[str, str]] = []  # what of which module; the first alone
-    names = {module: name for name, module in model.named_modules() if name}
+    # The head is not called, unless somebody hooks it: the loss reads its weight, so that logits need not exist whole.
+    head = getattr(model, "lm_head", None)
+    names = {module: name for name, module in model.named_modules() if name and module is not head}
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         if not found and not _all_finite(args):

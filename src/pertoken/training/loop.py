@@ -18,8 +18,10 @@ from pertoken.data.order import Step, step_at
 from pertoken.data.share import Share, share_of
 from pertoken.data.store import Store
 from pertoken.errors import CheckpointError, Interrupted, PertokenError
+from pertoken.kernels.memory import forget_blocks
 from pertoken.model.transformer import CausalLM
 from pertoken.training.evaluate import evaluate
+from pertoken.training.memory import memory_problem, out_of_memory, versions
 from pertoken.training.metrics import Listener, MetricsFile, Row, Tracker, gradient_stats, routing_of
 from pertoken.training.optim import lr_at
 from pertoken.training.parallel import World
@@ -49,7 +51,7 @@ class Run:
     eval_store: Store | None
     start_step: int  # the last step already done
     total_steps: int
-    token_budget: int  # per micro-batch; halved when CUDA runs out of memory
+    token_budget: int  # per micro-batch; halved when memory ends
     best_eval_loss: float | None
     last_checkpoint: Path | None
     last_saved: int | None  # its step
@@ -205,6 +207,8 @@ def _scheduled_lr(run: Run, step: int) -> float:
 def _step_within_memory(run: Run, this: Step, lr: float, skips: Callable[[float], bool]) -> tuple[StepMetrics, int]:
     """The step, in micro-batches that fit: on out-of-memory the budget is halved and the step done again.
 
+    Not where the update itself had begun, since some weights may have changed.
+
     Not with several ranks, where the others are already further on and wait for this one.
     """
     on_gradients = None
@@ -213,6 +217,7 @@ def _step_within_memory(run: Run, this: Step, lr: float, skips: Callable[[float]
         def on_gradients() -> None:
             run.listener.gradients(gradient_stats(run.model))
 
+    before = versions(run.model, run.state.optimizer)
     while True:
         share = _share_of(run, this)
         try:
@@ -227,12 +232,18 @@ def _step_within_memory(run: Run, this: Step, lr: float, skips: Callable[[float]
                 skips=skips,
             )
             return metrics, len(share.micro_batches) * run.world.size
-        except torch.OutOfMemoryError:
-            if run.world.size > 1 or len(share.micro_batches) == len(this.sample_ids):
-                raise PertokenError(_out_of_memory(run, this.step)) from None
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            updated = any(n != before.get(key, 0) for key, n in versions(run.model, run.state.optimizer).items())
+            smallest = len(share.micro_batches) == len(this.sample_ids)
+            if updated or smallest or run.world.size > 1:
+                problem = memory_problem(updated=updated, world=run.world, token_budget=run.token_budget)
+                raise PertokenError(f"step {this.step}: {problem}") from None
         # Outside of the handler: its traceback would keep the failed step's activations alive.
         while len(_share_of(run, this).micro_batches) == len(share.micro_batches):
             run.token_budget = max(1, run.token_budget // 2)
+        forget_blocks()
         if run.state.precision.device.type == "cuda":
             torch.cuda.empty_cache()
         run.listener.message(
@@ -247,18 +258,6 @@ def _share_of(run: Run, this: Step, rank: int | None = None) -> Share:
         token_budget=run.token_budget,
         rank=run.world.rank if rank is None else rank,
         world_size=run.world.size,
-    )
-
-
-def _out_of_memory(run: Run, step: int) -> str:
-    if run.world.size > 1:
-        return (
-            f"step {step}: rank {run.world.rank} is out of memory; lower train.micro_batch_tokens "
-            f"(now {run.token_budget}) and go on with --resume"
-        )
-    return (
-        f"step {step}: out of memory with one sample in a micro-batch; lower data.max_seq_len, "
-        "or set train.activation_checkpointing=true"
     )
 
 
@@ -331,6 +330,7 @@ def _save(run: Run, step: int, *, is_best: bool = False, last: bool = False) -> 
             state=state,
             world=run.world,
             copy=background,
+            ledger=None if run.metrics is None else run.metrics.ledger.tensors(),
         )
     except CheckpointError as problem:
         outcome: Outcome | None = Outcome(step, run.out_dir, problem)

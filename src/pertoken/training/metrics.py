@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+import inspect
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,8 +18,12 @@ from torch import nn
 
 from pertoken.config import LogConfig
 from pertoken.errors import CheckpointError, RecipeError
+from pertoken.files import free_name, write_whole
+from pertoken.text import reason
+from pertoken.training.ledger import Ledger, lines_of, mend, parsed, ranges
 from pertoken.training.norms import sum_of_squares
 from pertoken.training.parallel import whole
+from pertoken.training.run_files import claim
 from pertoken.training.summary import Summary
 
 __all__ = [
@@ -27,6 +32,7 @@ __all__ = [
     "MetricsFile",
     "Row",
     "Tracker",
+    "check_trackers",
     "gradient_stats",
     "open_trackers",
     "routing_of",
@@ -35,7 +41,7 @@ __all__ = [
 Row = dict[str, Any]
 """One step: step epoch loss loss_sum num_tokens aux_loss grad_norm lr samples tokens micro_batches padding_share step_s
 tokens_per_s positions, and where they apply eval_loss eval_perplexity eval_bits_per_byte skipped loss_scale expert_load
-expert_max_share max_expert_share spike."""
+expert_max_share max_expert_share spike. `rebuilt` and `lost` mark rows that a resume found missing."""
 
 
 @dataclass(frozen=True)
@@ -103,41 +109,72 @@ def routing_of(sums: dict[str, tuple[np.ndarray, float]]) -> Row:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a row per step, in order, none torn and none twice."""
+    """`metrics.jsonl`: a row per step, in order, none torn and none twice. Row N is line N."""
 
-    def __init__(self, path: Path, *, last_step: int) -> None:
-        """Open for appending after `last_step`: whatever follows its row is dropped. Raises CheckpointError."""
+    def __init__(self, path: Path, *, last_step: int, ledger: Ledger | None = None) -> None:
+        """Open for appending after `last_step`: whatever follows its row is dropped.
+
+        `ledger` knows the rows up to `last_step`. Rows that are not as the run wrote them are rebuilt from it, what it
+        does not know is marked `"lost": true`, the file as it was is kept aside, and `remark` says so.
+        Raises CheckpointError where the file cannot be written.
+        """
         self._path = path
         self._waiting: list[bytes] = []  # rows that could not be written yet
+        self.ledger = Ledger() if ledger is None else ledger
+        self.remark: str | None = None
         try:
+            if path.exists() and not path.is_file():
+                raise CheckpointError(f"{path}: not a plain file; move it away")
+            end = self._end_of_row(last_step)
+            if end is None:
+                end = self._mend(last_step)
             path.touch()
-            self._size = self._end_of_row(last_step)
+            self._size = end
             self._file = path.open("r+b", buffering=0)
             self._file.truncate(self._size)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
 
-    def _end_of_row(self, last_step: int) -> int:
-        """In bytes; the row of step N is line N."""
-        end, rows, last = 0, 0, b""
-        with self._path.open("rb") as lines:
-            for line in itertools.islice(lines, last_step):
-                if not line.endswith(b"\n"):
-                    break
-                end, rows, last = end + len(line), rows + 1, line
-        if rows != last_step or (rows and _step_of(last) != last_step):
-            raise CheckpointError(
-                f"{self._path}: has {rows} rows up to step {last_step}; the file does not belong to this checkpoint. "
-                "Restore it, or start again with --overwrite"
-            )
+    def _end_of_row(self, last_step: int) -> int | None:
+        """In bytes; None where not every row up to it is as the run wrote it."""
+        lines, known = lines_of(self._path), len(self.ledger)
+        end = self.ledger.bytes_of(lines)
+        for step in range(known + 1, last_step + 1):  # saved by a version that kept no ledger
+            line = next(lines, b"")
+            row = parsed(line)
+            if end is None or row is None or row["step"] != step or line != line.strip() + b"\n":
+                return None
+            self.ledger.add(row, line)
+            end += len(line)
         return end
+
+    def _mend(self, last_step: int) -> int:
+        """Write the file anew. Returns its size."""
+        mended = mend(self._path, self.ledger, last_step)
+        aside = _kept_aside(self._path)
+        content = b"".join(mended.lines)
+        write_whole(self._path, content)
+        said = [f"{self._path}: not as the run wrote it"]
+        if mended.rebuilt:
+            said.append(f"rows of steps {ranges(mended.rebuilt)} rebuilt from the checkpoint, without timings")
+        if mended.lost:
+            said.append(f"rows of steps {ranges(mended.lost)} are lost")
+        if not mended.rebuilt and not mended.lost:
+            said.append("every row was there and is back on its line")
+        if aside is not None:
+            claim(self._path.parent, [aside])
+            said.append(f"the file as it was is {aside.name}")
+        self.remark = "; ".join(said)
+        return len(content)
 
     def write(self, row: Row) -> OSError | None:
         """Add a row. Where the disk does not take it, it is kept and written with the next one; the error is returned
         for the first of them."""
         waited = bool(self._waiting)
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._waiting.append((json.dumps(clean, allow_nan=False) + "\n").encode())
+        line = json.dumps(clean, allow_nan=False).encode()
+        self.ledger.add(clean, line)
+        self._waiting.append(line + b"\n")
         try:
             self._write_waiting()
         except OSError as error:
@@ -174,21 +211,56 @@ class MetricsFile:
         self._file.close()
 
 
-def _step_of(line: bytes) -> Any:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+def _kept_aside(path: Path) -> Path | None:
+    """The content of `path` under a new name beside it; None where there is none. `path` stays until it is replaced."""
+    if not path.exists() or not path.stat().st_size:
         return None
+    aside = free_name(path, "damaged")
+    try:
+        os.link(path, aside)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, aside)
+    return aside
 
 
 class Tracker(Protocol):
     """Somewhere else the rows go."""
 
     run_id: str | None
+    made: Sequence[Path]  # files, or folders with all in them
 
     def log(self, row: Row) -> None: ...
 
     def close(self) -> None: ...
+
+
+def check_trackers(log: LogConfig) -> None:
+    """Raises RecipeError for a tracker that is not installed, or that would ask for a key."""
+    for name in log.trackers:
+        try:
+            if name == "wandb":
+                import wandb
+
+                if wandb.setup().settings.mode not in ("offline", "dryrun", "disabled") and not _has_key(wandb):
+                    raise RecipeError(
+                        'log.trackers: "wandb" has no API key; run `wandb login`, set WANDB_MODE=offline, or take it '
+                        "out of the list"
+                    )
+            else:
+                import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            raise _not_installed(name) from None
+
+
+def _has_key(wandb: Any) -> bool:
+    """Whether wandb knows who runs this, without asking and without the network."""
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False, verify=False))
+    return bool(wandb.api.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"))
+
+
+def _not_installed(name: str) -> RecipeError:
+    return RecipeError(f'log.trackers: "{name}" is not installed; pip install {name}, or take it out of the list')
 
 
 def open_trackers(
@@ -201,9 +273,11 @@ def open_trackers(
         try:
             trackers[name] = kinds[name](log, out_dir, recipe, run_ids.get(name), last_step)
         except ImportError:
-            raise RecipeError(
-                f'log.trackers: "{name}" is not installed; pip install {name}, or take it out of the list'
-            ) from None
+            raise _not_installed(name) from None
+        try:
+            claim(out_dir, trackers[name].made)
+        except OSError as error:
+            raise CheckpointError(f"out_dir={out_dir}: cannot be written ({error.strerror}); choose another") from None
     return trackers
 
 
@@ -220,8 +294,11 @@ class _TensorBoard:
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        folder = out_dir / "tensorboard"
+        before = set(folder.glob("*"))
         purge = last_step + 1 if last_step else None  # what an interrupted run logged after its last checkpoint
-        self._writer = SummaryWriter(str(out_dir / "tensorboard"), purge_step=purge)
+        self._writer = SummaryWriter(str(folder), purge_step=purge)
+        self.made: Sequence[Path] = sorted(set(folder.glob("*")) - before)
 
     def log(self, row: Row) -> None:
         for name, value in _numbers(row).items():
@@ -237,15 +314,23 @@ class _WandB:
     ) -> None:
         import wandb
 
-        self._run = wandb.init(
-            project=log.project,
-            name=out_dir.name,
-            dir=str(out_dir),
-            config=recipe,
-            id=run_id,
-            resume="allow" if run_id else None,
-        )
+        try:
+            self._run = wandb.init(
+                project=log.project,
+                name=out_dir.name,
+                dir=str(out_dir),
+                config=recipe,
+                id=run_id,
+                resume="allow" if run_id else None,
+            )
+        except (wandb.errors.Error, OSError) as error:  # no such key, no network
+            raise RecipeError(
+                f'log.trackers: "wandb" cannot start ({reason(error)}); set WANDB_MODE=offline, or take it out of the '
+                "list"
+            ) from None
         self.run_id: str | None = self._run.id
+        folder = out_dir / "wandb" / Path(self._run.dir).parent.name
+        self.made: Sequence[Path] = [folder] if folder.is_dir() else []
 
     def log(self, row: Row) -> None:
         self._run.log(_numbers(row), step=row["step"])

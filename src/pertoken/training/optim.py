@@ -196,7 +196,7 @@ class MuonAdamW(_WithoutCompiler):
         lr_ratio: float,
         dtype: torch.dtype,
     ) -> None:
-        self._adamw = AdamW(others, betas=betas)
+        self._adamw = AdamW(others or [{"params": []}], betas=betas)  # where all else is frozen
         self._dtype = dtype
         ours = {"params": matrices, "lr": 0.0, "lr_ratio": lr_ratio, "weight_decay": weight_decay}
         super().__init__([*self._adamw.param_groups, ours], {})  # AdamW's own groups, so that it sees what is set

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -36,7 +36,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-_PATIENCE = timedelta(hours=2)  # rank 0 may tokenise a corpus or write a checkpoint while the others wait
+_PATIENCE = timedelta(hours=2)  # rank 0 may write a checkpoint while the others wait
+_NO_LIMIT = timedelta(days=3650)
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,18 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.all_reduce(torch.zeros(1), group=self.group)  # on the host, whatever the backend of `dist.barrier`
+
+    def patient(self) -> World:
+        """The same ranks, waiting for each other without a limit: one of them may prepare data for a day.
+
+        Every rank must ask. A rank that dies is still noticed, by its closed connection.
+        """
+        if self.size == 1:
+            return self
+        ranks = dist.get_process_group_ranks(self.group or dist.group.WORLD)
+        # Never destroyed by itself: a rank that is done first would close its connections while others still wait.
+        group = dist.new_group(ranks, timeout=_NO_LIMIT, backend="gloo", use_local_synchronization=True)
+        return replace(self, group=group)
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Rank 0's `work()`, sent to every rank; where it raises a PertokenError, every rank does."""

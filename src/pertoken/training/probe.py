@@ -6,6 +6,7 @@ them what they made when the run was interrupted.
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ from pertoken.training.step import TrainState
 __all__ = ["Probe", "environment", "verify"]
 
 _CANDIDATES = 64  # first samples of the order; the shortest of them is the probe
+# With these a user chooses between the processor's instruction sets, each with roundings of its own.
+_INSTRUCTION_SETS = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "PERTOKEN_KERNELS_MARCH",
+)
 # How far apart, relative to the loss, two computations of it may be: where nothing about the machine has changed, and
 # where ranks, threads, versions, kernels or processor have.
 _SAME = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 1e-6, "float16": 1e-6}
@@ -62,6 +71,7 @@ def environment(precision: Precision, *, ranks: int, compiled: bool) -> dict[str
         "ranks": ranks,
         "dtype": precision.dtype,
         "compiled": compiled,
+        "instruction_sets": {name: os.environ[name] for name in _INSTRUCTION_SETS if name in os.environ},
     }
 
 

@@ -7,11 +7,8 @@ weights that the step met. Nothing is written into the run's folder.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +17,10 @@ import torch
 from pertoken.config import LogConfig, Recipe
 from pertoken.data.batch import collate
 from pertoken.errors import CheckFailed, CheckpointError, RecipeError
+from pertoken.files import user_path
 from pertoken.kernels.memory import forget_blocks
 from pertoken.training.checkpoint import Checkpoint, newest_checkpoint
+from pertoken.training.ledger import Ledger, lines_of, parsed, ranges
 from pertoken.training.loop import Run, samples_of, update
 from pertoken.training.metrics import Listener, Row
 from pertoken.training.run import rebuild
@@ -111,13 +110,23 @@ def replay(run_dir: Path, step: int, *, device: str = "auto", listener: Listener
     this one cannot be repeated.
     """
     listener = listener or Listener()
-    ledger = _read_ledger(run_dir)
-    if not 1 <= step <= len(ledger) + 1:
-        raise RecipeError(f"--step {step}: the run has steps 1 to {len(ledger)}; name one, or the next one")
+    run_dir = user_path(run_dir, "RUN")
+    if not run_dir.is_dir():
+        raise CheckpointError(f"{run_dir}: no such run; name the out_dir of one")
+    known, _ = newest_checkpoint(run_dir)
+    rows, last, missing = _read_rows(run_dir / "metrics.jsonl", known)
+    if not 1 <= step <= last + 1:
+        raise RecipeError(f"--step {step}: the run has steps 1 to {last}; name one, or the next one")
+    if missing is not None:
+        listener.message(missing)
     checkpoint, damaged = newest_checkpoint(run_dir, at_most=step - 1)
     for line in damaged:
         listener.message(line)
-    known = checkpoint or newest_checkpoint(run_dir)[0]
+    start = 0 if checkpoint is None else checkpoint.step
+    if gaps := [s for s in range(start + 1, step) if s not in rows]:
+        raise CheckpointError(
+            f"{run_dir / 'metrics.jsonl'}: no row of step {ranges(gaps)}, on the way to step {step}; restore the file"
+        )
     run = rebuild(_recipe(run_dir, checkpoint, device), checkpoint, known, listener)
     try:
         repeated = step - 1 - run.start_step
@@ -125,13 +134,13 @@ def replay(run_dir: Path, step: int, *, device: str = "auto", listener: Listener
             f"step {step} from {'the start' if checkpoint is None else checkpoint.folder.name}: "
             f"{repeated} step{'' if repeated == 1 else 's'} before it to repeat"
         )
-        for before in ledger[run.start_step : step - 1]:
-            listener.stepped(_repeat(run, before, listener), run.summary)
+        for before in range(run.start_step + 1, step):
+            listener.stepped(_repeat(run, rows[before], listener), run.summary)
         row, problem = _compute(run, step)
     finally:
         forget_blocks()
     rounding = _ROUNDING[run.recipe.train.dtype]
-    recorded = ledger[step - 1] if step <= len(ledger) else None
+    recorded = rows.get(step)
     return Replay(
         step=step,
         checkpoint=None if checkpoint is None else checkpoint.folder,
@@ -221,27 +230,32 @@ def _recipe(run_dir: Path, checkpoint: Checkpoint | None, device: str) -> Recipe
     return recipe.model_copy(update={"out_dir": str(run_dir), "train": train, "log": LogConfig()})
 
 
-def _read_ledger(run_dir: Path) -> Sequence[Row]:
-    """The rows of steps 1, 2, 3, ... A torn last line is left out, as on a resume. Raises CheckpointError."""
-    path = run_dir / "metrics.jsonl"
-    if not run_dir.is_dir():
-        raise CheckpointError(f"{run_dir}: no such run; name the out_dir of one")
+def _read_rows(path: Path, known: Checkpoint | None) -> tuple[dict[int, Row], int, str | None]:
+    """The rows by step, the last step, and what to say of rows that are not as the run wrote them.
+
+    A torn last line is left out, as on a resume. Rows that the file lacks come from the checkpoint `known`; for those
+    that the file has, its learning rate and whether the update was skipped do, since the steps after them depend on
+    these. Raises CheckpointError where there is neither a file nor a checkpoint that knows the rows.
+    """
+    ledger = Ledger() if known is None else Ledger.load(known.folder, known.step)
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        if not path.is_file() and not len(ledger):
+            raise CheckpointError(f"{path}: cannot be read (no such file); name the out_dir of a run")
+        lines = [row for line in lines_of(path) if (row := parsed(line)) is not None] if path.is_file() else []
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); name the out_dir of a run") from None
-    rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        problem = partial("{}:{}: {}; restore the file".format, path, number)
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            if number == len(lines) and not line.endswith(b"\n"):
-                break
-            raise CheckpointError(problem("not a row")) from None
-        if not isinstance(row, dict) or row.get("step") != number:
-            raise CheckpointError(problem(f"not the row of step {number}"))
-        if not isinstance(row.get("lr"), float | int):
-            raise CheckpointError(problem("no lr"))
-        rows.append(row)
-    return rows
+    lines = [row for row in lines if isinstance(row.get("lr"), float | int)]
+    last = max(len(lines), len(ledger), lines[-1]["step"] if lines else 0)
+    rows: dict[int, Row] = {}
+    for row in lines:
+        if row["step"] <= last:
+            rows.setdefault(row["step"], row)
+    rebuilt = [step for step in range(1, len(ledger) + 1) if ledger.has(step) and step not in rows]
+    for step in range(1, len(ledger) + 1):
+        if ledger.has(step):
+            own = ledger.row(step)
+            rows[step] = rows.get(step, own) | {key: own.get(key) for key in ("lr", "skipped")}
+    said = [f"rows of steps {ranges(rebuilt)} taken from {known.folder.name}"] if rebuilt and known is not None else []
+    if gaps := [step for step in range(1, last + 1) if step not in rows]:
+        said.append(f"rows of steps {ranges(gaps)} are missing")
+    return rows, last, f"{path}: {'; '.join(said)}" if said else None

@@ -21,8 +21,10 @@ from pertoken.training.checkpoint import (
     Checkpoint,
     load_optimizer,
 )
+from pertoken.training.ledger import Ledger
 from pertoken.training.loop import Run, fit
-from pertoken.training.metrics import Listener, MetricsFile, open_trackers
+from pertoken.training.memory import check_size
+from pertoken.training.metrics import Listener, MetricsFile, check_trackers, open_trackers
 from pertoken.training.optim import build_optimizer
 from pertoken.training.parallel import World, join_world, parallelise
 from pertoken.training.precision import Precision, resolve_device
@@ -55,13 +57,15 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     force: bool = False,
+    verify_data: bool = False,
     listener: Listener | None = None,
 ) -> TrainResult:
     """Train as `recipe` says, into `recipe.out_dir`, which no other process may train into meanwhile.
 
     `resume` continues from the newest valid checkpoint (with nothing saved it starts fresh), and refuses where data,
     or the loss of the checkpoint's probe, are no longer what they were, unless `force`; `overwrite` deletes an earlier
-    run there; an `out_dir` in use without either raises CheckpointError.
+    run there; an `out_dir` in use without either raises CheckpointError. `verify_data` reads all data and every byte of
+    the token store again.
 
     Every process that torchrun starts calls it alike; rank 0 writes, and it alone tells `listener` what happens.
     """
@@ -71,20 +75,31 @@ def train(
         raise RecipeError("--force: goes on in spite of what --resume finds changed; give both")
     with join_world(recipe.train.device) as world, FolderLock() as lock:
         heard = listener if listener is not None and world.is_main else Listener()
-        return _train(recipe, world, heard, lock, resume=resume, overwrite=overwrite, force=force)
+        return _train(
+            recipe, world, heard, lock, resume=resume, overwrite=overwrite, force=force, verify_data=verify_data
+        )
 
 
 def _train(
-    recipe: Recipe, world: World, listener: Listener, lock: FolderLock, *, resume: bool, overwrite: bool, force: bool
+    recipe: Recipe,
+    world: World,
+    listener: Listener,
+    lock: FolderLock,
+    *,
+    resume: bool,
+    overwrite: bool,
+    force: bool,
+    verify_data: bool,
 ) -> TrainResult:
     out_dir, started_s = Path(recipe.out_dir), time.monotonic()
     device = resolve_device(recipe.train.device, world.local_rank if world.size > 1 else None)
+    world.on_main(lambda: _check_early(recipe))
     world.on_main(lambda: keep_others_out(lock, out_dir))
     folder = world.on_main(lambda: earlier_run(out_dir, resume=resume, overwrite=overwrite, listener=listener))
     checkpoint = Checkpoint(folder) if folder is not None else None
     if checkpoint is not None:
         refuse_changes(recipe, checkpoint)
-    data = load_data(recipe, listener, world)
+    data = load_data(recipe, listener, world, verify_data=verify_data)
     if checkpoint is not None:
         _refuse_other_data(data, checkpoint, force=force, listener=listener)
     precision = Precision(recipe.train.dtype, device)
@@ -95,7 +110,8 @@ def _train(
     model = build_model(recipe, data, checkpoint, precision)
     compiled = prepare_model(model, recipe, checkpoint, precision, total_steps, listener)
     # Only now, with recipe, data and model known to be good on every rank, is anything in out_dir touched.
-    world.on_main(lambda: make_room(out_dir, recipe, lock, resume=resume, overwrite=overwrite))
+    for line in world.on_main(lambda: make_room(out_dir, recipe, lock, resume=resume, overwrite=overwrite)):
+        listener.message(line)
     run = _assemble(
         recipe,
         data,
@@ -125,6 +141,13 @@ def _train(
         forget_blocks()
     assert run.last_checkpoint is not None, "a finished run has a checkpoint"
     return TrainResult(out_dir, run.last_checkpoint, step, run.best_eval_loss)
+
+
+def _check_early(recipe: Recipe) -> None:
+    """What can be refused before the data is read. Raises RecipeError."""
+    if recipe.init_from is None:
+        check_size(recipe, vocab_size=2)
+    check_trackers(recipe.log)
 
 
 def rebuild(recipe: Recipe, checkpoint: Checkpoint | None, known: Checkpoint | None, listener: Listener) -> Run:
@@ -240,7 +263,12 @@ def _assemble(
                 last_step=start_step,
             )
         )
-        metrics = world.on_main_alone(lambda: MetricsFile(out_dir / "metrics.jsonl", last_step=start_step))
+        ledger = Ledger() if checkpoint is None else Ledger.load(checkpoint.folder, start_step)
+        metrics = world.on_main_alone(
+            lambda: MetricsFile(out_dir / "metrics.jsonl", last_step=start_step, ledger=ledger)
+        )
+        if metrics is not None and metrics.remark is not None:
+            listener.message(metrics.remark)
     return Run(
         recipe=recipe,
         out_dir=out_dir,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pertoken.config import Recipe
-from pertoken.data.store import Store, build_store
+from pertoken.config import DataConfig, Recipe
+from pertoken.data.store import Store, build_store, open_store
 from pertoken.data.tokenizer import end_of_turn_id, open_tokenizer
-from pertoken.errors import RecipeError
+from pertoken.errors import DataError, RecipeError
 from pertoken.training.checkpoint import resolve_model_folder
 from pertoken.training.metrics import Listener
 from pertoken.training.parallel import World
@@ -34,13 +35,19 @@ class RunData:
         return {"train": self.train.checksums, "eval": self.eval.checksums if self.eval else None}
 
 
-def prepare(recipe: Recipe, listener: Listener | None = None) -> tuple[Store, Store | None]:
-    """Make the token store(s) of a recipe, or open them: (train, eval)."""
-    data = load_data(recipe, listener or Listener(), World())
+def prepare(
+    recipe: Recipe, listener: Listener | None = None, *, verify_data: bool = False
+) -> tuple[Store, Store | None]:
+    """Make the token store(s) of a recipe, or open them: (train, eval).
+
+    `verify_data`: read all data and every byte of the stores again, trusting nothing that is remembered of them.
+    """
+    data = load_data(recipe, listener or Listener(), World(), verify_data=verify_data)
     return data.train, data.eval
 
 
-def load_data(recipe: Recipe, listener: Listener, world: World) -> RunData:
+def load_data(recipe: Recipe, listener: Listener, world: World, *, verify_data: bool = False) -> RunData:
+    """Tokenizer and samples, the same on every rank. Each machine's data are read by one rank of it at most."""
     data = recipe.data
     source = data.tokenizer or recipe.init_from
     assert source is not None, "the recipe requires one"
@@ -54,15 +61,21 @@ def load_data(recipe: Recipe, listener: Listener, world: World) -> RunData:
         raise RecipeError(f"{folder}: the tokenizer has no eos_token, which ends every document; give it one")
     else:
         eos_token_id = tokenizer.eos_token_id
+    waiting = world.patient()
 
     def build(paths: tuple[str, ...]) -> Store:
-        def once() -> Store:
+        def here() -> Store:
             return build_store(
-                paths, stage=recipe.stage, tokenizer=tokenizer, data=data, on_progress=listener.preparing
+                paths,
+                stage=recipe.stage,
+                tokenizer=tokenizer,
+                data=data,
+                verify_data=verify_data,
+                on_progress=listener.preparing,
+                on_message=listener.message,
             )
 
-        world.on_main(lambda: once() and None)  # the others find it in the cache
-        return once()
+        return _once_a_machine(here, data, listener, waiting)
 
     train_store, eval_store = build(data.path), None
     if data.eval_path:
@@ -70,3 +83,36 @@ def load_data(recipe: Recipe, listener: Listener, world: World) -> RunData:
     elif data.eval_fraction:
         train_store, eval_store = train_store.split(data.eval_fraction, data.eval_split)
     return RunData(tokenizer, eos_token_id, train_store, eval_store)
+
+
+def _once_a_machine(build: Callable[[], Store], data: DataConfig, listener: Listener, world: World) -> Store:
+    """Rank 0's store on every rank: opened where the disk is shared, else built by the first rank of each machine."""
+    mine: Store | None = None
+
+    def first() -> tuple[str, str]:
+        nonlocal mine
+        mine = build()
+        return mine.name, mine.fingerprint
+
+    name, fingerprint = world.on_main(first)
+
+    def elsewhere() -> None:
+        nonlocal mine
+        if mine is None and world.local_rank == 0:
+            mine = build()
+            if mine.fingerprint != fingerprint:
+                raise DataError(f"data.path: rank {world.rank} finds other data or another tokenizer there than rank 0")
+
+    def opened() -> Store:
+        store = mine if mine is not None else open_store(name, fingerprint, data)
+        if store is None:
+            where = f"data.store: rank {world.rank} does not find what the first rank of its machine has built"
+            raise DataError(f"{where}; name a folder that all processes of a machine see")
+        return store
+
+    mine = mine if mine is not None else open_store(name, fingerprint, data)
+    missing = world.gather(mine is None).count(True)
+    if missing:
+        listener.message(f"data.store is not shared: {missing} ranks on other machines wait for one to be built there")
+        world.together(elsewhere)
+    return world.together(opened)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from pertoken.config import Recipe
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.files import FolderLock, write_whole
+from pertoken.text import names
 from pertoken.training.checkpoint import Checkpoint, newest_checkpoint, remove_unfinished
 from pertoken.training.metrics import Listener
+from pertoken.training.run_files import claim, holds_a_run, keep_others_aside, remove_run
 
 __all__ = ["changed_data", "earlier_run", "keep_others_out", "make_room", "refuse_changes"]
 
@@ -22,7 +23,6 @@ _MAY_CHANGE = {
     *("train.loss_impl", "train.on_spike", "train.spike_factor"),
 }
 _SECTIONS_MAY_CHANGE = ("log.", "checkpoint.")
-_OUR_FILES = ("recipe.toml", "metrics.jsonl", "checkpoints", "tensorboard", "wandb")
 
 
 def keep_others_out(lock: FolderLock, out_dir: Path) -> None:
@@ -48,31 +48,35 @@ def earlier_run(out_dir: Path, *, resume: bool, overwrite: bool, listener: Liste
         if checkpoint is None and damaged:
             raise CheckpointError(f"{out_dir}: no checkpoint is valid, so there is nothing to resume; see above")
         return checkpoint.folder if checkpoint is not None else None
-    if not overwrite and _files_of_a_run(out_dir):
+    if not overwrite and holds_a_run(out_dir):
         raise CheckpointError(f"{out_dir}: holds a run already; --resume continues it, --overwrite replaces it")
     return None
 
 
-def make_room(out_dir: Path, recipe: Recipe, lock: FolderLock, *, resume: bool, overwrite: bool) -> None:
-    """The folder, locked, without an earlier run if that is to be overwritten, and with the recipe in it."""
+def make_room(out_dir: Path, recipe: Recipe, lock: FolderLock, *, resume: bool, overwrite: bool) -> list[str]:
+    """The folder, locked, without an earlier run if that is to be overwritten, and with the recipe in it.
+
+    Of an earlier run only what it wrote is removed. Returns what the user should know.
+    """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(out_dir, error) from None
     keep_others_out(lock, out_dir)
-    if not resume and not overwrite and _files_of_a_run(out_dir):  # of a process that was faster
+    if not resume and not overwrite and holds_a_run(out_dir):  # of a process that was faster
         raise CheckpointError(f"{out_dir}: holds a run already; --resume continues it, --overwrite replaces it")
+    said = []
     try:
-        for path in _files_of_a_run(out_dir) if overwrite else ():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if overwrite and (left := remove_run(out_dir)):
+            said.append(f"--overwrite: left in {out_dir}, since the earlier run did not write it: {names(left)}")
         remove_unfinished(out_dir)
+        if not any((out_dir / "checkpoints").glob("step-*")):  # else the two files belong to the resumed run
+            said += keep_others_aside(out_dir)
+        claim(out_dir, [out_dir / "recipe.toml", out_dir / "metrics.jsonl"], anew=overwrite)
         write_whole(out_dir / "recipe.toml", recipe.to_toml())
     except OSError as error:
         raise _unwritable(out_dir, error) from None
-
-
-def _files_of_a_run(out_dir: Path) -> list[Path]:
-    return [out_dir / name for name in _OUR_FILES if (out_dir / name).exists()]
+    return said
 
 
 def _unwritable(out_dir: Path, error: OSError) -> CheckpointError:

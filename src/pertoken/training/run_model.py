@@ -7,11 +7,13 @@ import torch
 from pertoken.config import Recipe
 from pertoken.errors import RecipeError
 from pertoken.fused_heads import require_head
+from pertoken.model.files import count_weights, weight_files
 from pertoken.model.folder import resize_embeddings
 from pertoken.model.transformer import CausalLM
 from pertoken.model_config import MOE_KEYS
-from pertoken.training.checkpoint import Checkpoint, load_model
+from pertoken.training.checkpoint import Checkpoint, load_model, resolve_model_folder
 from pertoken.training.compilation import compile_model
+from pertoken.training.memory import check_parameters, check_size, out_of_memory
 from pertoken.training.metrics import Listener
 from pertoken.training.precision import Precision
 from pertoken.training.run_data import RunData
@@ -23,14 +25,24 @@ _BALANCE_LOSS = ("aux_loss", "aux_loss_coef")
 
 def build_model(recipe: Recipe, data: RunData, checkpoint: Checkpoint | None, precision: Precision) -> CausalLM:
     """From the checkpoint, from `init_from`, or from random weights; checked against data and recipe."""
+    try:
+        return _build_model(recipe, data, checkpoint, precision)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise RecipeError("[model]: out of memory while it was built; free memory, or make it smaller") from None
+
+
+def _build_model(recipe: Recipe, data: RunData, checkpoint: Checkpoint | None, precision: Precision) -> CausalLM:
     train, dtype = recipe.train, precision.parameter_dtype
     if checkpoint is not None:
         model = load_model(checkpoint.folder, dtype=dtype)
         _set_balance_loss(model, recipe)
     elif recipe.init_from is None:
+        check_size(recipe, len(data.tokenizer), precision.device)
         model = CausalLM(recipe.model.resolve(len(data.tokenizer)), seed=train.seed, dtype=dtype)
     else:
-        model = _load_initial(recipe, recipe.init_from, len(data.tokenizer), dtype)
+        model = _load_initial(recipe, recipe.init_from, len(data.tokenizer), precision)
     if recipe.data.max_seq_len > model.config.max_position_embeddings:
         raise RecipeError(
             f"data.max_seq_len={recipe.data.max_seq_len}: the model has "
@@ -63,9 +75,13 @@ def prepare_model(
     return compiled
 
 
-def _load_initial(recipe: Recipe, init_from: str, num_tokens: int, dtype: torch.dtype) -> CausalLM:
+def _load_initial(recipe: Recipe, init_from: str, num_tokens: int, precision: Precision) -> CausalLM:
     """The model to fine-tune, with room for the tokenizer's new tokens."""
-    model = load_model(init_from, dtype=dtype)
+    folder = resolve_model_folder(init_from)
+    if folder.is_dir():
+        _, numbers = count_weights(weight_files(folder))
+        check_parameters(f"init_from={init_from}", numbers, recipe, precision.device)
+    model = load_model(folder, dtype=precision.parameter_dtype)
     for key in sorted(recipe.model.model_fields_set - {"vocab_size"}):
         asked, has = getattr(recipe.model, key), getattr(model.config, key, None)
         if asked is not None and key in MOE_KEYS and not model.config.use_moe:

@@ -41,6 +41,8 @@ from pertoken.training.checkpoint import (
     put_damaged_aside,
     set_best,
 )
+from pertoken.training.ledger import LEDGER
+from pertoken.training.memory import out_of_memory
 from pertoken.training.parallel import World, whole
 
 __all__ = ["Outcome", "Progress", "Saver", "Snapshot", "save_checkpoint", "take_snapshot"]
@@ -86,14 +88,17 @@ def take_snapshot(
     state: dict[str, Any],
     world: World,
     copy: bool,
+    ledger: dict[str, Tensor] | None = None,
 ) -> Snapshot:
-    """All that the checkpoint of `step` needs, once every rank has called it. `state` is JSON, and gets the step.
+    """All that the checkpoint of `step` needs, once every rank has called it. `state` is JSON, and gets the step;
+    `ledger` are the figures of all steps so far, on rank 0.
 
     With `copy` the model may be trained on at once. Raises CheckpointError, on every rank, where there is no room.
     """
     folder = checkpoint_folder(run_dir, step)
     aside = folder.with_name(f"{WRITING}{folder.name}-{world.gather(os.getpid())[0]}")
     needed = sum(world.gather(_optimizer_bytes(optimizer))) + sum(_bytes(t) for t in model.state_dict().values())
+    needed += sum(_bytes(column) for column in (ledger or {}).values())
 
     def make_room() -> None:
         free = free_bytes(aside.parent)
@@ -108,12 +113,22 @@ def take_snapshot(
         aside.mkdir()
 
     world.on_main(lambda: _or_say_why(folder, make_room))
-    weights = _whole_weights(model, world, copy=copy)
-    tensors, index = _optimizer_tensors(model, optimizer, world, copy=copy)
+    try:
+        weights = _whole_weights(model, world, copy=copy)
+        tensors, index = _optimizer_tensors(model, optimizer, world, copy=copy)
+    except Exception as error:
+        if not out_of_memory(error) or world.size > 1:
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder}: could not be saved (out of memory for a copy); set checkpoint.async_save=false"
+        ) from None
 
     def write_model() -> None:
         save_folder(model, aside, tokenizer=tokenizer, eos_token_id=eos_token_id, weights=weights)
         (aside / STATE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+        if ledger is not None:
+            save_file(ledger, aside / LEDGER)
         if index is not None:
             (aside / OPTIMIZER_INDEX).write_text(json.dumps(index), encoding="utf-8")
 
@@ -349,7 +364,7 @@ def _finish(snapshot: Snapshot) -> None:
 
 def _read_back(path: Path) -> None:
     """Raise where a file is not what such a file must be: a disk may lose writes without a word."""
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or path.name == LEDGER:
         with safe_open(path, "pt") as tensors:  # compares the header with the file's size
             tensors.keys()
     elif path.suffix == ".json":

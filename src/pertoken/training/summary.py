@@ -18,6 +18,7 @@ from pertoken.data.share import Share, share_of
 from pertoken.data.store import Store
 from pertoken.data.view import supervised_pieces
 from pertoken.model.transformer import CausalLM
+from pertoken.training.memory import out_of_memory
 from pertoken.training.parallel import synchronised
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState
@@ -136,6 +137,9 @@ def _seconds_per_token(state: TrainState, store: Store, sample_ids: np.ndarray) 
         pass_once()
         start = time.perf_counter()
         pass_once()
-    except torch.OutOfMemoryError:  # the step itself knows what to do about it
-        return math.nan
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        state.model.zero_grad(set_to_none=True)
+        return math.nan  # the step itself knows what to do about it
     return (time.perf_counter() - start) / tokens

@@ -1,0 +1,113 @@
+"""What fits into memory: known from the configuration before a model is built, or found out by what fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pertoken.config import Recipe
+from pertoken.errors import RecipeError
+from pertoken.text import shown
+from pertoken.training.parallel import World
+
+__all__ = ["check_parameters", "check_size", "machine_bytes", "memory_problem", "out_of_memory", "versions"]
+
+_MOST_MODULES = 50_000  # layers, times experts where there are any; the largest models known have half of that
+_ITEM_BYTES = {"float64": 8}  # of weights and moments; with any other dtype they are float32
+# What torch says, on a CPU, of memory that the system does not give: its allocator, and C++ below it.
+_CPU_SAYS = ("DefaultCPUAllocator", "std::bad_alloc")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory has ended: on a GPU, in torch on a CPU, in a mapping, in Python."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_SAYS)
+
+
+def versions(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, int]:
+    """How often each weight, and each tensor of the optimizer's, was changed in place, as torch counts it."""
+    states = (value for entries in optimizer.state.values() for value in entries.values())
+    tensors = [*model.parameters(), *(value for value in states if isinstance(value, torch.Tensor))]
+    return {id(tensor): tensor._version for tensor in tensors}
+
+
+def memory_problem(*, updated: bool, world: World, token_budget: int) -> str:
+    """Why a step that memory did not suffice for cannot be done again in smaller micro-batches, and what to do."""
+    if updated:
+        return "out of memory while the weights were updated; free memory and go on with --resume"
+    if world.size > 1:
+        return (
+            f"rank {world.rank} is out of memory; lower train.micro_batch_tokens (now {token_budget}) and go on with "
+            "--resume"
+        )
+    return (
+        "out of memory with one sample in a micro-batch; lower data.max_seq_len, "
+        "or set train.activation_checkpointing=true"
+    )
+
+
+def machine_bytes() -> int | None:
+    """The memory that this process can have: the machine's, or what its container or `ulimit -v` allows. None where
+    the system does not say."""
+    limits = []
+    try:
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):
+        return None
+    with suppress(OSError, ValueError):  # no cgroup, or "max"
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    with suppress(ImportError, OSError):
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        limits += [] if soft == resource.RLIM_INFINITY else [soft]
+    return min(limits)
+
+
+def check_size(recipe: Recipe, vocab_size: int, device: torch.device | None = None) -> None:
+    """Raises RecipeError where the recipe's own model cannot be trained for want of memory, without building it.
+
+    Weights, gradients and the optimizer's state are counted, activations are not. `vocab_size` counts where the recipe
+    has none. On a GPU (`device`), its memory counts too, unless FSDP shares the model among several.
+    """
+    config = recipe.model.resolve(vocab_size)
+    modules = config.num_hidden_layers * (config.num_experts if config.use_moe else 1)
+    if modules > _MOST_MODULES:
+        experts = f", model.num_experts={config.num_experts}" if config.use_moe else ""
+        raise RecipeError(
+            f"model.num_hidden_layers={config.num_hidden_layers}{experts}: more than {_MOST_MODULES:,} "
+            f"{'layers times experts' if config.use_moe else 'layers'} cannot be meant; lower it"
+        )
+    keys = ["hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"]
+    keys += ["num_experts"] if config.use_moe else []
+    sizes = ", ".join(f"{key}={shown(getattr(config, key))}" for key in keys)
+    check_parameters(f"[model] {sizes}", config.num_parameters, recipe, device)
+
+
+def check_parameters(what: str, num_parameters: int, recipe: Recipe, device: torch.device | None) -> None:
+    """`check_size` for a model of so many parameters, which the message calls `what`."""
+    weights = num_parameters * _ITEM_BYTES.get(recipe.train.dtype, 4)
+    needed = weights * (4 if recipe.train.optimizer == "adamw" else 3)
+    on_gpu = device is not None and device.type == "cuda"
+    there = machine_bytes()
+    if there is not None and (weights if on_gpu else needed) > there:
+        raise _too_large(what, num_parameters, weights if on_gpu else needed, there, "this machine")
+    if on_gpu and recipe.train.parallel != "fsdp":
+        there = torch.cuda.get_device_properties(device).total_memory
+        if needed > there:
+            raise _too_large(what, num_parameters, needed, there, "the GPU")
+
+
+def _too_large(what: str, num_parameters: int, needed: int, there: int, where: str) -> RecipeError:
+    return RecipeError(
+        f"{what}: {num_parameters:.3g} parameters; training them takes at least {needed / 1e9:,.3g} "
+        f"GB (weights, gradients, optimizer), {where} has {there / 1e9:,.1f} GB. Make the model smaller"
+    )

@@ -1,0 +1,274 @@
+"""A model that cannot fit is refused before it is built; memory that ends costs smaller micro-batches, not the run."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny import pertoken, rows_of
+
+from pertoken import train
+from pertoken.errors import PertokenError, RecipeError
+from pertoken.generate import generate
+from pertoken.model.transformer import CausalLM
+from pertoken.model_config import ModelConfig
+from pertoken.training import loop, memory, saving
+from pertoken.training.memory import machine_bytes, out_of_memory
+from pertoken.training.metrics import Listener
+
+ALLOCATOR = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "4194304000 bytes. Error code 12 (Cannot allocate memory)"
+)
+ENDS = {
+    "torch": ALLOCATOR,
+    "C++": RuntimeError("std::bad_alloc"),
+    "Python": MemoryError(),
+    "a mapping": OSError(errno.ENOMEM, "Cannot allocate memory"),
+    "CUDA": torch.OutOfMemoryError("CUDA out of memory"),
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False, "num_key_value_heads": 2},
+        {"family": "llama", "head_dim": 6},
+        {"use_moe": True, "num_experts": 3, "moe_intermediate_size": 20},
+        {"use_moe": True, "family": "llama", "tie_word_embeddings": False},
+    ],
+)
+def test_the_number_of_parameters_by_arithmetic_is_that_of_the_model(changes):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24}
+    config = ModelConfig.model_validate(sizes | changes).resolve(50)
+    assert config.num_parameters == sum(p.numel() for p in CausalLM(config, device="meta").parameters())
+
+
+ABSURD = {
+    "hidden_size": "model.hidden_size=1000000000000",
+    "vocab_size": "model.vocab_size=1000000000000",
+    "intermediate_size": "model.intermediate_size=1000000000000",
+    "num_hidden_layers": "model.num_hidden_layers=100000000",
+    "num_attention_heads": "model.num_attention_heads=1000000000",
+    "head_dim": "model.head_dim=1000000000000",
+    "num_experts": "model.num_experts=1000000000",
+    "moe_intermediate_size": "model.moe_intermediate_size=1000000000000",
+    "the largest number": f"model.hidden_size={2**62}",
+}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_a_model_that_no_memory_holds_is_refused_with_figures_before_the_data_is_read(world, tmp_path, name):
+    recipe = world.write_recipe(tmp_path / "run", data__path=str(tmp_path / "not there yet.jsonl"))
+    more = ["model.use_moe=true"] if "expert" in name or "moe" in name else []
+    more += ["model.head_dim=8"] if name == "num_attention_heads" else []
+    start = time.monotonic()
+    code, _, err = pertoken("train", recipe, ABSURD[name], *more)
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    assert ("GB" in err and "[model]" in err) or "cannot be meant; lower it" in err, err
+    assert time.monotonic() - start < 30
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_training_takes_is_compared_with_what_the_machine_has(world, monkeypatch, tmp_path):
+    """Weights, gradients and AdamW's two moments in float32 are 16 bytes a parameter; Muon has one moment."""
+    recipe = world.recipe(tmp_path / "run")
+    needed = 16 * recipe.model.resolve(100).num_parameters
+    monkeypatch.setattr(memory, "machine_bytes", lambda: needed)
+    memory.check_size(recipe, 100)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: needed - 1)
+    with pytest.raises(RecipeError, match="parameters; training them takes at least"):
+        memory.check_size(recipe, 100)
+    memory.check_size(world.recipe(tmp_path / "run", train__optimizer="muon"), 100)
+    with pytest.raises(RecipeError, match="takes at least"):
+        memory.check_size(world.recipe(tmp_path / "run", train__optimizer="muon", train__dtype="float64"), 100)
+
+
+def test_the_machines_memory_is_no_more_than_ulimit_allows():
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))\n"
+        "from pertoken.training.memory import machine_bytes; print(machine_bytes() <= 2**36)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "True"
+    assert machine_bytes() is None or machine_bytes() > 2**28
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_all_ways_that_memory_ends_are_known(kind):
+    assert out_of_memory(ENDS[kind])
+    assert not out_of_memory(RuntimeError("shape mismatch"))
+    assert not out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
+
+
+class Told(Listener):
+    def __init__(self):
+        self.messages = []
+
+    def message(self, text):
+        self.messages.append(text)
+
+
+def failing_above(monkeypatch, most_tokens: int, error: Exception) -> None:
+    """The model's forward pass has memory for micro-batches of so many tokens, in training and evaluation."""
+    real = CausalLM.forward
+
+    def forward(self, micro_batch, **kwargs):
+        if micro_batch.input_ids.shape[0] > most_tokens:
+            raise error
+        return real(self, micro_batch, **kwargs)
+
+    monkeypatch.setattr(CausalLM, "forward", forward)
+
+
+@pytest.mark.parametrize("kind", ["torch", "Python", "a mapping"])
+def test_where_memory_ends_on_a_cpu_micro_batches_are_halved_and_the_run_is_the_same(
+    world, tmp_path, monkeypatch, kind
+):
+    failing_above(monkeypatch, 1500, ENDS[kind])
+    told = Told()
+    settings = {"train__max_steps": 3, "train__compile": "off", "train__dtype": "float64"}
+    train(world.recipe(tmp_path / "run", **settings), listener=told)
+    assert any("out of memory; train.micro_batch_tokens halved to" in line for line in told.messages)
+    monkeypatch.undo()
+    train(world.recipe(tmp_path / "free", **settings))
+    for row, other in zip(rows_of(tmp_path / "run"), rows_of(tmp_path / "free"), strict=True):
+        assert row["loss_sum"] == pytest.approx(other["loss_sum"], rel=1e-12)
+        assert row.get("eval_loss") == (other.get("eval_loss") and pytest.approx(other["eval_loss"], rel=1e-12))
+
+
+@pytest.mark.parametrize("kind", ["torch", "CUDA"])
+def test_where_one_sample_is_too_many_a_line_says_what_to_change(world, tmp_path, monkeypatch, kind):
+    failing_above(monkeypatch, 5, ENDS[kind])
+    with pytest.raises(PertokenError, match=r"step 1: out of memory with one sample .* lower data.max_seq_len"):
+        train(world.recipe(tmp_path / "run", train__max_steps=3, train__compile="off"))
+
+
+def test_evaluation_that_memory_ends_in_is_halved_too(world, tmp_path, monkeypatch):
+    recipe = world.write_recipe(tmp_path / "run", train__max_steps=1, train__dtype="float64")
+    assert pertoken("train", recipe)[0] == 0
+    held_out = world.folder / "held-out.jsonl"
+    code, whole, _ = pertoken("eval", tmp_path / "run", held_out, "--dtype", "float64")
+    assert code == 0
+    failing_above(monkeypatch, 600, ALLOCATOR)
+    code, halved, err = pertoken("eval", tmp_path / "run", held_out, "--dtype", "float64")
+    assert (code, halved) == (0, whole), err
+    failing_above(monkeypatch, 3, ALLOCATOR)
+    code, _, err = pertoken("eval", tmp_path / "run", held_out, "--dtype", "float64")
+    assert code == 2
+    assert "evaluation: out of memory" in err
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_memory_that_ends_in_the_update_itself_does_not_update_twice(world, tmp_path, monkeypatch, optimizer):
+    """Some weights have changed by then, so the step is not done again."""
+    recipe = world.recipe(
+        tmp_path / "run",
+        train__max_steps=3,
+        train__optimizer=optimizer,
+        checkpoint__save_interval=1,
+        data__eval_path=[],
+    )
+    real, calls = loop.train_step, []
+
+    def train_step(state, *args, **kwargs):
+        result = real(state, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 2:
+            raise ALLOCATOR
+        return result
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    with pytest.raises(PertokenError, match=r"step 2: out of memory while the weights were updated"):
+        train(recipe)
+    monkeypatch.undo()
+    train(recipe, resume=True)
+    whole = tmp_path / "whole"
+    train(recipe.model_copy(update={"out_dir": str(whole)}))
+    digests = [
+        hashlib.sha256((run / "checkpoints" / "step-00000003" / "model.safetensors").read_bytes()).hexdigest()
+        for run in (tmp_path / "run", whole)
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_other_errors_keep_their_traceback(world, tmp_path, monkeypatch):
+    failing_above(monkeypatch, 5, RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(world.recipe(tmp_path / "run", train__max_steps=3, train__compile="off"))
+
+
+def test_a_run_that_the_system_gives_too_little_memory_ends_well_or_in_one_line(world, tmp_path):
+    """`ulimit -v`, set where the data and the model are ready: what is then asked for is not there."""
+    recipe = world.write_recipe(
+        tmp_path / "run", train__max_steps=1, train__compile="off", data__eval_path=[], train__batch_size=101,
+        train__micro_batch_tokens=10**6, model__vocab_size=200_000, model__tie_word_embeddings=False,
+    )  # fmt: skip
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from pertoken.training import loop\n"
+        "from pertoken.cli import main\n"
+        "real = loop.update\n"
+        "def update(*args, **kwargs):\n"
+        "    used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, resource.RLIM_INFINITY))\n"
+        "    return real(*args, **kwargs)\n"
+        "loop.update = update\n"
+        f"sys.argv = ['pertoken', 'train', {str(recipe)!r}]\n"
+        "main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in ended.stderr, ended.stderr
+    assert "out of memory" in ended.stdout + ended.stderr
+    assert ended.returncode in (0, 2)
+
+
+def test_a_model_to_start_from_is_compared_with_the_machine_before_it_is_loaded(world, tmp_path, monkeypatch):
+    assert pertoken("train", world.write_recipe(tmp_path / "run", train__max_steps=1))[0] == 0
+    recipe = world.write_recipe(tmp_path / "tuned", init_from=str(tmp_path / "run"), train__max_steps=1)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 10_000)
+    code, _, err = pertoken("train", recipe)
+    assert code == 2
+    assert f"init_from={tmp_path / 'run'}: " in err
+    assert "parameters; training them takes at least" in err
+
+
+def test_a_copy_that_there_is_no_memory_for_is_a_save_that_failed_not_a_run(world, tmp_path, monkeypatch):
+    real = saving._on_host
+
+    def on_host(tensor, *, copy):
+        if copy:
+            raise ALLOCATOR
+        return real(tensor, copy=copy)
+
+    monkeypatch.setattr(saving, "_on_host", on_host)
+    told = Told()
+    train(world.recipe(tmp_path / "run", train__max_steps=3, checkpoint__save_interval=1), listener=told)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*step-*")] == ["step-00000003"]
+    assert "out of memory for a copy); set checkpoint.async_save=false" in told.messages[0]
+
+
+def test_a_cache_that_there_is_no_memory_for_is_one_line(world, monkeypatch):
+    config = ModelConfig.model_validate({"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1})
+    model = CausalLM(config.resolve(20))
+
+    def new_cache(length):
+        raise ALLOCATOR
+
+    monkeypatch.setattr(model, "new_cache", new_cache)
+    with pytest.raises(RecipeError, match="max_new_tokens=99: no memory for 101 tokens"):
+        list(generate(model, [1, 2], max_new_tokens=99))
+
+
+def test_a_vocabulary_beyond_any_memory_is_refused(world, tmp_path):
+    chats = world.folder / "chats.jsonl"
+    code, _, err = pertoken("tokenizer", "train", chats, "--vocab-size", 10**12, "--out", tmp_path / "t")
+    assert code == 2
+    assert "vocab_size=1000000000000: there can be 16,777,216 tokens at most" in err
