@@ -1,7 +1,7 @@
 """Known mistakes, each planted by patching a production function. `prove` must find every one of them.
 
 A mutant is a function that takes a `pytest.MonkeyPatch`, so that ranks, which are processes of their own, can plant it
-as well: `python mutants.py NAME FOLDER RANK`.
+as well: `python mutants.py NAME FOLDER RANK`. Those of `update_mutants.py` are found here too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import update_mutants
 from torch import nn
 
 import pertoken.data.chat
@@ -26,6 +27,7 @@ import pertoken.loss
 import pertoken.model.attention
 import pertoken.model.native
 import pertoken.model.transformer
+import pertoken.prove.case
 import pertoken.prove.checks
 import pertoken.prove.classes
 import pertoken.prove.ranks
@@ -40,13 +42,13 @@ Patch = pytest.MonkeyPatch
 
 def _counting_micro_batches(patch: Patch) -> Callable[[], int]:
     """How many micro-batches the step under way has."""
-    train_step, count = pertoken.prove.classes.train_step, [1]
+    train_step, count = pertoken.prove.case.train_step, [1]
 
     def counted(state: TrainState, micro_batches: Any, **settings: Any) -> Any:
         count[0] = len(micro_batches)
         return train_step(state, micro_batches, **settings)
 
-    patch.setattr(pertoken.prove.classes, "train_step", counted)
+    patch.setattr(pertoken.prove.case, "train_step", counted)
     return lambda: count[0]
 
 
@@ -283,9 +285,15 @@ def optimizer_state_lost(patch: Patch) -> None:
     patch.setattr(pertoken.prove.classes, "load_optimizer", lambda checkpoint, model, optimizer: None)
 
 
+def plant(name: str, patch: Patch) -> None:
+    """The mistake of this name."""
+    mistake = globals().get(name) or getattr(update_mutants, name)
+    mistake(patch)
+
+
 def main(name: str, folder: Path, rank: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        globals()[name](patch)
+        plant(name, patch)
         pertoken.prove.ranks.rank_main(folder, rank)
 
 

@@ -11,11 +11,15 @@ import pytest
 import torch
 from tiny import pertoken
 
-from pertoken import Recipe
+from pertoken import Recipe, loss
+from pertoken.config import TrainConfig
 from pertoken.errors import RecipeError
+from pertoken.model import native_attention
+from pertoken.prove import paths
+from pertoken.prove.plain_update import PlainOptimizer
 from pertoken.prove.report import Gradient, Result, compare
 from pertoken.prove.run import NAMES, prove
-from pertoken.prove.samples import choose
+from pertoken.prove.samples import LONG, choose
 from pertoken.training.run_data import prepare
 
 pytestmark = pytest.mark.numeric
@@ -34,16 +38,17 @@ def test_every_class_passes_for_a_mixture_of_experts_and_the_table_says_so(world
     assert (code, err) == (0, ""), out
     proof = json.loads((tmp_path / "proof.json").read_text())
     assert proof["holds"] is True
-    names = [name for name in NAMES if name != "balance loss per micro-batch"]  # which this objective has not
+    # The objective has no balance loss per micro-batch, and the recipe is not in float16.
+    names = [name for name in NAMES if name not in ("balance loss per micro-batch", "float16 under its loss scale")]
     assert [result["name"] for result in proof["results"]] == names
     for result in proof["results"]:
-        assert result["verdict"] == "passed" or (result["name"], result["verdict"]) == ("compiled", "skipped"), result
+        assert result["verdict"] == "passed" or result["name"] == "compiled", result
         assert any(line.startswith(result["name"]) and result["verdict"] in line for line in out.splitlines()), out
     exact = [r for r in proof["results"] if r["dtype"] == "float64"]
-    assert len(exact) == 12
+    assert len(exact) == 21
     for result in exact:
         assert result["gradient_error"] <= 1e-10
-        assert result["worst"].startswith("model.")
+    assert sum(result["worst"].startswith("model.") for result in exact) == 17  # the others are of no parameter
     assert "every class passed" in out
     assert 500 < proof["tokens"] < 700
 
@@ -114,8 +119,10 @@ def test_pretraining_is_proved_too(tmp_path, text_file, bpe_folder):
     )
     only = [name for name in IN_ONE_PROCESS if name != "bfloat16, 20 steps"]
     proof = prove(recipe, only=only, tokens=100)
-    assert [(r.name, r.note) for r in proof.results if r.verdict != "passed"] == []
-    assert len(proof.results) == len(only) - 1
+    assert [(r.name, r.note) for r in proof.results if r.verdict != "passed"] == [
+        ("long documents", "no sample has more than 384 inputs")
+    ]
+    assert len(proof.results) == len(only) - 2
 
 
 def test_a_family_of_transformers_own_is_proved_too(world, tmp_path):
@@ -126,10 +133,44 @@ def test_a_family_of_transformers_own_is_proved_too(world, tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     recipe = world.recipe(tmp_path / "run", init_from=str(tmp_path / "gpt2"), model={})
     names = ["accumulation", "one micro-batch", "float32", "resume in mid-epoch", "transformers, padded"]
-    proof = prove(recipe, only=[*names, "kernels", "compiled", "DDP, 2 ranks", "FSDP2, 3 ranks"])
+    names += ["update, clipped", "norm, in the run's dtype", "evaluation", "head in chunks, kernels", "long documents"]
+    ranks = ["DDP, 2 ranks", "FSDP2, 3 ranks", "update, DDP, 2 ranks", "update, FSDP2, 3 ranks"]
+    proof = prove(recipe, only=[*names, "kernels", "compiled", *ranks])
     verdicts = {r.name: (r.verdict, r.note) for r in proof.results}
     assert verdicts.pop("kernels")[0] == verdicts.pop("compiled")[0] == "skipped"
     assert [name for name, (verdict, _) in verdicts.items() if verdict != "passed"] == [], verdicts
+
+
+def test_the_head_has_several_chunks_and_long_documents_several_blocks():
+    for vocab_size in (26, 320, 6400, 151_936):
+        rows = paths._CHUNKS * max(paths._ROWS_OF_A_CHUNK, paths._LOGITS_OF_A_CHUNK / vocab_size)
+        plain = max(loss._MIN_CHUNK_ROWS, loss._CHUNK_BYTES // (4 * vocab_size))
+        by_kernels = loss._chunk_rows(vocab_size, paths._COLUMNS, torch.float32)
+        assert min(rows / plain, rows / by_kernels) > 2.2
+    assert LONG == native_attention._ONE_BLOCK
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("warmup_steps", [0, 7])
+def test_the_two_formulas_of_every_schedule_agree(world, tmp_path, schedule, warmup_steps):
+    keys = {"train__schedule": schedule, "train__warmup_steps": warmup_steps, "train__min_lr_ratio": 0.25}
+    proof = prove(world.recipe(tmp_path / "run", **keys), only=["learning rate"])
+    assert [r.verdict for r in proof.results] == ["passed"], proof.results
+
+
+def test_an_update_is_measured_by_what_rounding_of_its_gradient_can_do():
+    train = TrainConfig(learning_rate=1e-3, weight_decay=0.0)
+    gradient = torch.tensor([1.0, 1e-12], dtype=torch.float64)
+    weights = {"w": torch.zeros(2, dtype=torch.float64)}
+    changes = [
+        PlainOptimizer(train, {"w": "decays"}).changes(weights, {"w": one}, lr=1e-3, factor=1.0)["w"]
+        for one in (gradient, gradient + torch.tensor([0.0, 1e-16]), gradient * torch.tensor([1.0, 1.5]))
+    ]
+    assert changes[0].change[1] / changes[0].change[0] == pytest.approx(1e-4, rel=1e-3)
+    assert abs(changes[1].change - changes[0].change).max() / abs(changes[0].change).max() > 1e-10
+    assert changes[0].error_of(changes[1].change) < 1e-10  # rounding, though the entry moved
+    assert changes[0].error_of(changes[0].change * (1 + 1e-9)) > 1e-10  # where the gradient is not near zero
+    assert changes[0].error_of(changes[0].change * math.nan) == math.inf
 
 
 def test_the_samples_are_the_first_steps_and_have_one_that_nobody_supervises(world, tmp_path):
@@ -176,7 +217,7 @@ def test_unknown_classes_raise(world, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-@pytest.mark.parametrize(("recipe", "limit_s"), [("gsm8k-30m", 120), ("gsm8k-moe", 300)])  # 30M and 91M parameters
+@pytest.mark.parametrize(("recipe", "limit_s"), [("gsm8k-30m", 180), ("gsm8k-moe", 300)])  # 30M and 91M parameters
 def test_the_recipes_pass(shared_data, tmp_path, monkeypatch, recipe, limit_s):
     monkeypatch.chdir(ROOT)
     proof = prove(Recipe.load(ROOT / "recipes" / f"{recipe}.toml"))

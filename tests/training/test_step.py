@@ -17,7 +17,7 @@ from pertoken.errors import PertokenError
 from pertoken.model.hf import save_folder
 from pertoken.model.transformer import CausalLM
 from pertoken.training import checkpoint as checkpoint_module
-from pertoken.training.evaluate import evaluate
+from pertoken.training.evaluate import Evaluation, evaluate
 from pertoken.training.metrics import Listener
 from pertoken.training.precision import Precision
 from pertoken.training.run_data import prepare
@@ -228,23 +228,43 @@ def test_training_and_evaluation_agree_on_the_denominator(world, tmp_path):
     assert row["eval_loss"] == pytest.approx(row["loss"], rel=1e-6)
 
 
-def test_the_last_valid_checkpoints_and_the_best_are_kept(world, tmp_path):
+def evaluations_of(monkeypatch, *losses):
+    """The evaluations to come have these losses, in turn."""
+    coming = iter(losses)
+
+    def evaluated(model, store, precision, *, token_budget, world):
+        return Evaluation(100.0 * next(coming), 100.0, 100)
+
+    monkeypatch.setattr("pertoken.training.loop.evaluate", evaluated)
+
+
+def kept_by(run):
+    """Checkpoints, and the one that `best` names."""
+    folder = run / "checkpoints"
+    return sorted(int(p.name[5:]) for p in folder.glob("step-*")), (folder / "best").resolve().name
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_the_last_valid_checkpoints_and_the_best_are_kept(world, tmp_path, monkeypatch, in_background):
+    keys = {"train__max_steps": 12, "train__eval_interval": 2, "checkpoint__save_interval": 1}
+    recipe = world.recipe(tmp_path / "run", **keys, checkpoint__keep_last=2, checkpoint__async_save=in_background)
+    evaluations_of(monkeypatch, 5.0, 3.0, 4.0, 3.5, 3.1, 6.0)  # the best is far from the last
+    assert train(recipe).best_eval_loss == 3.0
+    assert kept_by(tmp_path / "run") == ([4, 11, 12], "step-00000004")
+
+
+def test_the_best_before_a_resume_stays_the_best_until_a_better_one_comes(world, tmp_path, monkeypatch):
+    keys = {"train__eval_interval": 2, "checkpoint__save_interval": 2, "checkpoint__keep_last": 2}
     run = tmp_path / "run"
-    recipe = world.write_recipe(
-        tmp_path / "recipe",
-        train__max_steps=12,
-        train__eval_interval=2,
-        train__learning_rate=0.05,
-        train__schedule="constant",
-        checkpoint__save_interval=1,
-        checkpoint__keep_last=2,
-    )
-    assert pertoken("train", recipe, f"out_dir={run}")[0] == 0
-    evaluated = {row["step"]: row["eval_loss"] for row in rows_of(run) if "eval_loss" in row}
-    best = min(evaluated, key=evaluated.__getitem__)
-    kept = sorted(p.name for p in (run / "checkpoints").glob("step-*"))
-    assert kept == sorted({f"step-{s:08d}" for s in (best, 11, 12)})
-    assert (run / "checkpoints" / "best").resolve().name == f"step-{best:08d}"
+    evaluations_of(monkeypatch, 3.0, 5.0, 6.0)
+    train(world.recipe(run, train__max_steps=6, **keys))
+    assert kept_by(run) == ([2, 4, 6], "step-00000002")
+    evaluations_of(monkeypatch, 4.0)
+    assert train(world.recipe(run, train__max_steps=8, **keys), resume=True).best_eval_loss == 3.0
+    assert kept_by(run) == ([2, 6, 8], "step-00000002")
+    evaluations_of(monkeypatch, 2.0)
+    assert train(world.recipe(run, train__max_steps=10, **keys), resume=True).best_eval_loss == 2.0
+    assert kept_by(run) == ([8, 10], "step-00000010")
 
 
 def test_the_last_step_and_each_epochs_end_are_saved_without_an_interval(world, tmp_path):

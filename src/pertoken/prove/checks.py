@@ -10,52 +10,94 @@ from pertoken.config import Recipe
 from pertoken.data.batch import plan
 from pertoken.data.formats import Conversation, to_conversation
 from pertoken.data.order import step_at, steps_per_epoch
-from pertoken.data.records import BadRow, Record, read_records
+from pertoken.data.records import BadRow, Record
 from pertoken.data.store import Store
 from pertoken.prove.report import Result
+from pertoken.prove.rows import records_at
 from pertoken.prove.samples import Chosen
 
 __all__ = ["every_sample_once", "who_is_supervised"]
 
 _MOST_STEPS = 20_000  # of an epoch looked at one by one
 _PLANNED_STEPS = 20
+_ENOUGH_TO_SHUFFLE = 12  # of 12 samples there are 479 million orders
 _LONGEST_TOKEN = 32  # characters: one that reaches over a span's start is not supervised
 
 
 def every_sample_once(name: str, store: Store, recipe: Recipe) -> Result:
-    """The first epoch's steps hold every sample once, and every plan of a step hands out each of its samples once."""
+    """Each of two epochs holds every sample once, in an order of its own, and every plan hands out each sample once."""
     count, train = len(store), recipe.train
     steps = steps_per_epoch(count, train.batch_size)
     looked_at = steps if steps <= _MOST_STEPS else _MOST_STEPS
     # All steps, or the first ones and the last: the order is a bijection, so a repetition would show soon.
     numbers = [*range(1, looked_at), steps] if looked_at > 1 else [steps]
-    seen = np.zeros(count, dtype=np.int64)
-    for number in numbers:
-        step = step_at(number, num_samples=count, batch_size=train.batch_size, seed=train.seed)
-        np.add.at(seen, step.sample_ids, 1)
+    orders = [_order(recipe, count, [epoch * steps + number for number in numbers]) for epoch in (0, 1)]
+    problem = (
+        _not_once(store, orders[0], whole=looked_at == steps)
+        or _not_once(store, orders[1], whole=looked_at == steps)
+        or _second_epoch(recipe, count, steps)
+        or _not_shuffled(recipe, count, orders, numbers)
+        or _not_a_partition(store, recipe, numbers[:_PLANNED_STEPS])
+    )
+    if problem:
+        return Result(name, "", "failed", note=problem)
+    what = f"{count:,} samples in {steps:,} steps" + ("" if looked_at == steps else f", {looked_at:,} looked at")
+    return Result(name, "", "passed", note=f"{what}; two epochs in two orders")
+
+
+def _order(recipe: Recipe, count: int, numbers: list[int], seed: int | None = None) -> np.ndarray:
+    """The samples of these steps, one after another."""
+    train = recipe.train
+    seed = train.seed if seed is None else seed
+    drawn = [step_at(n, num_samples=count, batch_size=train.batch_size, seed=seed).sample_ids for n in numbers]
+    return np.concatenate(drawn)
+
+
+def _not_once(store: Store, order: np.ndarray, *, whole: bool) -> str | None:
+    seen = np.bincount(order, minlength=len(store))
     if seen.max() > 1:
-        return Result(name, "", "failed", note=f"sample {store.where(int(seen.argmax()))} comes {seen.max()} times")
-    expected = count if looked_at == steps else None
-    if expected is not None and seen.sum() != expected:
-        return Result(name, "", "failed", note=f"{int((seen == 0).sum())} of {count} samples never come")
-    after = step_at(steps + 1, num_samples=count, batch_size=train.batch_size, seed=train.seed)
+        return f"sample {store.where(int(seen.argmax()))} comes {seen.max()} times"
+    if whole and seen.sum() != len(store):
+        return f"{int((seen == 0).sum())} of {len(store)} samples never come"
+    return None
+
+
+def _second_epoch(recipe: Recipe, count: int, steps: int) -> str | None:
+    after = step_at(steps + 1, num_samples=count, batch_size=recipe.train.batch_size, seed=recipe.train.seed)
     if after.epoch != 2 or after.position_start != count:
-        return Result(name, "", "failed", note=f"the second epoch starts at position {after.position_start}")
-    for number in numbers[:_PLANNED_STEPS]:
-        ids = step_at(number, num_samples=count, batch_size=train.batch_size, seed=train.seed).sample_ids
+        return f"the second epoch starts at position {after.position_start}"
+    return None
+
+
+def _not_shuffled(recipe: Recipe, count: int, orders: list[np.ndarray], numbers: list[int]) -> str | None:
+    """The order is the seed's and the epoch's own. Of few samples, two orders may be the same by chance."""
+    if count < _ENOUGH_TO_SHUFFLE:
+        return None
+    if np.array_equal(orders[0], orders[1]):
+        return "the second epoch has the first one's order"
+    if np.array_equal(orders[0], np.sort(orders[0])):
+        return "the first epoch has the data's own order"
+    if np.array_equal(orders[0], _order(recipe, count, numbers, recipe.train.seed + 1)):
+        return f"train.seed={recipe.train.seed} and {recipe.train.seed + 1} give the same order"
+    return None
+
+
+def _not_a_partition(store: Store, recipe: Recipe, numbers: list[int]) -> str | None:
+    for number in numbers:
+        ids = _order(recipe, len(store), [number])
         for ranks in (1, 2, 3):
-            cut = plan(store.lengths[ids].tolist(), world_size=ranks, token_budget=train.micro_batch_tokens)
+            cut = plan(store.lengths[ids].tolist(), world_size=ranks, token_budget=recipe.train.micro_batch_tokens)
             handed_out = sorted(i for rank in cut for micro_batch in rank for i in micro_batch)
             if handed_out != list(range(len(ids))) or len({len(rank) for rank in cut}) > 1:
-                return Result(name, "", "failed", note=f"the plan of step {number} on {ranks} ranks is not a partition")
-    what = f"{count:,} samples in {steps:,} steps" + ("" if looked_at == steps else f", {looked_at:,} looked at")
-    return Result(name, "", "passed", note=what)
+                return f"the plan of step {number} on {ranks} ranks is not a partition"
+    return None
 
 
 def who_is_supervised(name: str, store: Store, chosen: Chosen, recipe: Recipe, tokenizer: Any) -> Result:
     """The supervised tokens of the chosen samples, read back as text, against the rows they come from."""
+    records = records_at(chosen.sources)
     for i, source in zip(chosen.ids, chosen.sources, strict=True):
-        record = _record(source)
+        record = records.get(source)
         if record is None:
             return Result(name, "", "failed", note=f"{source}: cannot be read again")
         check = _document if recipe.stage == "pretrain" else _conversation
@@ -64,12 +106,6 @@ def who_is_supervised(name: str, store: Store, chosen: Chosen, recipe: Recipe, t
             return Result(name, "", "failed", note=f"{source}: {problem}")
     what = "the assistant's words and end of turn, nothing else" if recipe.stage == "sft" else "every token"
     return Result(name, "", "passed", note=f"{what}; {len(chosen.ids)} samples")
-
-
-def _record(source: str) -> Record | None:
-    file, _, line = source.rpartition(":")
-    found = next((row for row in read_records(file) if row.line == int(line)), None)
-    return found if isinstance(found, Record) else None
 
 
 def _document(store: Store, i: int, record: Record, recipe: Recipe, tokenizer: Any) -> str | None:

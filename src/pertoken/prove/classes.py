@@ -6,132 +6,34 @@ import copy
 import dataclasses
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from pertoken.config import TrainConfig
 from pertoken.data.batch import MicroBatch, collate
 from pertoken.data.order import step_at, steps_per_epoch
 from pertoken.data.share import Share, share_of
 from pertoken.errors import CompilerError, RecipeError
 from pertoken.loss import LossOutput
 from pertoken.model.transformer import CausalLM
+from pertoken.prove.case import EXACT, FLOAT64, Case, balance_loss_of, gradient_of_step, set_balance_loss
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient, Result, compare
-from pertoken.prove.samples import Chosen, InMemory
+from pertoken.prove.samples import Chosen
 from pertoken.training.checkpoint import Checkpoint, load_model, load_optimizer
 from pertoken.training.compilation import has_compiler
 from pertoken.training.optim import build_optimizer
-from pertoken.training.parallel import World, whole
 from pertoken.training.precision import Precision
 from pertoken.training.saving import save_checkpoint
 from pertoken.training.step import TrainState, train_step
 
-__all__ = [
-    "CLASSES",
-    "EXACT",
-    "Case",
-    "balance_loss_of",
-    "gradient_of_step",
-    "set_balance_loss",
-    "split_of_balance",
-]
-
-# Relative, in float64: a million times its rounding, and a ten-millionth of the smallest mistake worth the name.
-EXACT = 1e-10
-_FLOAT64 = Precision("float64", torch.device("cpu"))
-_FLOAT32_FACTOR = 4.0  # a way may round four times as badly as the plain one does in the same precision
-
-
-@dataclass
-class Case:
-    """What every class is about."""
-
-    model: CausalLM  # float64, on the CPU
-    chosen: Chosen
-    later: tuple[InMemory, ...]  # chosen alike from the recipe's first steps, for training over several of them
-    aux_loss_coef: float  # of the per-document balance loss; 0 without one
-    train: TrainConfig
-    tokenizer: Any
-    reference: Gradient  # over all chosen samples, float64
-    float32_error: float  # of the plain way in float32, against the reference
-
-    @property
-    def all_ids(self) -> np.ndarray:
-        return np.arange(len(self.chosen.samples))
-
-    @property
-    def num_inputs(self) -> int:
-        return int(self.chosen.samples.lengths.sum())
-
-    def share(self, *, token_budget: int, ids: np.ndarray | None = None) -> Share:
-        return share_of(self.chosen.samples, self.all_ids if ids is None else ids, token_budget=token_budget)
-
-    def split(self) -> Share:
-        """The step in about three micro-batches."""
-        return self.share(token_budget=max(self.num_inputs // 3, int(self.chosen.samples.lengths.max())))
-
-    @property
-    def float32_tolerance(self) -> float:
-        return _FLOAT32_FACTOR * self.float32_error
-
-
-def gradient_of_step(
-    model: CausalLM,
-    share: Share,
-    *,
-    precision: Precision,
-    world: World | None = None,
-    wrapped: nn.Module | None = None,
-) -> Gradient:
-    """What `train_step` would update by (on rank 0 of several). `model` holds the parameters, `wrapped` is called."""
-    vocab_size = model.config.vocab_size
-    for micro_batch in share.micro_batches:
-        labels = micro_batch.labels
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
-            raise ValueError(f"labels {int(labels.min())} to {int(labels.max())}: not all are tokens")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    state = TrainState(wrapped or model, optimizer, precision.new_scaler(), precision, world or World())
-    kept: dict[str, torch.Tensor] = {}
-
-    def keep() -> None:
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                gradient = whole(parameter.grad)  # which every rank must ask for
-                if state.world.is_main:
-                    kept[name] = gradient.clone()
-
-    metrics = train_step(
-        state,
-        share.micro_batches,
-        num_tokens=share.num_tokens,
-        num_routed=share.num_routed,
-        lr=0.0,
-        max_norm=0.0,
-        on_gradients=keep,
-    )
-    return Gradient(metrics.loss_sum / metrics.num_tokens, kept)
-
-
-def balance_loss_of(model: CausalLM) -> dict[str, Any]:
-    """What of a mixture's objective its saved configuration does not say; nothing for a dense model."""
-    config = model.config
-    return {"aux_loss": config.aux_loss, "aux_loss_coef": config.aux_loss_coef} if config.use_moe else {}
-
-
-def set_balance_loss(model: CausalLM, settings: dict[str, Any]) -> None:
-    """Give a model that was read back what `balance_loss_of` told."""
-    if settings:
-        model.config = model.config.model_copy(update=settings)
+__all__ = ["CLASSES", "split_of_balance"]
 
 
 def _exact(name: str, case: Case, share: Share, note: str = "", wrapped: nn.Module | None = None) -> Result:
-    got = gradient_of_step(case.model, share, precision=_FLOAT64, wrapped=wrapped)
+    got = gradient_of_step(case.model, share, precision=FLOAT64, wrapped=wrapped)
     count = len(share.micro_batches)
     note = note or (f"{count} micro-batches" if count > 1 else "all samples in one")
     return Result.judge(name, "float64", EXACT, compare(got, case.reference), note)
@@ -196,39 +98,9 @@ def short_last_step(name: str, case: Case) -> Result:
     left = sorted(set(range(count)) - {int(i) for ids in drawn[:-1] for i in ids})
     reference = reference_gradient(case.model, [case.chosen.samples[i] for i in left], aux_loss_coef=case.aux_loss_coef)
     share = case.share(token_budget=case.num_inputs, ids=drawn[-1])
-    got = gradient_of_step(case.model, share, precision=_FLOAT64)
+    got = gradient_of_step(case.model, share, precision=FLOAT64)
     note = f"{len(drawn[-1])} of {batch_size} samples"
     return Result.judge(name, "float64", EXACT, compare(got, reference), note)
-
-
-def clipping(name: str, case: Case) -> Result:
-    """The update itself, with a loss scale, clipped to half the norm: what reaches the weights is the true gradient."""
-    learning_rate = 2.0**20  # so that the weights round off nothing of a small gradient
-    norm = case.reference.norm
-    max_norm = norm / 2
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    optimizer = torch.optim.SGD(case.model.parameters(), lr=learning_rate)
-    state = TrainState(case.model, optimizer, scaler, _FLOAT64)
-    before = {name: p.detach().clone() for name, p in case.model.named_parameters()}
-    share = case.split()
-    metrics = train_step(
-        state,
-        share.micro_batches,
-        num_tokens=share.num_tokens,
-        num_routed=share.num_routed,
-        lr=learning_rate,
-        max_norm=max_norm,
-    )
-    update = {}
-    with torch.no_grad():
-        for parameter_name, parameter in case.model.named_parameters():
-            update[parameter_name] = (before[parameter_name] - parameter) / learning_rate
-            parameter.copy_(before[parameter_name])
-    factor = max_norm / (norm + 1e-6)  # torch's own, so that a zero norm divides nothing
-    expected = {name: gradient * factor for name, gradient in case.reference.gradients.items()}
-    loss = metrics.loss_sum / metrics.num_tokens
-    found = compare(Gradient(loss, update), Gradient(case.reference.loss, expected))
-    return Result.judge(name, "float64", EXACT, found, f"norm {metrics.grad_norm:.3g} clipped to {max_norm:.3g}")
 
 
 def _in_float32(name: str, case: Case, model: CausalLM, note: str) -> Result:
@@ -327,7 +199,7 @@ def split_of_balance(name: str, model: CausalLM, chosen: Chosen) -> Result:
     found = []
     for token_budget in (int(samples.lengths.sum()), 1):
         share = share_of(samples, ids, token_budget=token_budget)
-        found.append(gradient_of_step(model, share, precision=_FLOAT64))
+        found.append(gradient_of_step(model, share, precision=FLOAT64))
     result = Result.judge(name, "float64", EXACT, compare(found[1], found[0]), "one micro-batch against many")
     return dataclasses.replace(result, verdict="differs") if result.verdict == "failed" else result
 
@@ -340,7 +212,6 @@ CLASSES: dict[str, Callable[[str, Case], Result]] = {
     "reference loss": reference_loss,
     "activation checkpointing": activation_checkpointing,
     "short last step": short_last_step,
-    "clipping under a loss scale": clipping,
     "float32": float32,
     "kernels": kernels,
     "compiled": compiled,

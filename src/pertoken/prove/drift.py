@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pertoken.data.share import share_of
-from pertoken.prove.classes import Case
+from pertoken.prove.case import Case
 from pertoken.prove.report import Result
 from pertoken.training.compilation import compile_model
 from pertoken.training.precision import Precision

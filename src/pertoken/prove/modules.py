@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pertoken.errors import CompilerError
 from pertoken.model.transformer import CausalLM
-from pertoken.prove.classes import Case, gradient_of_step
+from pertoken.prove.case import Case, gradient_of_step
 from pertoken.prove.report import Comparison, Gradient, Result, compare, largest_error
 from pertoken.training.precision import Precision
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from pertoken.data.batch import Sample
 from pertoken.model.folder import save_folder
 from pertoken.model.foreign import ForeignLM, quiet
-from pertoken.prove.classes import Case
+from pertoken.prove.case import Case
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient, Result, compare
 

@@ -28,7 +28,9 @@ from pertoken.data.batch import Sample, collate
 from pertoken.data.share import Share, share_of
 from pertoken.model.folder import save_folder
 from pertoken.model.transformer import CausalLM
-from pertoken.prove.classes import EXACT, Case, balance_loss_of, gradient_of_step, set_balance_loss
+from pertoken.prove.case import EXACT, Case, balance_loss_of, gradient_of_step, set_balance_loss
+from pertoken.prove.evaluation import evaluated
+from pertoken.prove.rank_updates import update_of_ranks, write_plan
 from pertoken.prove.report import Comparison, Gradient, Result, compare
 from pertoken.prove.samples import InMemory
 from pertoken.training.checkpoint import load_model
@@ -38,11 +40,15 @@ from pertoken.training.precision import Precision
 __all__ = ["RANK_CLASSES", "run_ranks"]
 
 _MOST = 3
-RANK_CLASSES: dict[str, tuple[Literal["ddp", "fsdp"], int]] = {
-    "DDP, 2 ranks": ("ddp", 2),
-    "DDP, 3 ranks": ("ddp", 3),
-    "FSDP2, 2 ranks": ("fsdp", 2),
-    "FSDP2, 3 ranks": ("fsdp", 3),
+_Kind = Literal["gradient", "update", "evaluation"]
+RANK_CLASSES: dict[str, tuple[_Kind, Literal["ddp", "fsdp"], int]] = {
+    "DDP, 2 ranks": ("gradient", "ddp", 2),
+    "DDP, 3 ranks": ("gradient", "ddp", 3),
+    "FSDP2, 2 ranks": ("gradient", "fsdp", 2),
+    "FSDP2, 3 ranks": ("gradient", "fsdp", 3),
+    "update, DDP, 2 ranks": ("update", "ddp", 2),
+    "update, FSDP2, 3 ranks": ("update", "fsdp", 3),
+    "evaluation, 3 ranks": ("evaluation", "ddp", 3),
 }
 COMMAND = (sys.executable, "-m", "pertoken.prove.ranks")
 _TIMEOUT_S = 600
@@ -88,6 +94,8 @@ def _write_job(folder: Path, names: Sequence[str], case: Case) -> None:
         "samples": len(samples),
     }
     (folder / "job.json").write_text(json.dumps(job))
+    if any(RANK_CLASSES[name][0] == "update" for name in names):
+        write_plan(folder, case)
 
 
 def rank_main(folder: Path, rank: int) -> None:
@@ -106,13 +114,18 @@ def rank_main(folder: Path, rank: int) -> None:
     groups = {size: dist.new_group(list(range(size))) for size in range(2, _MOST + 1)}
     results: list[Result] = []
     for name in job["classes"]:
-        how, size = RANK_CLASSES[name]
+        kind, how, size = RANK_CLASSES[name]
         if rank < size:
             world = World(rank, size, rank, groups[size])
             model = load_model(folder / "model", dtype=torch.float64)
             set_balance_loss(model, job["balance_loss"])
-            result = _class(name, how, world, model, samples, reference)
-            results += [result] if result is not None else []
+            if kind == "gradient":
+                result = _gradient(name, how, world, model, samples, reference)
+            elif kind == "update":
+                result = update_of_ranks(name, how, world, model, samples, folder)
+            else:
+                result = evaluated(name, model, samples, reference.loss, world)
+            results += [result] if result is not None and rank == 0 else []
             del model
             gc.collect()  # DDP and its model hold each other
         if rank == 0:
@@ -121,7 +134,7 @@ def rank_main(folder: Path, rank: int) -> None:
     end_process(0)
 
 
-def _class(
+def _gradient(
     name: str, how: Literal["ddp", "fsdp"], world: World, model: CausalLM, samples: InMemory, reference: Gradient
 ) -> Result | None:
     """Dealt by the plan, and dealt as unevenly as can be; the worse of the two. None but on rank 0."""

@@ -18,10 +18,13 @@ from pertoken.prove.report import Gradient
 __all__ = ["reference_gradient"]
 
 
-def reference_gradient(model: CausalLM, samples: Sequence[Sample], *, aux_loss_coef: float = 0.0) -> Gradient:
+def reference_gradient(
+    model: CausalLM, samples: Sequence[Sample], *, aux_loss_coef: float = 0.0, scale: float = 1.0
+) -> Gradient:
     """Of (1/N) sum of mask * nll, plus `aux_loss_coef` times the balance loss, in the precision of the weights.
 
     N counts the supervised tokens of all samples. The balance loss is each document's own, weighted by its tokens.
+    Its backward passes are those of `scale` times the objective, for float16; the gradient is the objective's own.
     """
     num_tokens = sum(float(sample.loss_mask.sum()) for sample in samples)
     num_routed = sum(len(sample.tokens) - 1 for sample in samples)
@@ -39,9 +42,9 @@ def reference_gradient(model: CausalLM, samples: Sequence[Sample], *, aux_loss_c
         if aux_loss_coef:
             balance = torch.stack([_balance(router, model.config.num_experts_per_tok) for router in routers]).sum()
             objective = objective + aux_loss_coef * len(inputs) * balance / num_routed
-        torch.autograd.backward(objective)
+        torch.autograd.backward(objective * scale)
         loss_sum += float(nll_sum.detach())
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad / scale for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return Gradient(loss_sum / num_tokens, gradients)
 

@@ -12,28 +12,38 @@ from pertoken.config import Recipe
 from pertoken.data.tokenizer import as_transformers
 from pertoken.errors import RecipeError
 from pertoken.model.transformer import CausalLM
+from pertoken.prove.case import Case
 from pertoken.prove.checks import every_sample_once, who_is_supervised
-from pertoken.prove.classes import CLASSES, Case, split_of_balance
+from pertoken.prove.classes import CLASSES, split_of_balance
+from pertoken.prove.clipping import CLIPPING_CLASSES, float16
 from pertoken.prove.drift import STEPS, bfloat16
+from pertoken.prove.evaluation import evaluation
 from pertoken.prove.modules import changed_modules
 from pertoken.prove.other import transformers_padded
+from pertoken.prove.paths import PATH_CLASSES
+from pertoken.prove.plain_update import total_steps_of
 from pertoken.prove.ranks import RANK_CLASSES, run_ranks
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Proof, Result, largest_error
-from pertoken.prove.samples import Chosen, choose
+from pertoken.prove.rows import token_by_token
+from pertoken.prove.samples import Chosen, choose, choose_long
+from pertoken.prove.update import UPDATE_CLASSES
 from pertoken.training.metrics import Listener
 from pertoken.training.parallel import World
 from pertoken.training.precision import Precision
-from pertoken.training.run_data import load_data
+from pertoken.training.run_data import RunData, load_data
 from pertoken.training.run_model import build_model
 
 __all__ = ["NAMES", "prove"]
 
-_EPOCH, _SUPERVISED = "every sample once an epoch", "who is supervised"
+_EPOCH, _ROWS, _SUPERVISED = "every sample once an epoch", "rows, token by token", "who is supervised"
 _CHANGED = "changed modules"
 _TRANSFORMERS, _BFLOAT16 = "transformers, padded", f"bfloat16, {STEPS} steps"
+_FLOAT16 = "float16 under its loss scale"
 _BALANCE = "balance loss per micro-batch"
-NAMES = (_EPOCH, _SUPERVISED, *CLASSES, _CHANGED, _BFLOAT16, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
+_OF_CASE = {**CLASSES, **CLIPPING_CLASSES, **UPDATE_CLASSES, **PATH_CLASSES, "evaluation": evaluation}
+_OF_DATA, _OF_STEPS = (_EPOCH, _ROWS, _SUPERVISED), (_FLOAT16, _BFLOAT16)
+NAMES = (*_OF_DATA, *_OF_CASE, _CHANGED, *_OF_STEPS, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
 _LEAST_TOKENS = 40
 
 
@@ -78,18 +88,22 @@ def prove(
         on_result(result)
 
     run(_EPOCH, lambda: every_sample_once(_EPOCH, data.train, recipe))
-    run(
-        _SUPERVISED, lambda: who_is_supervised(_SUPERVISED, data.train, chosen, recipe, as_transformers(data.tokenizer))
-    )
+    for name, check in ((_ROWS, token_by_token), (_SUPERVISED, who_is_supervised)):
+        run(
+            name,
+            lambda check=check, name=name: check(name, data.train, chosen, recipe, as_transformers(data.tokenizer)),  # type: ignore[misc]
+        )
     per_micro_batch = model.config.use_moe and model.config.aux_loss == "micro_batch"
     if per_micro_batch:
         run(_BALANCE, lambda: split_of_balance(_BALANCE, copy.deepcopy(model).double(), chosen))
         # What depends on the split by its definition is left out of what must not.
         model.config = model.config.model_copy(update={"aux_loss": "none"})
-    case = _case(recipe, model, chosen, later, data.tokenizer)
-    for name, of_class in CLASSES.items():
+    case = _case(recipe, model, data, chosen, later)
+    for name, of_class in _OF_CASE.items():
         run(name, lambda of_class=of_class, name=name: of_class(name, case))  # type: ignore[misc]
     run(_CHANGED, lambda: changed_modules(_CHANGED, case))
+    if recipe.train.dtype == "float16":
+        run(_FLOAT16, lambda: float16(_FLOAT16, case))
     run(_BFLOAT16, lambda: bfloat16(_BFLOAT16, case))
     run(_TRANSFORMERS, lambda: transformers_padded(_TRANSFORMERS, case))
     if ranks := [name for name in RANK_CLASSES if name in only]:
@@ -121,7 +135,7 @@ _PER_MICRO_BATCH = (
 )
 
 
-def _case(recipe: Recipe, model: CausalLM, chosen: Chosen, later: Sequence[Chosen], tokenizer: object) -> Case:
+def _case(recipe: Recipe, model: CausalLM, data: RunData, chosen: Chosen, later: Sequence[Chosen]) -> Case:
     """The reference in float64, and how far the same plain computation is off in float32."""
     samples = [chosen.samples[i] for i in range(len(chosen.samples))]
     config = model.config
@@ -133,9 +147,11 @@ def _case(recipe: Recipe, model: CausalLM, chosen: Chosen, later: Sequence[Chose
         model=model,
         chosen=chosen,
         later=tuple(other.samples for other in later),
+        long=choose_long(data.train),
         aux_loss_coef=coefficient,
-        train=recipe.train,
-        tokenizer=tokenizer,
+        recipe=recipe,
+        total_steps=total_steps_of(recipe.train, len(data.train)),
+        tokenizer=data.tokenizer,
         reference=reference,
         float32_error=largest_error(in_float32, reference),
     )

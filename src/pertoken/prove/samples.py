@@ -11,9 +11,13 @@ from pertoken.data.batch import Sample
 from pertoken.data.order import step_at, steps_per_epoch
 from pertoken.data.store import Store
 
-__all__ = ["Chosen", "InMemory", "choose"]
+__all__ = ["LONG", "Chosen", "InMemory", "choose", "choose_long"]
 
 _PIECES = 5  # so that a step of two has a last, shorter one, and three ranks can be dealt skewed shares
+
+
+LONG = 384  # inputs; attention's kernels take the queries of longer samples in blocks, which tests/prove holds
+_LONGEST = 900  # inputs: where half of them are supervised, these too are several blocks
 
 
 class InMemory:
@@ -23,6 +27,7 @@ class InMemory:
         self._samples = list(samples)
         self.lengths = np.array([len(s) for s in samples], dtype=np.int64)
         self.num_tokens = np.array([s.loss_mask.sum() for s in samples], dtype=np.int64)
+        self.num_bytes = 4 * self.num_tokens  # as if each token were of four; pieces have no text of their own
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -73,6 +78,14 @@ def choose(store: Store, *, tokens: int, batch_size: int, seed: int, step: int =
         sources=tuple(store.where(i) for i in chosen),
         cut=sum(len(piece) < int(store.lengths[i]) for piece, i in zip(pieces, chosen, strict=True)),
     )
+
+
+def choose_long(store: Store) -> Sample | None:
+    """The sample with the most supervised tokens, or the longest, cut to 900 inputs; None if none has more than 384."""
+    for i in (int(np.argmax(store.num_tokens)), int(np.argmax(store.lengths))):
+        if store.lengths[i] > LONG:
+            return _cut(store[i], _LONGEST)
+    return None
 
 
 def _cut(sample: Sample, limit: int) -> Sample:

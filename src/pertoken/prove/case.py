@@ -1,0 +1,127 @@
+"""What every class of ways is about, and the gradient that `train_step` computes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pertoken.config import Recipe, TrainConfig
+from pertoken.data.sample import Sample
+from pertoken.data.share import Share, share_of
+from pertoken.model.transformer import CausalLM
+from pertoken.prove.report import Gradient
+from pertoken.prove.samples import Chosen, InMemory
+from pertoken.training.parallel import World, whole
+from pertoken.training.precision import Precision
+from pertoken.training.step import TrainState, train_step
+
+__all__ = [
+    "EXACT",
+    "FLOAT32_FACTOR",
+    "FLOAT64",
+    "Case",
+    "balance_loss_of",
+    "gradient_of_step",
+    "set_balance_loss",
+]
+
+# Relative, in float64: a million times its rounding, and a ten-millionth of the smallest mistake worth the name.
+EXACT = 1e-10
+FLOAT64 = Precision("float64", torch.device("cpu"))
+FLOAT32_FACTOR = 4.0  # a way may round four times as badly as the plain one does in the same precision
+
+
+@dataclass
+class Case:
+    """What every class is about."""
+
+    model: CausalLM  # float64, on the CPU
+    chosen: Chosen
+    later: tuple[InMemory, ...]  # chosen alike from the recipe's first steps, for training over several of them
+    long: Sample | None  # of several blocks of queries; None where the store has none so long
+    aux_loss_coef: float  # of the per-document balance loss; 0 without one
+    recipe: Recipe
+    total_steps: int  # of the recipe's run
+    tokenizer: Any
+    reference: Gradient  # over all chosen samples, float64
+    float32_error: float  # of the plain way in float32, against the reference
+
+    @property
+    def train(self) -> TrainConfig:
+        return self.recipe.train
+
+    @property
+    def all_ids(self) -> np.ndarray:
+        return np.arange(len(self.chosen.samples))
+
+    @property
+    def num_inputs(self) -> int:
+        return int(self.chosen.samples.lengths.sum())
+
+    def share(self, *, token_budget: int, ids: np.ndarray | None = None) -> Share:
+        return share_of(self.chosen.samples, self.all_ids if ids is None else ids, token_budget=token_budget)
+
+    def split(self) -> Share:
+        """The step in about three micro-batches."""
+        return self.share(token_budget=self.split_budget)
+
+    @property
+    def split_budget(self) -> int:
+        return max(self.num_inputs // 3, int(self.chosen.samples.lengths.max()))
+
+    @property
+    def float32_tolerance(self) -> float:
+        return FLOAT32_FACTOR * self.float32_error
+
+
+def gradient_of_step(
+    model: CausalLM,
+    share: Share,
+    *,
+    precision: Precision,
+    world: World | None = None,
+    wrapped: nn.Module | None = None,
+) -> Gradient:
+    """What `train_step` would update by (on rank 0 of several). `model` holds the parameters, `wrapped` is called."""
+    vocab_size = model.config.vocab_size
+    for micro_batch in share.micro_batches:
+        labels = micro_batch.labels
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
+            raise ValueError(f"labels {int(labels.min())} to {int(labels.max())}: not all are tokens")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    state = TrainState(wrapped or model, optimizer, precision.new_scaler(), precision, world or World())
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep() -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradient = whole(parameter.grad)  # which every rank must ask for
+                if state.world.is_main:
+                    kept[name] = gradient.clone()
+
+    metrics = train_step(
+        state,
+        share.micro_batches,
+        num_tokens=share.num_tokens,
+        num_routed=share.num_routed,
+        lr=0.0,
+        max_norm=0.0,
+        on_gradients=keep,
+    )
+    return Gradient(metrics.loss_sum / metrics.num_tokens, kept)
+
+
+def balance_loss_of(model: CausalLM) -> dict[str, Any]:
+    """What of a mixture's objective its saved configuration does not say; nothing for a dense model."""
+    config = model.config
+    return {"aux_loss": config.aux_loss, "aux_loss_coef": config.aux_loss_coef} if config.use_moe else {}
+
+
+def set_balance_loss(model: CausalLM, settings: dict[str, Any]) -> None:
+    """Give a model that was read back what `balance_loss_of` told."""
+    if settings:
+        model.config = model.config.model_copy(update=settings)

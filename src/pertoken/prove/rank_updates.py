@@ -1,0 +1,106 @@
+"""What several processes do with the two updates of `update.py`: the plan as files, and the steps themselves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pertoken.config import Recipe
+from pertoken.model.transformer import CausalLM
+from pertoken.prove.case import FLOAT64, Case, balance_loss_of, set_balance_loss
+from pertoken.prove.plain_update import Expected
+from pertoken.prove.report import Result
+from pertoken.prove.samples import InMemory
+from pertoken.prove.update import Planned, judge_updates, plan_updates, updates_of, with_settings
+from pertoken.training.checkpoint import Checkpoint, load_model, load_optimizer
+from pertoken.training.optim import build_optimizer
+from pertoken.training.parallel import World, parallelise
+from pertoken.training.saving import save_checkpoint
+from pertoken.training.step import TrainState
+
+__all__ = ["update_of_ranks", "write_plan"]
+
+_PLAN = "plan.json"
+
+
+def write_plan(folder: Path, case: Case) -> None:
+    """Both steps into `folder`, for `update_of_ranks`."""
+    planned = plan_updates(case, clipped=True)
+    for number, step in enumerate(planned):
+        changes = {name: one.change.contiguous() for name, one in step.changes.items()}
+        scales = {name: one.scale.float().contiguous() for name, one in step.changes.items()}
+        save_file(changes, folder / f"changes-{number}.safetensors")
+        save_file(scales, folder / f"scales-{number}.safetensors")
+    plan = {
+        "recipe": case.recipe.model_dump(mode="json", exclude_none=True),
+        "total_steps": case.total_steps,
+        "steps": [asdict(replace(step, changes={})) for step in planned],
+    }
+    (folder / _PLAN).write_text(json.dumps(plan))
+
+
+def _planned(folder: Path, steps: list[dict[str, object]], *, whole: bool) -> list[Planned]:
+    planned = []
+    for number, values in enumerate(steps):
+        changes: dict[str, Expected] = {}
+        if whole:
+            scales = load_file(folder / f"scales-{number}.safetensors")
+            of_all = load_file(folder / f"changes-{number}.safetensors")
+            changes = {name: Expected(change, scales[name]) for name, change in of_all.items()}
+        planned.append(Planned(**{**values, "changes": changes}))  # type: ignore[arg-type]
+    return planned
+
+
+def update_of_ranks(
+    name: str, how: Literal["ddp", "fsdp"], world: World, model: CausalLM, samples: InMemory, folder: Path
+) -> Result | None:
+    """Both steps by all ranks of `world`. Sharded ones are saved and read back in between. None but on rank 0."""
+    plan = json.loads((folder / _PLAN).read_text())
+    recipe = Recipe.parse(plan["recipe"])
+    balance_loss, scratch = balance_loss_of(model), folder / name.replace(" ", "-")
+
+    def state_of(model: CausalLM) -> TrainState:
+        wrapped = parallelise(model, how, world, device=FLOAT64.device, layers=model.layers)
+        optimizer = build_optimizer(model, with_settings(recipe, dtype="float64").train)
+        return TrainState(wrapped, optimizer, torch.amp.GradScaler("cpu", enabled=False), FLOAT64, world)
+
+    def resumed(model: CausalLM, state: TrainState) -> tuple[CausalLM, TrainState]:
+        saved = save_checkpoint(
+            scratch,
+            step=1,
+            model=model,
+            tokenizer=None,
+            eos_token_id=0,
+            optimizer=state.optimizer,
+            state={"recipe": {}},
+            world=world,
+        )
+        again = load_model(saved, dtype=torch.float64)
+        set_balance_loss(again, balance_loss)
+        its_state = state_of(again)
+        load_optimizer(Checkpoint(saved), again, its_state.optimizer)
+        return again, its_state
+
+    if world.is_main:
+        scratch.mkdir()
+    world.barrier()
+    planned = _planned(folder, plan["steps"], whole=world.is_main)
+    taken = updates_of(
+        recipe,
+        planned,
+        samples,
+        model,
+        state_of(model),
+        total_steps=plan["total_steps"],
+        token_budget=int(samples.lengths.max()),
+        between=resumed if how == "fsdp" else lambda model, state: (model, state),
+    )
+    if not world.is_main:
+        return None
+    between = "; saved and read back between the two" if how == "fsdp" else ""
+    return judge_updates(name, taken, planned, f"{recipe.train.optimizer}, two steps{between}")

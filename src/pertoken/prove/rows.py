@@ -1,0 +1,126 @@
+"""The store against the rows it was made of, token by token: what is cut, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from pertoken.config import DataConfig, Recipe
+from pertoken.data.formats import to_conversation, to_text
+from pertoken.data.records import BadRow, Record, read_records
+from pertoken.data.store import Store
+from pertoken.prove.report import Result
+from pertoken.prove.samples import Chosen
+
+__all__ = ["records_at", "token_by_token"]
+
+_LONGEST = 3  # samples that are looked at besides the chosen ones: those that a limit may have cut
+_MOST_CHARACTERS = 5_000_000  # of a document that is encoded again; of a longer one only the seams are looked at
+
+
+def records_at(sources: Sequence[str]) -> dict[str, Record]:
+    """The rows at `file:line`, each file read once; those that cannot be read again are missing."""
+    found: dict[str, Record] = {}
+    wanted: dict[str, set[int]] = {}
+    for source in sources:
+        file, _, line = source.rpartition(":")
+        wanted.setdefault(file, set()).add(int(line))
+    for file, lines in wanted.items():
+        for row in read_records(file):
+            if row.line in lines and isinstance(row, Record):
+                found[f"{file}:{row.line}"] = row
+            if row.line >= max(lines):
+                break
+    return found
+
+
+def token_by_token(name: str, store: Store, chosen: Chosen, recipe: Recipe, tokenizer: Any) -> Result:
+    """The chosen samples, and the longest ones, have exactly the tokens of their rows; no sample is too long.
+
+    A document of n tokens is n - 1 pairs, whatever it is cut into: its pieces overlap by one token, the last label of
+    one being the next one's first input. A conversation is its first `max_seq_len` pairs.
+    """
+    limit, longest = recipe.data.max_seq_len, int(np.argmax(store.lengths))
+    if store.lengths[longest] > limit:
+        note = f"{store.where(longest)}: {store.lengths[longest]} inputs, data.max_seq_len={limit}"
+        return Result(name, "", "failed", note=note)
+    by_length = np.argsort(store.lengths, kind="stable")[-_LONGEST:]
+    ids = list(dict.fromkeys([*chosen.ids, *(int(i) for i in by_length)]))
+    records = records_at([store.where(i) for i in ids])
+    seen = 0
+    for i in ids:
+        source = store.where(i)
+        if source not in records:
+            return Result(name, "", "failed", note=f"{source}: cannot be read again")
+        check = _document if recipe.stage == "pretrain" else _conversation
+        problem = check(store, i, records[source], recipe.data, tokenizer) or _counts(store, i)
+        if problem:
+            return Result(name, "", "failed", note=f"{source}: {problem}")
+        seen += len(store[i].tokens)
+    note = (
+        f"{len(ids)} samples, {seen:,} tokens; the longest has {store.lengths[longest]:,} inputs of at most {limit:,}"
+    )
+    return Result(name, "", "passed", note=note)
+
+
+def _counts(store: Store, i: int) -> str | None:
+    """The step's N is added up from what the store says."""
+    supervised = int((store[i].loss_mask != 0).sum())
+    if int(store.num_tokens[i]) != supervised:
+        return f"the store counts {int(store.num_tokens[i])} supervised tokens, the sample has {supervised}"
+    return None
+
+
+def _document(store: Store, i: int, record: Record, data: DataConfig, tokenizer: Any) -> str | None:
+    """All pieces of the document that sample `i` is a piece of."""
+    text = to_text(record, data.text_key)
+    if isinstance(text, BadRow):
+        return str(text)
+    if data.eval_fraction and data.eval_split == "tail":
+        text = text[: int(len(text) * (1 - data.eval_fraction))]
+    pieces = [store[j].tokens for j in _of_the_same_row(store, i)]
+    for number, (one, following) in enumerate(pairwise(pieces), start=1):
+        if one[-1] != following[0]:
+            return f"piece {number + 1} starts with token {following[0]}, piece {number} ends with label {one[-1]}"
+        if len(one) != data.max_seq_len + 1:
+            return f"piece {number} of {len(pieces)} has {len(one) - 1} inputs, data.max_seq_len={data.max_seq_len}"
+    if len(text) > _MOST_CHARACTERS:
+        return None
+    expected = np.array([*_encoded(text, tokenizer), tokenizer.eos_token_id])
+    return _difference(np.concatenate([pieces[0], *(piece[1:] for piece in pieces[1:])]), expected)
+
+
+def _of_the_same_row(store: Store, i: int) -> range:
+    """Samples of one row lie side by side."""
+    source, first, last = store.where(i), i, i
+    while first and store.where(first - 1) == source:
+        first -= 1
+    while last + 1 < len(store) and store.where(last + 1) == source:
+        last += 1
+    return range(first, last + 1)
+
+
+def _conversation(store: Store, i: int, record: Record, data: DataConfig, tokenizer: Any) -> str | None:
+    chat = to_conversation(record, data.format, prompt_key=data.prompt_key, completion_key=data.completion_key)
+    if isinstance(chat, BadRow):
+        return str(chat)
+    text: str = tokenizer.apply_chat_template(chat.messages, tools=chat.tools, tokenize=False, **data.template_kwargs)
+    expected = np.array(_encoded(text, tokenizer))
+    if len(expected) - 1 > data.max_seq_len and data.overlong != "truncate":
+        return f"{len(expected) - 1} inputs were to be dropped, data.max_seq_len={data.max_seq_len}"
+    return _difference(store[i].tokens, expected[: data.max_seq_len + 1])
+
+
+def _encoded(text: str, tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def _difference(got: np.ndarray, expected: np.ndarray) -> str | None:
+    if len(got) != len(expected):
+        return f"{len(got)} tokens, the row has {len(expected)}"
+    apart = np.flatnonzero(got != expected)
+    return f"token {int(apart[0])} is {got[apart[0]]}, the row's is {expected[apart[0]]}" if len(apart) else None
