@@ -28,8 +28,9 @@ from pertoken.model_config import ResolvedModelConfig
 
 __all__ = ["Casts", "NativeBatch", "embed", "final_norm"]
 
-# Ids of parameters that read the same input -> those parameters (so that ids stay theirs), and one matrix of them all.
-Casts = dict[tuple[int, ...], tuple[tuple[Tensor, ...], Tensor]]
+# Ids of parameters that read the same input -> one matrix of them all. It does not hold the parameters themselves: FSDP2
+# takes every tensor among a block's arguments that wants a gradient for an input, and would reduce gradients too early.
+Casts = dict[tuple[int, ...], Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,14 @@ class NativeBatch:
         """Matrices, one below the other, in the kernels' dtype."""
         key = tuple(map(id, weights))
         if self.casts is not None and key in self.casts:
-            return self.casts[key][1]
+            return self.casts[key]
         low = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=self.kernels.dtype)
         start = 0
         for weight in weights:
             low[start : start + len(weight)].copy_(weight.detach())
             start += len(weight)
         if self.casts is not None:
-            self.casts[key] = tuple(weights), low
+            self.casts[key] = low
         return low
 
 
