@@ -241,7 +241,9 @@ def check_trackers(log: LogConfig) -> None:
             if name == "wandb":
                 import wandb
 
-                if wandb.setup().settings.mode not in ("offline", "dryrun", "disabled") and not _has_key(wandb):
+                # wandb reads the environment once a process.
+                modes = {os.environ.get("WANDB_MODE"), wandb.setup().settings.mode}
+                if not modes & {"offline", "dryrun", "disabled"} and not _has_key(wandb):
                     raise RecipeError(
                         'log.trackers: "wandb" has no API key; run `wandb login`, set WANDB_MODE=offline, or take it '
                         "out of the list"
