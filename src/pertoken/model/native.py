@@ -28,8 +28,8 @@ from pertoken.model_config import ResolvedModelConfig
 
 __all__ = ["Casts", "NativeBatch", "embed", "final_norm"]
 
-# Ids of parameters that read the same input -> one matrix of them all. It does not hold the parameters themselves: FSDP2
-# takes every tensor among a block's arguments that wants a gradient for an input, and would reduce gradients too early.
+# Ids of parameters that read the same input -> one matrix of them all. The parameters themselves must not be in here:
+# FSDP2 takes any tensor among a block's arguments that wants a gradient for an input, and would reduce too early.
 Casts = dict[tuple[int, ...], Tensor]
 
 
