@@ -399,5 +399,6 @@ def demo(
 ) -> None:
     """Tokenizer, pretraining, fine-tuning on real chats, evaluation and a chat, on a laptop CPU."""
     from pertoken.demo import run_demo
+    from pertoken.files import user_path
 
-    run_demo(_console(result=False), out, minutes)
+    run_demo(_console(result=False), user_path(out, "--out"), minutes)
