@@ -24,8 +24,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/pertoken demo --out demo
 
+# A process for each processor, with one thread each: two threads a process would wait for each other.
+# `make test-isa SETTINGS="two threads"` runs the numeric tests with two.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not torture"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not torture"
 
 test-isa: $(INSTALLED)
 	$(BIN)/python tests/isa.py $(if $(SETTINGS),--settings "$(SETTINGS)") $(FILES)

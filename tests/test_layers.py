@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -80,11 +80,12 @@ def test_help_answers_without_torch_in_under_three_tenths_of_a_second():
     code = "import sys; sys.argv = ['pertoken', '--help']\nfrom pertoken.cli import app\n"
     code += "try: app()\nexcept SystemExit: print('torch' in sys.modules, 'pydantic' in sys.modules)"
     assert run(code).endswith("False False")
-    times = []
+    times = []  # of the processor: other processes may take it meanwhile
     for _ in range(5):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "pertoken", "--help"], capture_output=True, check=True)
-        times.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 0.3, times
 
 
