@@ -211,6 +211,25 @@ def test_files_that_did_not_change_are_read_once(
 
 
 @pytest.mark.usefixtures("quiet_at_once")
+def test_a_store_that_another_process_has_built_meanwhile_is_opened(
+    write_jsonl: WriteJsonl, bpe_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl("a.jsonl", _rows(3))
+    _wait()
+    _build(path, bpe_tokenizer)  # the file's hash is known from now on
+    folder, aside = _folder(path), path.parent / "aside"
+    folder.rename(aside)
+    scan = pertoken.data.store.scan
+
+    def slow(files: list[Path]) -> Any:
+        aside.rename(folder)
+        return scan(files)
+
+    monkeypatch.setattr(pertoken.data.store, "scan", slow)
+    assert _build(path, bpe_tokenizer).report.hit
+
+
+@pytest.mark.usefixtures("quiet_at_once")
 @pytest.mark.parametrize("how", ["longer", "same size", "same size and time", "replaced"])
 def test_a_file_that_changed_is_read_again(write_jsonl: WriteJsonl, bpe_tokenizer: Any, how: str) -> None:
     path = write_jsonl("a.jsonl", [{"text": "The text 1"}])
