@@ -154,13 +154,14 @@ class Store:
         largest = self._column("max_token_id")
         outside = np.flatnonzero(largest >= vocab_size)
         problems = Problems()
-        for i in outside.tolist():
+        for i in outside[:20].tolist():  # to look up where all of them are may take minutes
             row = self._row(i)
             file, line = self.files[self._columns.value("file", row)], self._columns.value("line", row)
             what = f"token id {largest[i]} is outside the model's vocabulary of {vocab_size}"
             problems.add(
                 BadRow(file, line, "tokens", f"{what}; use the model's own tokenizer or raise model.vocab_size")
             )
+        problems.count = len(outside)
         problems.raise_if_any()
 
     def _row(self, i: SupportsIndex) -> int:
