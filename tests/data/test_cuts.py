@@ -187,6 +187,7 @@ CUT: dict[str, set[str]] = {  # a text: the tokenizers that are not known to cut
     "xyzzy" * 400: set(),
     "天" * 2000: {"qwen", "added nfc"},
     "1234567890" * 200: {"llama3"},
+    "".join(f"{i},{i * 7 % 1000}.5\n" for i in range(200)): set(),
     "gattaca" * 100 + "é" + "gattaca" * 200: set(),
 }
 
@@ -218,3 +219,13 @@ def test_an_unknown_tokenizer_encodes_a_text_whole_up_to_a_length(
     assert len(list(encoder.pieces(Marked("a" * 100, [])))) == 1
     with pytest.raises(NoCut, match="101 characters, more than the 100 that can be encoded at once"):
         encoder.pieces(Marked("a" * 101, []))
+
+
+@pytest.mark.parametrize("without", [r"|\s+", r"| ?[^\s\p{L}\p{N}]+[\r\n]*", r"|[^\r\n\p{L}\p{N}]?\p{L}+"])
+def test_a_pattern_that_leaves_characters_over_is_not_cut_at(bpe_folder: Path, without: str) -> None:
+    """What no alternative matches is one word with whatever stands beside it: "12 34" where nothing matches a space."""
+    tokenizer = load_tokenizer(bpe_folder)
+    pattern = QWEN.removesuffix(without) if without == r"|\s+" else QWEN.replace(without, "")
+    assert pattern != QWEN
+    _set(tokenizer.backend_tokenizer, _byte_level(pattern))
+    assert Encoder(tokenizer)._cuts is None

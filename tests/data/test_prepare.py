@@ -394,3 +394,19 @@ def test_a_worker_without_memory_is_one_clear_line(
         error.value
     )
     assert capfd.readouterr().err == ""
+
+
+def test_a_work_folder_that_its_owner_removes_just_then_gives_way_to_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def late(path: Any, *args: Any, **options: Any) -> int:
+        if Path(path).name == "lock":
+            Path(path).parent.rmdir()
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(pertoken.data.prepare.os, "open", late)
+    with pertoken.data.prepare.work_folder(tmp_path, "name") as folder:
+        assert folder.is_dir()
+    assert not list(tmp_path.iterdir())

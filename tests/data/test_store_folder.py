@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -15,12 +16,14 @@ import pytest
 
 import pertoken.data.hashes
 import pertoken.data.store
+import pertoken.data.store_folder
 import pertoken.data.sums
 from pertoken.config import DataConfig
 from pertoken.data.columns import Columns
 from pertoken.data.hashes import recall, remember, see
 from pertoken.data.store import Store, build_store, open_store
 from pertoken.data.sums import SummedFile, damaged_block
+from pertoken.errors import DataError
 
 WriteJsonl = Callable[..., Path]
 
@@ -172,6 +175,39 @@ def test_a_store_is_opened_by_name_and_fingerprint_without_the_data(
     assert open_store("another", store.fingerprint, data) is None
 
 
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EACCES])
+def test_a_store_that_cannot_be_looked_at_is_not_thrown_away(
+    write_jsonl: WriteJsonl, bpe_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    path = write_jsonl("a.jsonl", _rows(3))
+    _build(path, bpe_tokenizer)
+    folder = _folder(path)
+    before = folder.stat().st_ino
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pertoken.data.store_folder, "damaged_block", fails)
+        with pytest.raises(DataError, match=f"cannot be read .{os.strerror(code)}"):
+            _build(path, bpe_tokenizer)
+    assert _build(path, bpe_tokenizer).report.hit
+    assert folder.stat().st_ino == before
+
+
+def test_tokens_outside_the_vocabulary_are_counted_and_only_the_first_looked_up(
+    write_jsonl: WriteJsonl, bpe_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = _build(write_jsonl("a.jsonl", _rows(30)), bpe_tokenizer)
+    looked_up: list[int] = []
+    value = Columns.value
+    monkeypatch.setattr(Columns, "value", lambda self, name, i: looked_up.append(i) or value(self, name, i))
+    with pytest.raises(DataError, match=r"(?s)a.jsonl:2: tokens: token id .*and 10 more$") as error:
+        store.check_vocab(3)
+    assert len(str(error.value).splitlines()) == 21
+    assert max(looked_up) == 19
+
+
 def _count_scans(monkeypatch: pytest.MonkeyPatch) -> list[list[Path]]:
     scans: list[list[Path]] = []
     scan = pertoken.data.store.scan
@@ -208,6 +244,25 @@ def test_files_that_did_not_change_are_read_once(
     assert again.checksums == first.checksums
     assert _build(path, bpe_tokenizer, verify_data=True).report.hit
     assert len(scans) == 2, "verifying reads them"
+
+
+@pytest.mark.usefixtures("quiet_at_once")
+def test_a_store_that_another_process_has_built_meanwhile_is_opened(
+    write_jsonl: WriteJsonl, bpe_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl("a.jsonl", _rows(3))
+    _wait()
+    _build(path, bpe_tokenizer)  # the file's hash is known from now on
+    folder, aside = _folder(path), path.parent / "aside"
+    folder.rename(aside)
+    scan = pertoken.data.store.scan
+
+    def slow(files: list[Path]) -> Any:
+        aside.rename(folder)
+        return scan(files)
+
+    monkeypatch.setattr(pertoken.data.store, "scan", slow)
+    assert _build(path, bpe_tokenizer).report.hit
 
 
 @pytest.mark.usefixtures("quiet_at_once")

@@ -101,6 +101,18 @@ def test_a_recipe_and_metrics_that_are_not_a_runs_are_kept_under_another_name(fi
     assert len(rows_of(run)) == 2
 
 
+def test_a_plain_recipe_of_the_users_own_is_kept_too(finished, tmp_path):
+    """Formatted as pertoken formats its own, but with what a user writes alone."""
+    run = tmp_path / "run"
+    run.mkdir()
+    text = 'stage = "pretrain"\nout_dir = "other"\n\n[data]\npath = "texts"\ntokenizer = "tok"\n'
+    (run / "recipe.toml").write_text(text)
+    settings = ("train.max_steps=2", "log.trackers=[]")
+    code, _, err = pertoken("train", finished.with_suffix(".toml"), f"out_dir={run}", "--overwrite", *settings)
+    assert code == 0, err
+    assert (run / "recipe.toml.kept-1").read_text() == text
+
+
 def test_of_a_run_without_a_list_what_is_told_by_its_content_goes(finished, run):
     """As those of earlier versions are."""
     (run / LIST).unlink()

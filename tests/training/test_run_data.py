@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pertoken import Recipe
@@ -62,6 +63,9 @@ with pertoken.training.parallel.join_world("cpu") as world:
     world.patient().barrier()
     pertoken.training.parallel.end_process(0)
 """
+
+
+WAITING = "data.store is not shared: 1 of the other machines make one of their own"
 
 
 def _load(tmp_path: Path, recipe: Path, machines: list[int], delay_s: float = 0.0, others: str = "") -> list[Any]:
@@ -117,10 +121,22 @@ def test_each_machine_without_the_store_builds_it_once(tmp_path: Path, recipe: P
     ranks = _load(tmp_path, recipe, [0, 1, 1, 0], delay_s=2.5)
     assert [scans for _, _, scans, _ in ranks] == [[1], [1], [], []]
     assert [found for found, *_ in ranks] == [ranks[0][0]] * 4
-    assert ranks[0][3] == ["data.store is not shared: 2 ranks on other machines wait for one to be built there"]
+    assert ranks[0][3] == [WAITING]
     again = _load(tmp_path, recipe, [0, 1, 1, 0])
     assert again[0][3] == []
     assert [found for found, *_ in again] == [ranks[0][0]] * 4
+
+
+def test_a_damaged_store_of_another_machine_is_made_again(tmp_path: Path, recipe: Path) -> None:
+    ranks = _load(tmp_path, recipe, [0, 1, 1])
+    (samples,) = (tmp_path / "cache-1").rglob("samples.arrow")
+    raw = bytearray(samples.read_bytes())
+    at = raw.index(np.array(ranks[0][0][2][0], np.int32).tobytes())
+    raw[at] ^= 1  # another token
+    samples.write_bytes(raw)
+    again = _load(tmp_path, recipe, [0, 1, 1])
+    assert [found for found, *_ in again] == [ranks[0][0]] * 3
+    assert again[0][3] == [WAITING]
 
 
 def test_other_data_on_another_machine_is_an_error_on_every_rank(tmp_path: Path, recipe: Path) -> None:

@@ -5,10 +5,12 @@ Two kinds of cuts are known, both for byte-pair encoding whose tokens tile the t
 **A clean cut** is a place where the pre-tokenizer splits, whatever is around it. Its patterns are sets of alternatives,
 and `_ALTERNATIVES` lists those that are known. Each of them matches one run of a class of characters, perhaps with a
 character before it and line ends behind it. So none reaches from a character that is no white space over the space
-behind it, or from a letter over the sign, the digit or the line end behind it. A match that ends there has looked at no
-more than the character behind it, and finds it as unfit as the end of the text; none looks back. Therefore the pieces
-before and behind the cut are split as within the whole, and byte-pair encoding takes each piece by itself. NFC joins or
-reorders nothing across such a cut, since what stands behind it never combines with what is before.
+behind it, from a letter or a digit over the sign or the line end behind it, or from a letter over the digit behind it.
+A match that ends there has looked at no more than the character behind it, and finds it as unfit as the end of the
+text; none looks back. What no alternative matches stays together, hence letters, signs and every white space must be
+among them. Therefore the pieces before and behind the cut are split as within the whole, and byte-pair encoding takes
+each piece by itself. NFC joins or reorders nothing across such a cut, since what stands behind it never combines with
+what is before.
 
 **A cut within a word**, where a run of letters or digits is longer than a piece should be. Merging takes the lowest
 rank that is anywhere, the leftmost of these; hence
@@ -41,8 +43,8 @@ _LEAST_WINDOW = 256
 
 # Letters, signs and digits that every version of Unicode knows as such, and that NFC leaves as they are.
 _LETTERS = "A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5"
-_BEHIND_LETTERS = r"\t\n\r.,;:!?()\[\]{}<>=+*/0-9" + "\uff0c\u3002\u3001\uff1b\uff1a\uff01\uff1f"
-_CLEAN = rf"(?<=[^\s\u180e])(?= )|(?<=[{_LETTERS}])(?=[{_BEHIND_LETTERS}])"
+_SIGNS = r"\t\n\r.,;:!?()\[\]{}<>=+*/" + "\uff0c\u3002\u3001\uff1b\uff1a\uff01\uff1f"
+_CLEAN = rf"(?<=[^\s\u180e])(?= )|(?<=[{_LETTERS}0-9])(?=[{_SIGNS}])|(?<=[{_LETTERS}])(?=[0-9])"
 _BETWEEN_DIGITS = r"|(?<=[0-9])(?=[0-9])"
 
 _ALTERNATIVES = {
@@ -55,7 +57,8 @@ _ALTERNATIVES = {
     "digits": [r"\p{N}+", r" ?\p{N}+"],
     "few digits": [r"\p{N}{1,3}"],
     "signs": [r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+"],
-    "spaces": [r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"],
+    "some spaces": [r"\s*[\r\n]+", r"\s+(?!\S)"],
+    "spaces": [r"\s+"],
 }
 _KINDS = {alternative: kind for kind, known in _ALTERNATIVES.items() for alternative in known}
 _GPT2 = {"contraction", "letters", "digits", "signs", "spaces"}  # the pattern that a byte-level step has by itself

@@ -177,7 +177,10 @@ def _lock(folder: Path) -> int | None:
 
     folder.mkdir(exist_ok=True)
     path = folder / "lock"
-    lock = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT)
+    except FileNotFoundError:  # removed since, by the one who had it
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(lock), path.stat()):  # and not removed by the one who had it before

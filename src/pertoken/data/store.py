@@ -154,13 +154,14 @@ class Store:
         largest = self._column("max_token_id")
         outside = np.flatnonzero(largest >= vocab_size)
         problems = Problems()
-        for i in outside.tolist():
+        for i in outside[:20].tolist():  # to look up where all of them are may take minutes
             row = self._row(i)
             file, line = self.files[self._columns.value("file", row)], self._columns.value("line", row)
             what = f"token id {largest[i]} is outside the model's vocabulary of {vocab_size}"
             problems.add(
                 BadRow(file, line, "tokens", f"{what}; use the model's own tokenizer or raise model.vocab_size")
             )
+        problems.count = len(outside)
         problems.raise_if_any()
 
     def _row(self, i: SupportsIndex) -> int:
@@ -218,7 +219,7 @@ def build_store(
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
     contents, parts = scan(files)
     remember(cache, files, seen, contents)
-    if contents != known and (store := _open_or_tell(cache, key, contents, check, on_message)) is not None:
+    if (store := _open_or_tell(cache, key, contents, check, on_message)) is not None:  # others built it meanwhile, too
         return store
     name, progress = key.name(contents), _Progress(sum(map(part_bytes, parts)), on_progress)
     try:
@@ -237,13 +238,14 @@ def build_store(
     return store
 
 
-def open_store(name: str, fingerprint: str, data: DataConfig) -> Store | None:
-    """The store of that name in this machine's cache, with nothing read but its store.json; None where it is not.
+def open_store(name: str, fingerprint: str, data: DataConfig, check: Check = "none") -> Store | None:
+    """The store of that name in this machine's cache; None where it is not, or is damaged.
 
-    For a process that is told by another one what that has built or checked.
+    For a process that is told by another one what that has built or checked: on the same machine, nothing need be read
+    but its store.json.
     """
     try:
-        store = _open(_cache(data.store) / name, "none", hit=True)
+        store = _open(_cache(data.store) / name, check, hit=True)
     except Damaged:
         return None
     return store if store is not None and store.fingerprint == fingerprint else None

@@ -9,6 +9,7 @@ It is built aside and renamed into place, so a folder of that name was whole onc
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 from pertoken.data.columns import Columns, join
 from pertoken.data.sums import damaged_block
+from pertoken.errors import DataError
 from pertoken.files import sha256, sync
 
 __all__ = ["SKIPPED", "Check", "Damaged", "open_folder", "put_in_place", "write_folder"]
@@ -26,6 +28,7 @@ Check = Literal["none", "sample", "full"]
 
 SKIPPED = "skipped.txt"
 _SAMPLES, _META = "samples.arrow", "store.json"
+_NO_DAMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)  # the store may well be whole
 
 
 class Damaged(Exception):
@@ -58,7 +61,7 @@ def open_folder(folder: Path, check: Check) -> tuple[Columns, dict[str, Any]] | 
 
     "sample" reads store.json, the list of skipped rows, the columns of numbers and some blocks of the samples, drawn
     anew each time; "full" reads everything; "none" only store.json.
-    Raises Damaged where something is missing or differs from its checksum.
+    Raises Damaged where something is missing or differs from its checksum, DataError where it cannot be known.
     """
     if not folder.is_dir():
         return None
@@ -79,6 +82,10 @@ def open_folder(folder: Path, check: Check) -> tuple[Columns, dict[str, Any]] | 
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename or _SAMPLES).name} is missing") from None
     except OSError as error:  # pyarrow's errors are OSError or ValueError too
+        if error.errno in _NO_DAMAGE:
+            raise DataError(
+                f"{folder}: cannot be read ({error.strerror}); data.store can name another folder"
+            ) from None
         raise Damaged(f"cannot be read ({error.strerror or error})") from None
     except (AttributeError, KeyError, TypeError, ValueError):
         raise Damaged(f"{_META} or {_SAMPLES} is not what pertoken writes") from None

@@ -9,6 +9,7 @@ from typing import Any
 
 from pertoken.config import DataConfig, Recipe
 from pertoken.data.store import Store, build_store, open_store
+from pertoken.data.store_folder import Check
 from pertoken.data.tokenizer import end_of_turn_id, open_tokenizer
 from pertoken.errors import DataError, RecipeError
 from pertoken.training.checkpoint import resolve_model_folder
@@ -75,7 +76,7 @@ def load_data(recipe: Recipe, listener: Listener, world: World, *, verify_data: 
                 on_message=listener.message,
             )
 
-        return _once_a_machine(here, data, listener, waiting)
+        return _once_a_machine(here, data, listener, waiting, "full" if verify_data else "sample")
 
     train_store, eval_store = build(data.path), None
     if data.eval_path:
@@ -85,8 +86,13 @@ def load_data(recipe: Recipe, listener: Listener, world: World, *, verify_data: 
     return RunData(tokenizer, eos_token_id, train_store, eval_store)
 
 
-def _once_a_machine(build: Callable[[], Store], data: DataConfig, listener: Listener, world: World) -> Store:
-    """Rank 0's store on every rank: opened where the disk is shared, else built by the first rank of each machine."""
+def _once_a_machine(
+    build: Callable[[], Store], data: DataConfig, listener: Listener, world: World, check: Check
+) -> Store:
+    """Rank 0's store on every rank: opened where the disk is shared, else built by the first rank of each machine.
+
+    That rank also checks a store that is there already, since its disk need not be the one that rank 0 has checked.
+    """
     mine: Store | None = None
 
     def first() -> tuple[str, str]:
@@ -98,7 +104,7 @@ def _once_a_machine(build: Callable[[], Store], data: DataConfig, listener: List
 
     def elsewhere() -> None:
         nonlocal mine
-        if mine is None and world.local_rank == 0:
+        if is_missing:
             mine = build()
             if mine.fingerprint != fingerprint:
                 raise DataError(f"data.path: rank {world.rank} finds other data or another tokenizer there than rank 0")
@@ -110,9 +116,11 @@ def _once_a_machine(build: Callable[[], Store], data: DataConfig, listener: List
             raise DataError(f"{where}; name a folder that all processes of a machine see")
         return store
 
-    mine = mine if mine is not None else open_store(name, fingerprint, data)
-    missing = world.gather(mine is None).count(True)
+    is_first = world.local_rank == 0
+    mine = mine if mine is not None or not is_first else open_store(name, fingerprint, data, check)
+    is_missing = mine is None and is_first
+    missing = world.gather(is_missing).count(True)
     if missing:
-        listener.message(f"data.store is not shared: {missing} ranks on other machines wait for one to be built there")
+        listener.message(f"data.store is not shared: {missing} of the other machines make one of their own")
         world.together(elsewhere)
     return world.together(opened)

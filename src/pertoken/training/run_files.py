@@ -26,6 +26,7 @@ __all__ = ["LIST", "claim", "holds_a_run", "keep_others_aside", "remove_run"]
 LIST = ".pertoken.json"
 _FIXED = ("recipe.toml", "metrics.jsonl")
 _IN_A_ROW = {"step", "loss_sum", "num_tokens", "positions"}
+_IN_A_RECIPE = {"stage", "out_dir", "model", "data", "train", "checkpoint", "log"}  # users leave out what has a default
 
 
 def claim(out_dir: Path, paths: Iterable[Path], *, anew: bool = False) -> None:
@@ -122,4 +123,4 @@ def _is_ours(path: Path) -> bool:
         Recipe.parse(values)
     except (OSError, ValueError, RecursionError, RecipeError):
         return False
-    return tomli_w.dumps(values) == text
+    return values.keys() >= _IN_A_RECIPE and tomli_w.dumps(values) == text

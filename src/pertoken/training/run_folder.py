@@ -111,6 +111,10 @@ def changed_data(checkpoint: Checkpoint, now: dict[str, Any], files: dict[str, A
         which = [f"{name} changed" for name in after if name in before and before[name] != after[name]]
         which += [f"{name} is new" for name in after if name not in before and after[name] not in contents]
         which += [f"{name} is gone" for name in before if name not in after and before[name] not in after.values()]
+        if not before:  # saved by a version that kept no checksums
+            which = ["a file, its tokenizer, its template or a setting of [data] changed"]
+        elif not which and list(before.values()) != list(after.values()):
+            which = ["its files come in another order"]
         which = which or ["its tokenizer, its template or a setting of [data] changed"]
         lines.append(f"the {kind} data is not what {checkpoint.folder.name} was trained with: {', '.join(which)}")
     return "; ".join(lines) or None
