@@ -93,9 +93,10 @@ def _parts(model: nn.Module, config: ResolvedModelConfig) -> Iterator[_Part]:
         yield f"{name}.self_attn.k_proj", of_attention.get("k_proj"), nn.Linear, (keys, d)
         yield f"{name}.self_attn.v_proj", of_attention.get("v_proj"), nn.Linear, (keys, d)
         yield f"{name}.self_attn.o_proj", of_attention.get("o_proj"), nn.Linear, (d, queries)
-        if config.family == "qwen3":
-            yield f"{name}.self_attn.q_norm", of_attention.get("q_norm"), nn.RMSNorm, (head_dim,)
-            yield f"{name}.self_attn.k_norm", of_attention.get("k_norm"), nn.RMSNorm, (head_dim,)
+        for which in ("q_norm", "k_norm"):
+            norm = of_attention.get(which)
+            if norm is not None or config.family == "qwen3":  # a user may give other families one: it is not skipped
+                yield f"{name}.self_attn.{which}", norm, nn.RMSNorm, (head_dim,)
         yield f"{name}.post_attention_layernorm", of_layer.get("post_attention_layernorm"), nn.RMSNorm, (d,)
         mlp = of_layer.get("mlp")
         yield f"{name}.mlp", mlp, MixtureOfExperts if config.use_moe else MLP, ()
