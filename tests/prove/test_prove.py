@@ -152,10 +152,17 @@ def test_the_head_has_several_chunks_and_long_documents_several_blocks():
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 @pytest.mark.parametrize("warmup_steps", [0, 7])
-def test_the_two_formulas_of_every_schedule_agree(world, tmp_path, schedule, warmup_steps):
-    keys = {"train__schedule": schedule, "train__warmup_steps": warmup_steps, "train__min_lr_ratio": 0.25}
+@pytest.mark.parametrize("min_lr_ratio", [0.25, 0.0])
+def test_the_two_formulas_of_every_schedule_agree(world, tmp_path, schedule, warmup_steps, min_lr_ratio):
+    keys = {"train__schedule": schedule, "train__warmup_steps": warmup_steps, "train__min_lr_ratio": min_lr_ratio}
     proof = prove(world.recipe(tmp_path / "run", **keys), only=["learning rate"])
     assert [r.verdict for r in proof.results] == ["passed"], proof.results
+
+
+def test_a_run_whose_last_learning_rate_is_zero_passes(world, tmp_path):
+    keys = {"train__schedule": "cosine", "train__min_lr_ratio": 0.0, "train__warmup_steps": 0, "train__max_steps": 2}
+    proof = prove(world.recipe(tmp_path / "run", **keys), only=["learning rate", "update, not clipped"])
+    assert [r.verdict for r in proof.results] == ["passed"] * 2, proof.results
 
 
 def test_an_update_is_measured_by_what_rounding_of_its_gradient_can_do():
