@@ -216,6 +216,12 @@ def test_a_loss_or_norm_alone_that_is_off_fails():
     assert Result.judge("x", "float64", 1e-10, compare(Gradient(2.0, gradients), reference)).verdict == "passed"
 
 
+@pytest.mark.parametrize("name", ["float16 under its loss scale", "balance loss per micro-batch"])
+def test_to_run_no_class_at_all_is_no_proof(world, tmp_path, name):
+    with pytest.raises(RecipeError, match=f"--only '{name}': not of this recipe"):
+        prove(world.recipe(tmp_path / "run"), only=[name])
+
+
 def test_unknown_classes_raise(world, tmp_path):
     with pytest.raises(RecipeError, match="no such class"):
         prove(world.recipe(tmp_path / "run"), only=["nonsense"])
