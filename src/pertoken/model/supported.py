@@ -35,7 +35,7 @@ _HOOKS = {
 def unsupported(model: nn.Module, cls: type[nn.Module]) -> str | None:
     """Why `model`, which must be exactly a `cls` (CausalLM), cannot run through the kernels, in words; None if it can.
 
-    Half a millisecond for eight layers, so that every forward pass asks: nothing is remembered that a user might change
+    0.1 ms for eight layers, so that every forward pass asks: nothing is remembered that a user might change
     in between. Hooks of the model itself do not matter, since it is called either way. Experts are not looked into:
     they run plain.
     """
