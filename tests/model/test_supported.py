@@ -208,6 +208,22 @@ def test_a_changed_model_gives_what_its_plain_modules_give_and_is_named(change, 
     assert any(not torch.allclose(g, unchanged[name]) for name, g in expected.items() if name in unchanged)
 
 
+NORMS_OF_HEADS: dict[str, Callable[[], nn.Module]] = {
+    "is a LayerNorm": lambda: nn.LayerNorm(8),
+    "has an eps of 1.0, not 1e-06": lambda: nn.RMSNorm(8, eps=1.0),
+    "has a weight of (1,), not (8,)": lambda: nn.RMSNorm(1, eps=1e-6),
+}
+
+
+@pytest.mark.parametrize("why", NORMS_OF_HEADS)
+def test_a_norm_of_heads_in_a_family_that_has_none_is_seen(why):
+    model = model_of(family="llama")
+    model.use_kernels(torch.float32)
+    assert model.unsupported is None
+    model.model.layers[1].self_attn.k_norm = NORMS_OF_HEADS[why]()
+    assert model.unsupported == f"model.layers.1.self_attn.k_norm {why}"
+
+
 def test_what_the_head_becomes_is_what_the_loss_is_of():
     """The loss reads the head's weight, unless there is more to it."""
     model = model_of(torch.float64, tie_word_embeddings=False)

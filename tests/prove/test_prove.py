@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mutants
 import pytest
@@ -15,7 +17,8 @@ from pertoken import Recipe, loss
 from pertoken.config import TrainConfig
 from pertoken.errors import RecipeError
 from pertoken.model import native_attention
-from pertoken.prove import paths
+from pertoken.prove import paths, run
+from pertoken.prove.case import Case
 from pertoken.prove.plain_update import PlainOptimizer
 from pertoken.prove.report import Gradient, Result, compare
 from pertoken.prove.run import NAMES, prove
@@ -152,10 +155,31 @@ def test_the_head_has_several_chunks_and_long_documents_several_blocks():
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 @pytest.mark.parametrize("warmup_steps", [0, 7])
-def test_the_two_formulas_of_every_schedule_agree(world, tmp_path, schedule, warmup_steps):
-    keys = {"train__schedule": schedule, "train__warmup_steps": warmup_steps, "train__min_lr_ratio": 0.25}
+@pytest.mark.parametrize("min_lr_ratio", [0.25, 0.0])
+def test_the_two_formulas_of_every_schedule_agree(world, tmp_path, schedule, warmup_steps, min_lr_ratio):
+    keys = {"train__schedule": schedule, "train__warmup_steps": warmup_steps, "train__min_lr_ratio": min_lr_ratio}
     proof = prove(world.recipe(tmp_path / "run", **keys), only=["learning rate"])
     assert [r.verdict for r in proof.results] == ["passed"], proof.results
+
+
+def test_a_run_whose_last_learning_rate_is_zero_passes(world, tmp_path):
+    keys = {"train__schedule": "cosine", "train__min_lr_ratio": 0.0, "train__warmup_steps": 0, "train__max_steps": 2}
+    proof = prove(world.recipe(tmp_path / "run", **keys), only=["learning rate", "update, not clipped"])
+    assert [r.verdict for r in proof.results] == ["passed"] * 2, proof.results
+
+
+def test_the_norm_is_clipped_where_the_two_samples_have_a_far_smaller_one_than_all(world, tmp_path, monkeypatch):
+    def with_large_others(*arguments: Any) -> Case:
+        case = of(*arguments)
+        gradients = {name: 30 * gradient for name, gradient in case.reference.gradients.items()}
+        return replace(case, reference=Gradient(case.reference.loss, gradients))
+
+    of = run._case
+    monkeypatch.setattr(run, "_case", with_large_others)
+    mutants.plant("clipping_twice", monkeypatch)
+    proof = prove(world.recipe(tmp_path / "run"), only=["norm, in the run's dtype"])
+    assert [r.verdict for r in proof.results] == ["failed"], proof.results
+    assert proof.results[0].gradient_error > 0.1
 
 
 def test_an_update_is_measured_by_what_rounding_of_its_gradient_can_do():
@@ -207,6 +231,12 @@ def test_a_loss_or_norm_alone_that_is_off_fails():
     reference = Gradient(2.0, gradients)
     assert Result.judge("x", "float64", 1e-10, compare(Gradient(2.1, gradients), reference)).verdict == "failed"
     assert Result.judge("x", "float64", 1e-10, compare(Gradient(2.0, gradients), reference)).verdict == "passed"
+
+
+@pytest.mark.parametrize("name", ["float16 under its loss scale", "balance loss per micro-batch"])
+def test_to_run_no_class_at_all_is_no_proof(world, tmp_path, name):
+    with pytest.raises(RecipeError, match=f"--only '{name}': not of this recipe"):
+        prove(world.recipe(tmp_path / "run"), only=[name])
 
 
 def test_unknown_classes_raise(world, tmp_path):

@@ -26,6 +26,7 @@ __all__ = ["CLIPPING_CLASSES", "float16"]
 
 _NORM_ERROR = 1e-6  # relative; float32 rounds off a tenth of it in each entry that is clipped
 _MOST_OVERFLOWS = 40  # of float16's loss scale, each of which halves it
+_FAR_BELOW = 100.0  # the norm of all samples: the norm of two of them, which are clipped to it, may be smaller
 _FLOAT16_FACTOR = 4.0  # a step may round four times as badly as the plain computation does in float16
 
 
@@ -93,13 +94,15 @@ def in_the_runs_dtype(name: str, case: Case) -> Result:
     how: Literal["off", "auto"] = "off" if case.train.compile == "off" else "auto"
     compiled, _ = compile_model(model, how, precision, total_steps=1, before=None)
     kernels = Kernels(getattr(torch, dtype)) if compiled else None
-    optimizer, max_norm = _Recorder(model), case.reference.norm / 2
+    optimizer, max_norm = _Recorder(model), case.reference.norm / _FAR_BELOW
     unclipped: dict[str, Tensor] = {}
     state = TrainState(model, optimizer, precision.new_scaler(), precision, kernels=kernels)
     two = case.share(token_budget=case.num_inputs, ids=case.all_ids[:2])  # it is their own norm
     metrics = _until_it_updates(case, state, unclipped, two)
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in unclipped.values()))
     factor = clip_factor(norm, max_norm)
+    if factor == 1.0:
+        return Result(name, dtype, "failed", _NORM_ERROR, note=f"norm {norm:.3g} is not clipped to {max_norm:.3g}")
     errors = {}
     for key, gradient in unclipped.items():
         expected = gradient.double() * factor
@@ -115,9 +118,9 @@ def in_the_runs_dtype(name: str, case: Case) -> Result:
 def _until_it_updates(
     case: Case, state: TrainState, unclipped: dict[str, Tensor], share: Share | None = None
 ) -> StepMetrics:
-    """Steps clipped to half the norm, until float16's loss scale is one under which no gradient overflows."""
+    """Steps clipped far below the norm, until float16's loss scale is one under which no gradient overflows."""
     for _ in range(_MOST_OVERFLOWS):
-        metrics = _step(case, state, case.reference.norm / 2, unclipped, share)
+        metrics = _step(case, state, case.reference.norm / _FAR_BELOW, unclipped, share)
         if not metrics.skipped:
             return metrics
     raise ValueError(f"{_MOST_OVERFLOWS} steps, and each was skipped; the last loss scale was {metrics.loss_scale}")

@@ -113,6 +113,11 @@ def prove(
             of_ranks = [_raised(name, error) for name in ranks]
         for result in of_ranks:
             add(result)
+    if only and not results:  # which is no proof
+        raise RecipeError(
+            f'--only {only[0]!r}: not of this recipe; {_FLOAT16!r} is about train.dtype="float16", {_BALANCE!r} about '
+            'model.aux_loss="micro_batch"'
+        )
     return Proof(
         results=tuple(results),
         model=f"{model.config.family}, {model.num_parameters:,} parameters",
