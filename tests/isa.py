@@ -157,8 +157,13 @@ def run(name: str, arguments: list[str]) -> tuple[str, bool | None]:
         report = Path(folder) / "report.xml"
         # `arguments` last: of two -m pytest takes the later one.
         command = [sys.executable, "-m", "pytest", "-q", "-m", CHOICE, f"--junitxml={report}", *arguments]
+        if asked[THREADS] == "1":
+            command += ["-n", "auto", "--dist", "loadfile"]
         code = subprocess.run(command, env=environment).returncode
-        counts = ElementTree.parse(report).find("testsuite") if report.exists() else None
+        try:
+            counts = ElementTree.parse(report).find("testsuite")
+        except (OSError, ElementTree.ParseError):
+            counts = None
     if counts is None:
         return f"FAILED: pytest exited with {code}", False
     bad = int(counts.attrib["failures"]) + int(counts.attrib["errors"])

@@ -27,7 +27,7 @@ _CHUNKS = 2.3  # the last one shorter than the others
 _LOGITS_OF_A_CHUNK = 2**23  # at least 512 rows; tests/prove hold both against loss.py
 _ROWS_OF_A_CHUNK = 512
 _COLUMNS = 64  # of the hidden states: how many there are changes no path, and costs
-_PLAIN_ROWS = 4096  # at a time
+_PLAIN_LOGITS = 2**24  # at a time
 
 
 def head_in_chunks(name: str, case: Case) -> Result:
@@ -88,7 +88,7 @@ def _plain_head(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) ->
     """softmax - one hot, times what the logits are made of; some rows at a time."""
     d_hidden, d_weight, loss_sum = torch.zeros_like(hidden), torch.zeros_like(weight), 0.0
     supervised = mask.nonzero().squeeze(1)
-    for rows in torch.split(supervised, _PLAIN_ROWS):
+    for rows in torch.split(supervised, max(1, _PLAIN_LOGITS // len(weight))):
         log_p = torch.log_softmax(hidden[rows] @ weight.T, 1)
         at = torch.arange(len(rows))
         loss_sum -= float(log_p[at, labels[rows]].double().sum())
