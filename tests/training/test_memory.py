@@ -17,7 +17,7 @@ from pertoken.errors import PertokenError, RecipeError
 from pertoken.generate import generate
 from pertoken.model.transformer import CausalLM
 from pertoken.model_config import ModelConfig
-from pertoken.training import loop, memory, saving
+from pertoken.training import loop, memory, saving, step
 from pertoken.training.memory import machine_bytes, out_of_memory
 from pertoken.training.metrics import Listener
 
@@ -163,6 +163,28 @@ def test_evaluation_that_memory_ends_in_is_halved_too(world, tmp_path, monkeypat
     code, _, err = pertoken("eval", tmp_path / "run", held_out, "--dtype", "float64")
     assert code == 2
     assert "evaluation: out of memory" in err
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_memory_that_ends_in_the_gradients_norm_costs_no_step_and_unscales_once(world, tmp_path, monkeypatch, dtype):
+    """float16's gradients were divided by the loss scale already, and the scaler does that once an update."""
+    settings = {"train__max_steps": 3, "train__compile": "off", "train__dtype": dtype, "data__eval_path": []}
+    train(world.recipe(tmp_path / "free", **settings))
+    real, calls = step.total_norm, []
+
+    def total_norm(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ALLOCATOR
+        return real(*args)
+
+    monkeypatch.setattr(step, "total_norm", total_norm)
+    told = Told()
+    train(world.recipe(tmp_path / "run", **settings), listener=told)
+    assert any(line.startswith("step 2: out of memory") for line in told.messages)
+    for row, other in zip(rows_of(tmp_path / "run"), rows_of(tmp_path / "free"), strict=True):
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3 if dtype == "float16" else 1e-5)
+        assert row.get("loss_scale") == other.get("loss_scale")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
