@@ -13,7 +13,7 @@ import torch
 from tiny import pertoken, rows_of
 
 from pertoken import train
-from pertoken.errors import PertokenError, RecipeError
+from pertoken.errors import CheckpointError, PertokenError, RecipeError
 from pertoken.generate import generate
 from pertoken.model.transformer import CausalLM
 from pertoken.model_config import ModelConfig
@@ -275,6 +275,16 @@ def test_a_copy_that_there_is_no_memory_for_is_a_save_that_failed_not_a_run(worl
     train(world.recipe(tmp_path / "run", train__max_steps=3, checkpoint__save_interval=1), listener=told)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*step-*")] == ["step-00000003"]
     assert "out of memory for a copy); set checkpoint.async_save=false" in told.messages[0]
+
+
+def test_a_copy_to_the_host_that_no_setting_would_spare_names_another_remedy(world, tmp_path, monkeypatch):
+    def on_host(tensor, *, copy):
+        raise ALLOCATOR
+
+    monkeypatch.setattr(saving, "_on_host", on_host)
+    with pytest.raises(CheckpointError, match="out of memory for a copy") as caught:
+        train(world.recipe(tmp_path / "run", train__max_steps=1))
+    assert "async_save" not in str(caught.value)
 
 
 def test_a_cache_that_there_is_no_memory_for_is_one_line(world, monkeypatch):

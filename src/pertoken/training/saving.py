@@ -120,9 +120,8 @@ def take_snapshot(
         if not out_of_memory(error) or world.size > 1:
             raise
         shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder}: could not be saved (out of memory for a copy); set checkpoint.async_save=false"
-        ) from None
+        remedy = "set checkpoint.async_save=false" if copy else "free memory and go on with --resume"
+        raise CheckpointError(f"{folder}: could not be saved (out of memory for a copy); {remedy}") from None
 
     def write_model() -> None:
         save_folder(model, aside, tokenizer=tokenizer, eos_token_id=eos_token_id, weights=weights)
