@@ -277,6 +277,23 @@ def test_a_copy_that_there_is_no_memory_for_is_a_save_that_failed_not_a_run(worl
     assert "out of memory for a copy); set checkpoint.async_save=false" in told.messages[0]
 
 
+@pytest.mark.parametrize("kind", ["Python", "a mapping"])
+def test_memory_that_ends_while_a_checkpoint_is_written_costs_that_save_not_the_run(world, tmp_path, monkeypatch, kind):
+    real, calls = saving.save_folder, []
+
+    def save_folder(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise ENDS[kind]
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(saving, "save_folder", save_folder)
+    told = Told()
+    train(world.recipe(tmp_path / "run", train__max_steps=3, checkpoint__save_interval=1), listener=told)
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+    assert any("could not be saved (out of memory); free memory; training goes on" in line for line in told.messages)
+
+
 def test_a_copy_to_the_host_that_no_setting_would_spare_names_another_remedy(world, tmp_path, monkeypatch):
     def on_host(tensor, *, copy):
         raise ALLOCATOR

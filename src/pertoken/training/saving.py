@@ -384,7 +384,11 @@ def _read_back(path: Path) -> None:
 def _or_say_why(folder: Path, work: Callable[[], None]) -> None:
     try:
         work()
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if out_of_memory(error):
+            raise CheckpointError(f"{folder}: could not be saved (out of memory); free memory") from error
+        if not isinstance(error, OSError | SafetensorError):
+            raise
         raise CheckpointError(
             f"{folder}: could not be saved ({error}); free space or choose another out_dir"
         ) from error
