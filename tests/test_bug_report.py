@@ -109,7 +109,12 @@ def test_a_folder_that_takes_no_report_is_passed_over(tmp_path, temporary):
 
 
 def test_a_report_names_options_and_keys_and_no_value():
-    arguments = ["train", "secret.toml", "out_dir=/home/secret", "--resume", "--json=secret", "-x", "--", "secret"]
+    arguments = ["train", "secret.toml", "out_dir=/home/secret", "--resume", "--json=secret", "--", "secret"]
     text = report_of(RuntimeError("secret"), arguments)
-    assert "pertoken train ... out_dir=... --resume --json -x ... ...\n" in text
+    assert "pertoken train ... out_dir=... --resume --json ... ...\n" in text
     assert "secret" not in text
+
+
+@pytest.mark.parametrize("value", ["secret=x", "-secret", "--secret word", "a.secret=x", "datasecret.x=y"])
+def test_a_report_takes_no_prompt_for_a_key(value):
+    assert "secret" not in report_of(RuntimeError("x"), ["generate", "m", "--prompt", value])

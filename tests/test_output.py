@@ -10,7 +10,9 @@ import sys
 
 import pytest
 from rich.console import Console
+from tiny import pertoken
 
+from pertoken.cli import main
 from pertoken.console import ConsoleListener
 from pertoken.errors import OutputLost
 from pertoken.output import Output, own_streams
@@ -139,3 +141,16 @@ def test_a_lost_result_passes_through_the_display():
     listener = ConsoleListener(Console(file=Output(Full(ERRORS[0]), needed=True)), log_interval=1)  # type: ignore[arg-type]
     with pytest.raises(OutputLost):
         listener.message("a message")
+
+
+@pytest.mark.parametrize("command", ["export", "tokenizer train"])
+def test_a_command_whose_result_is_a_file_succeeds_where_its_output_is_lost(world, tmp_path, monkeypatch, command):
+    assert pertoken("train", world.write_recipe(tmp_path / "run", train__max_steps=1))[0] == 0
+    out = tmp_path / "out"
+    source = [tmp_path / "run"] if command == "export" else [world.folder / "chats.jsonl", "--kind", "char"]
+    monkeypatch.setattr(sys, "stdout", Full(ERRORS[0]))
+    monkeypatch.setattr(sys, "argv", ["pertoken", *command.split(), *map(str, source), "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert (out / "tokenizer.json").is_file()

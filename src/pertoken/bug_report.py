@@ -24,6 +24,8 @@ from pertoken.text import one_line, plain, reason
 __all__ = ["Unforeseen", "report_of", "say_unforeseen", "write_report"]
 
 _PACKAGES = ("pertoken", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
+# An option, or a recipe's key: other words are values, such as a prompt "password=..." or "-...".
+_KEY = re.compile(r"--[a-z][a-z-]*(?=[=]|$)|(stage|out_dir|init_from|(data|model|train|checkpoint|log)\.[a-z_]+)=")
 _CHAINED = 5  # exceptions of a chain that are shown
 _EX_SOFTWARE = 70  # of sysexits.h
 
@@ -116,7 +118,7 @@ def _keys_of(arguments: Sequence[str]) -> list[str]:
     """The command's name, options and keys; "..." for every value."""
     shown = []
     for i, argument in enumerate(arguments):
-        key = re.match(r"(--?[a-z][a-z-]*|[a-z_]+(\.[a-z_]+)*=)", argument)
+        key = _KEY.match(argument)
         if i == 0 and re.fullmatch(r"[a-z]+", argument):
             shown.append(argument)
         else:

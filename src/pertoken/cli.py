@@ -123,11 +123,17 @@ def _console(*, result: bool = True) -> Console:
     """Of a command whose `result` is what it shows. Else what cannot be shown is dropped, and the command continues."""
     from rich.console import Console
 
-    if not result and isinstance(sys.stdout, Output):
-        sys.stdout.drop_failures()
+    if not result:
+        _drop_what_cannot_be_shown()
     if sys.stdout.isatty():
         return Console()
     return Console(soft_wrap=True, width=160)  # lines of a file are as long as they are
+
+
+def _drop_what_cannot_be_shown() -> None:
+    """The command's result is not what it shows."""
+    if isinstance(sys.stdout, Output):
+        sys.stdout.drop_failures()
 
 
 @app.command()
@@ -370,6 +376,7 @@ def export(
     """Write a model for others: a Hugging Face folder, or MiniMind's .pth."""
     from pertoken.training.export import export_model
 
+    _drop_what_cannot_be_shown()
     for path in export_model(run, out, format_=format_, dtype=dtype):
         print(plain(str(path)))
 
@@ -386,6 +393,7 @@ def tokenizer_train(
     """Train a tokenizer with a chat template on text or conversations."""
     from pertoken.data.tokenizer import train_tokenizer
 
+    _drop_what_cannot_be_shown()
     tokenizer = train_tokenizer(
         files, vocab_size=vocab_size, kind=kind, out_dir=out, text_key=text_key, overwrite=overwrite
     )

@@ -136,6 +136,19 @@ def test_a_step_whose_evaluation_fails_is_saved_with_its_row(world, whole, tmp_p
     assert contents(run) == contents(whole)
 
 
+def test_a_step_whose_spike_cannot_be_described_is_saved_with_its_row(world, whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Spikes, "ratio", lambda spikes, norm: 11.0 if len(spikes.norms) == 3 else None)
+        failing(patch, loop, "spike_message", OSError(errno.EIO, "Input/output error"), call=1)
+        with pytest.raises(OSError, match="Input/output") as caught:
+            train(world.recipe(run, **KEYS))
+    assert notes(caught) == ["step 4 is saved; go on with --resume"]
+    assert saved(run) == [4]
+    train(world.recipe(run, **KEYS), resume=True)
+    assert contents(run) == contents(whole)
+
+
 def test_an_error_before_the_first_step_is_over_saves_nothing_and_says_so(world, tmp_path, monkeypatch):
     run = tmp_path / "run"
     failing(monkeypatch, loop, "share_of", RuntimeError("x"), call=1)

@@ -13,11 +13,11 @@ import torch
 from tiny import pertoken, rows_of
 
 from pertoken import train
-from pertoken.errors import PertokenError, RecipeError
+from pertoken.errors import CheckpointError, PertokenError, RecipeError
 from pertoken.generate import generate
 from pertoken.model.transformer import CausalLM
 from pertoken.model_config import ModelConfig
-from pertoken.training import loop, memory, saving
+from pertoken.training import loop, memory, saving, step
 from pertoken.training.memory import machine_bytes, out_of_memory
 from pertoken.training.metrics import Listener
 
@@ -165,6 +165,28 @@ def test_evaluation_that_memory_ends_in_is_halved_too(world, tmp_path, monkeypat
     assert "evaluation: out of memory" in err
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_memory_that_ends_in_the_gradients_norm_costs_no_step_and_unscales_once(world, tmp_path, monkeypatch, dtype):
+    """float16's gradients were divided by the loss scale already, and the scaler does that once an update."""
+    settings = {"train__max_steps": 3, "train__compile": "off", "train__dtype": dtype, "data__eval_path": []}
+    train(world.recipe(tmp_path / "free", **settings))
+    real, calls = step.total_norm, []
+
+    def total_norm(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ALLOCATOR
+        return real(*args)
+
+    monkeypatch.setattr(step, "total_norm", total_norm)
+    told = Told()
+    train(world.recipe(tmp_path / "run", **settings), listener=told)
+    assert any(line.startswith("step 2: out of memory") for line in told.messages)
+    for row, other in zip(rows_of(tmp_path / "run"), rows_of(tmp_path / "free"), strict=True):
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3 if dtype == "float16" else 1e-5)
+        assert row.get("loss_scale") == other.get("loss_scale")
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_memory_that_ends_in_the_update_itself_does_not_update_twice(world, tmp_path, monkeypatch, optimizer):
     """Some weights have changed by then, so the step is not done again."""
@@ -253,6 +275,33 @@ def test_a_copy_that_there_is_no_memory_for_is_a_save_that_failed_not_a_run(worl
     train(world.recipe(tmp_path / "run", train__max_steps=3, checkpoint__save_interval=1), listener=told)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*step-*")] == ["step-00000003"]
     assert "out of memory for a copy); set checkpoint.async_save=false" in told.messages[0]
+
+
+@pytest.mark.parametrize("kind", ["Python", "a mapping"])
+def test_memory_that_ends_while_a_checkpoint_is_written_costs_that_save_not_the_run(world, tmp_path, monkeypatch, kind):
+    real, calls = saving.save_folder, []
+
+    def save_folder(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise ENDS[kind]
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(saving, "save_folder", save_folder)
+    told = Told()
+    train(world.recipe(tmp_path / "run", train__max_steps=3, checkpoint__save_interval=1), listener=told)
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+    assert any("could not be saved (out of memory); free memory; training goes on" in line for line in told.messages)
+
+
+def test_a_copy_to_the_host_that_no_setting_would_spare_names_another_remedy(world, tmp_path, monkeypatch):
+    def on_host(tensor, *, copy):
+        raise ALLOCATOR
+
+    monkeypatch.setattr(saving, "_on_host", on_host)
+    with pytest.raises(CheckpointError, match="out of memory for a copy") as caught:
+        train(world.recipe(tmp_path / "run", train__max_steps=1))
+    assert "async_save" not in str(caught.value)
 
 
 def test_a_cache_that_there_is_no_memory_for_is_one_line(world, monkeypatch):

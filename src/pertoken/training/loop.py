@@ -98,13 +98,13 @@ def _fit(run: Run, stop: StopRequest, listener: Heard) -> int:
             row = update(run, this, skips=partial(run.spikes.skips, world=run.world))
         except (NonFiniteStep, SpikeStep) as problem:
             raise _given_up(run, this, problem) from None
-        _watch_norm(run, this, row)
         last = step == run.total_steps
         best = False
         try:
+            _watch_norm(run, this, row)
             if run.eval_store is not None and (last or _due(step, train.eval_interval, this)):
                 best = _evaluate(run, run.eval_store, row)
-        finally:  # the step is made, whatever becomes of its evaluation
+        finally:  # the step is made, whatever becomes of what is said of it, and of its evaluation
             _log(run, row)
             run.whole_step, run.state.changed = step, False
         asked = _agreed(run, stop, listener)
@@ -306,10 +306,12 @@ def _given_up(run: Run, this: Step, problem: NonFiniteStep | SpikeStep) -> Perto
 def _watch_norm(run: Run, this: Step, row: Row) -> None:
     """Say it if this step's gradient norm is an outlier, and remember the norm for the steps to come."""
     ratio = run.spikes.ratio(row["grad_norm"])
-    if ratio is not None:
-        row["spike"] = ratio
-        run.listener.message(spike_message(this, run.spikes, row, run.train_store, run.out_dir))
-    run.spikes.remember(row["grad_norm"])
+    try:
+        if ratio is not None:
+            row["spike"] = ratio
+            run.listener.message(spike_message(this, run.spikes, row, run.train_store, run.out_dir))
+    finally:
+        run.spikes.remember(row["grad_norm"])
 
 
 def _evaluate(run: Run, store: Store, row: Row) -> bool:

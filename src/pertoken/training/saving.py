@@ -120,9 +120,8 @@ def take_snapshot(
         if not out_of_memory(error) or world.size > 1:
             raise
         shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder}: could not be saved (out of memory for a copy); set checkpoint.async_save=false"
-        ) from None
+        remedy = "set checkpoint.async_save=false" if copy else "free memory and go on with --resume"
+        raise CheckpointError(f"{folder}: could not be saved (out of memory for a copy); {remedy}") from None
 
     def write_model() -> None:
         save_folder(model, aside, tokenizer=tokenizer, eos_token_id=eos_token_id, weights=weights)
@@ -385,7 +384,11 @@ def _read_back(path: Path) -> None:
 def _or_say_why(folder: Path, work: Callable[[], None]) -> None:
     try:
         work()
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if out_of_memory(error):
+            raise CheckpointError(f"{folder}: could not be saved (out of memory); free memory") from error
+        if not isinstance(error, OSError | SafetensorError):
+            raise
         raise CheckpointError(
             f"{folder}: could not be saved ({error}); free space or choose another out_dir"
         ) from error

@@ -78,14 +78,18 @@ class TrainState:
         what it raises comes before anything changes. `on_gradients` is called while the true gradients are in `.grad`.
         """
         self.scaler.unscale_(self.optimizer)
-        if on_gradients is not None:
-            on_gradients()
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        grad_norm = total_norm(gradients, self.world, self.kernels)
-        finite = math.isfinite(grad_norm)
-        if not finite and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):
-            raise NonFiniteStep(f"the gradient norm is {grad_norm}", parameter=nearest_bad_gradient(self.model))
-        updates = finite and not (skips is not None and skips(grad_norm))
+        try:
+            if on_gradients is not None:
+                on_gradients()
+            gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            grad_norm = total_norm(gradients, self.world, self.kernels)
+            finite = math.isfinite(grad_norm)
+            if not finite and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):
+                raise NonFiniteStep(f"the gradient norm is {grad_norm}", parameter=nearest_bad_gradient(self.model))
+            updates = finite and not (skips is not None and skips(grad_norm))
+        except BaseException:
+            self.scaler.update(self.scaler.get_scale())  # the same scale; the step may be made again, and unscaled then
+            raise
         self.changed = True
         if updates:
             if max_norm > 0:
