@@ -209,6 +209,7 @@ LOSSES = {
     "no learning rate": (change_rows(lr=None), 7, "7"),
     "a cut row": (cut_a_row, 4, "3"),
     "no file": (lose("metrics.jsonl"), 7, "1-10"),
+    "a step of billions": (change_rows(step=3_000_000_000), 7, "7"),
 }
 
 

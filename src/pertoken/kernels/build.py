@@ -37,7 +37,8 @@ _TIMEOUT_S = 60
 _COMPLAINT_CHARS = 200
 _FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 _Machines = tuple[list[str], ...]
-# Tried in turn: not every compiler knows the processor or prefers wide vectors. Without OpenMP, all would be one thread.
+# Tried in turn: not every compiler knows the processor or prefers wide vectors. Each has OpenMP, without which all
+# would be one thread.
 _MACHINE_FLAGS: _Machines = (
     ["-march=native", "-mprefer-vector-width=512", "-fopenmp"],
     ["-march=native", "-fopenmp"],

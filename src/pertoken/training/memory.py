@@ -18,8 +18,8 @@ __all__ = ["check_parameters", "check_size", "machine_bytes", "memory_problem", 
 
 _MOST_MODULES = 50_000  # layers, times experts where there are any; the largest models known have half of that
 _ITEM_BYTES = {"float64": 8}  # of weights and moments; with any other dtype they are float32
-# What torch says, on a CPU, of memory that the system does not give: its allocator, and C++ below it.
-_CPU_SAYS = ("DefaultCPUAllocator", "std::bad_alloc")
+# What plain errors say of memory that was not given: torch's allocator on a CPU, C++ below it, CUDA's libraries.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -28,7 +28,7 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_SAYS)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def memory_problem(*, updated: bool, world: World, token_budget: int) -> str:

@@ -245,11 +245,12 @@ def _read_rows(path: Path, known: Checkpoint | None) -> tuple[dict[int, Row], in
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); name the out_dir of a run") from None
     lines = [row for row in lines if isinstance(row.get("lr"), float | int)]
-    last = max(len(lines), len(ledger), lines[-1]["step"] if lines else 0)
+    most = 2 * max(len(lines), len(ledger))  # a step far beyond the rows that are there: somebody has edited it
     rows: dict[int, Row] = {}
     for row in lines:
-        if row["step"] <= last:
+        if row["step"] <= most:
             rows.setdefault(row["step"], row)
+    last = max(len(ledger), *rows, 0)
     rebuilt = [step for step in range(1, len(ledger) + 1) if ledger.has(step) and step not in rows]
     for step in range(1, len(ledger) + 1):
         if ledger.has(step):
