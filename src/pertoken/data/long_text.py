@@ -67,7 +67,7 @@ class LongText:
 
 
 class Window:
-    """A text of which a stretch is held that moves on. `held` starts at the character `start` of the text."""
+    """A text of which a moving stretch is held. `held` starts at the character `start` of the text."""
 
     def __init__(self, text: str | LongText) -> None:
         self.held = text if isinstance(text, str) else ""
