@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 import pertoken.data.cuts
 import pertoken.data.encode
+import pertoken.data.long_text
 from pertoken.data.cuts import NoCut
 from pertoken.data.encode import Encoder, Marked
+from pertoken.data.long_text import BOM, LongText
 from pertoken.data.tokenizer import load_tokenizer
 
 QWEN = (
@@ -159,6 +162,72 @@ def test_the_pieces_of_any_text_are_the_whole_for_known_tokenizers(
     shared_data: Path, name: str, text: str, edges: list[float]
 ) -> None:
     _compare(_encoder(shared_data / "tokenizer" / name, "gpt2" if name == "gpt2" else "ours"), text, edges, None)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS, edges=st.tuples(st.floats(0, 1), st.floats(0, 1)), block=st.integers(1, 90), bom=st.booleans())
+def test_the_pieces_of_any_file_are_those_of_its_text(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bpe_folder: Path,
+    change: str,
+    text: str,
+    edges: tuple[float, float],
+    block: int,
+    bom: bool,
+) -> None:
+    """However its blocks end: within a character, a line end, a word, an added token."""
+    monkeypatch.setattr(pertoken.data.long_text, "_BLOCK_BYTES", block)
+    _compare_file(_encoder(bpe_folder, change), tmp_path / "a.txt", text, edges, bom)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS, edges=st.tuples(st.floats(0, 1), st.floats(0, 1)), block=st.integers(1, 90))
+def test_the_pieces_of_any_file_in_characters_are_those_of_its_text(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    char_folder: Path,
+    text: str,
+    edges: tuple[float, float],
+    block: int,
+) -> None:
+    monkeypatch.setattr(pertoken.data.long_text, "_BLOCK_BYTES", block)
+    _compare_file(_encoder(char_folder, "ours"), tmp_path / "a.txt", text, edges, bom=False)
+
+
+@pytest.mark.parametrize("change", ["added", "added nfc", "qwen", "one word", "stripping"])
+@pytest.mark.parametrize(
+    "text", ["the fox" * 20, "x y" * 60, "aaab" * 80, "ab" * 200 + "é" + "ab" * 200, "<add>  a" * 9]
+)
+def test_a_file_is_cut_like_its_text_however_its_blocks_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe_folder: Path, change: str, text: str
+) -> None:
+    """A place may be as far from a piece's start as one is looked for, and an added token reach further."""
+    monkeypatch.setattr(pertoken.data.cuts, "_LONGEST_CHARS", 40 if " " in text else 300)
+    encoder = _encoder(bpe_folder, change)
+    for block in range(3, 60):
+        monkeypatch.setattr(pertoken.data.long_text, "_BLOCK_BYTES", block)
+        _compare_file(encoder, tmp_path / "a.txt", text, (0, 1), bom=False)
+
+
+def _compare_file(encoder: Encoder, path: Path, text: str, edges: tuple[float, float], bom: bool) -> None:
+    """Piece by piece; that the pieces of a text are the whole is tested above."""
+    raw = (BOM if bom or text.startswith("\ufeff") else b"") + text.encode()
+    path.write_bytes(raw)
+    start, stop = sorted(int(edge * len(text)) for edge in edges)
+    for one, other in ((start, stop), (0, len(text))):
+        long, short = LongText(str(path), sha256(raw).hexdigest(), one, other), text[one:other]
+        found, expected = (_pieces_or_not(encoder, text) for text in (long, Marked(short, [(0, len(short))])))
+        assert found == expected
+
+
+def _pieces_or_not(encoder: Encoder, text: Marked | LongText) -> str | list[list[list[int]]]:
+    try:
+        pieces = list(encoder.pieces(text, append=2))
+    except NoCut as error:
+        return str(error)
+    return [[piece.tokens.tolist(), piece.supervised.tolist(), piece.num_bytes.tolist()] for piece in pieces]
 
 
 def _compare(encoder: Encoder, text: str, edges: list[float], append: int | None) -> int:

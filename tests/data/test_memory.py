@@ -22,10 +22,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, int(store.num_by
 TEXT = "The quick brown fox jumps over the lazy dog. 12,345 Stück, 今天天气很好。\n"  # two bytes a character in memory
 
 
-def _prepare(stage: str, path: Path, tokenizer: Path) -> tuple[int, int]:
+def _prepare(stage: str, path: Path, tokenizer: Path, *, timeout_s: int = 1500) -> tuple[int, int]:
     """(peak memory of a process that prepares this file, MiB; supervised bytes)"""
     command = [sys.executable, "-c", PREPARE, stage, str(path), str(tokenizer)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stderr
     peak_mib, num_bytes = done.stdout.split()
     return int(peak_mib), int(num_bytes)
@@ -71,6 +71,20 @@ def test_a_document_of_64_mb_takes_less_than_a_gigabyte(
 ) -> None:
     folder = {"bpe": bpe_folder, "char": char_folder}[tokenizer]
     assert _peak_mib(tmp_path, folder, kind, 48_000_000 if kind == "chat" else 64_000_000) < 1024
+
+
+@pytest.mark.slow
+def test_a_text_file_of_600_mb_takes_less_than_a_gigabyte(tmp_path: Path, bpe_folder: Path) -> None:
+    """It is never in memory as a whole, nor are its bytes."""
+    path, block = tmp_path / "a.txt", TEXT * 10_000
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(block for _ in range(600_000_000 // len(block.encode()) + 1))
+    try:
+        peak_mib, counted = _prepare("pretrain", path, bpe_folder, timeout_s=3000)
+        assert 0 <= path.stat().st_size - counted < 8, "all but the first token"
+        assert peak_mib < 1024
+    finally:
+        path.unlink()
 
 
 def _peak_mib(folder: Path, tokenizer: Path, kind: str, size: int) -> int:

@@ -372,21 +372,58 @@ pertoken.data.workers.make_part = hungry
 """
 
 
+_WITHOUT_MEMORY = """
+import pertoken.data.samples
+import pertoken.data.workers
+
+class Encoder(pertoken.data.samples.Encoder):
+    def encode(self, *args, **options):
+        raise MemoryError
+
+pertoken.data.samples.Encoder.encode = Encoder.encode
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_memory_that_python_does_not_get_is_one_clear_line_and_no_bad_row(
+    tmp_path: Path, bpe_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Rows would be skipped that there is nothing wrong with."""
+    files = _write(tmp_path / "data", "pretrain", count=600)
+    _hooked_workers(tmp_path, monkeypatch, _WITHOUT_MEMORY)
+    if workers == 1:
+
+        def encode(*args: object, **options: object) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(pertoken.data.samples.Encoder, "encode", encode)
+    with pytest.raises(DataError) as error:
+        _build(files, tmp_path / "cache", bpe_tokenizer, "pretrain", workers=workers, on_bad_row="skip")
+    assert len(str(error.value).splitlines()) == 1
+    said = {1: "out of memory while it was prepared; free memory", 2: "is out of memory; run it again with fewer"}
+    assert said[workers] in str(error.value)
+
+
+def _hooked_workers(folder: Path, monkeypatch: pytest.MonkeyPatch, hook: str) -> None:
+    """Workers run `hook` before anything else."""
+    main = "\npertoken.data.workers.main(pertoken.data.workers.Connection(int(sys.argv[1])))\n"
+    (folder / "site").mkdir()
+    (folder / "site" / "hooked.py").write_text("import sys\n" + hook + main)
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> Any:
+        return popen([sys.executable, str(folder / "site" / "hooked.py"), *command[4:]], **options)
+
+    monkeypatch.setattr(pertoken.data.workers.subprocess, "Popen", start)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_a_worker_without_memory_is_one_clear_line(
     tmp_path: Path, bpe_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Not the trace with which Rust ends the process."""
     files = _write(tmp_path / "data", "pretrain", count=600)
-    (tmp_path / "site").mkdir()
-    hook = "import sys\n" + _HUNGRY + "pertoken.data.workers.main(pertoken.data.workers.Connection(int(sys.argv[1])))\n"
-    (tmp_path / "site" / "hungry.py").write_text(hook)
-    popen = subprocess.Popen
-
-    def start(command: list[str], **options: Any) -> Any:
-        return popen([sys.executable, str(tmp_path / "site" / "hungry.py"), *command[4:]], **options)
-
-    monkeypatch.setattr(pertoken.data.workers.subprocess, "Popen", start)
+    _hooked_workers(tmp_path, monkeypatch, _HUNGRY)
     with pytest.raises(DataError) as error:
         _build(files, tmp_path / "cache", bpe_tokenizer, "pretrain", workers=2, on_bad_row="skip")
     assert len(str(error.value).splitlines()) == 1

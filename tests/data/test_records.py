@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pertoken.data import records
-from pertoken.data.records import BadRow, Problems, Record, parse_json, read_records
+from pertoken.data.json_text import parse_json
+from pertoken.data.records import BadRow, Problems, Record, read_records
 from pertoken.errors import DataError
 
 
@@ -97,6 +100,64 @@ def test_parquet_rows_equal_the_same_rows_as_jsonl(tmp_path: Path) -> None:
     read = list(read_records(tmp_path / "a.parquet"))
     assert [row.value for row in read if isinstance(row, Record)] == rows
     assert [row.line for row in read] == list(range(1, 3001))
+
+
+@pytest.mark.parametrize("use_dictionary", [False, True])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [letter * 10_000 for letter in "abcdefghij" * 20],
+        ["a" * 10_000] * 200,
+        *([letter * size for letter in "ab" for _ in range(100)] for size in (10, 100_000)),
+    ],
+    ids=["long", "long and the same", "short", "longer than a batch"],
+)
+def test_a_batch_of_a_parquet_file_is_few_rows_where_they_are_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], use_dictionary: bool
+) -> None:
+    """Also where a text that is in many rows is in the file only once."""
+    monkeypatch.setattr(records, "_BATCH_BYTES", 50_000)
+    path = tmp_path / "a.parquet"
+    short = pa.table({"text": ["x"] * 100})
+    with pq.ParquetWriter(path, short.schema, use_dictionary=use_dictionary) as writer:
+        writer.write_table(short)
+        writer.write_table(pa.table({"text": texts}))
+    batches = list(records._batches(records.parquet_file(path), range(2)))
+    assert all(batch.num_rows == 1 or batch.nbytes < 60_000 for batch in batches)
+    assert batches[0].num_rows == 100, "each row group by itself"
+    assert len(batches) >= 2 if len(texts[0]) < 100 else len(batches) > 40
+    rows = list(read_records(path))
+    assert [row.value for row in rows if isinstance(row, Record)] == [{"text": text} for text in ["x"] * 100 + texts]
+    assert [row.line for row in rows] == list(range(1, 301))
+
+
+def test_a_row_of_a_parquet_file_far_too_long_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1 << 20)
+    path = tmp_path / "a.parquet"
+    texts = ["a" * (1 << 20), "b" * 1000, "c" * (1 << 20), "d" * ((1 << 20) - 100)]
+    pq.write_table(pa.table({"text": texts, "n": range(4)}), path)
+    first, second, third, last = read_records(path)
+    for row, line in ((first, 1), (third, 3)):
+        assert str(row) == f"{path}:{line}: row: more than 1,048,576 bytes; split the row"
+    assert [row.value["n"] for row in (second, last) if isinstance(row, Record)] == [1, 3]
+
+
+def test_a_parquet_file_is_not_read_a_row_group_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, sizes = tmp_path / "a.parquet", []
+    words = np.random.default_rng(0).integers(0, 1 << 62, 500_000)  # 4 MB that cannot be compressed
+    pq.write_table(pa.table({"n": words}), path, use_dictionary=False)
+
+    class File(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            sizes.append(size)
+            return super().read(size)
+
+    opened = pq.ParquetFile
+    with File(path) as file:
+        monkeypatch.setattr(pq, "ParquetFile", lambda path, **options: opened(file, **options))
+        batches = list(records._batches(records.parquet_file(path), range(1)))
+    assert sum(batch.num_rows for batch in batches) == len(words)
+    assert max(sizes) <= 2 << 20
 
 
 def test_a_broken_parquet_file_is_an_error(tmp_path: Path) -> None:

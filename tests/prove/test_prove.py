@@ -128,6 +128,36 @@ def test_pretraining_is_proved_too(tmp_path, text_file, bpe_folder):
     assert len(proof.results) == len(only) - 2
 
 
+@pytest.mark.parametrize("mutant", [None, "end_of_document_lost"])
+def test_a_text_that_is_read_in_blocks_is_compared_with_its_samples(
+    tmp_path, text_file, bpe_folder, monkeypatch, mutant
+):
+    monkeypatch.setattr("pertoken.data.records._LONG_BYTES", 0)
+    monkeypatch.setattr("pertoken.data.samples._CHUNK_CHARS", 1)
+    monkeypatch.setattr("pertoken.data.long_text._BLOCK_BYTES", 7)
+    if mutant:
+        mutants.plant(mutant, monkeypatch)
+    recipe = Recipe.parse(
+        {
+            "stage": "pretrain",
+            "out_dir": str(tmp_path / "run"),
+            "model": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "family": "llama"},
+            "data": {
+                "path": str(text_file),
+                "tokenizer": str(bpe_folder),
+                "max_seq_len": 32,
+                "store": str(tmp_path),
+                "eval_split": "tail",
+                "eval_fraction": 0.2,
+            },
+            "train": {"dtype": "float32", "batch_size": 4},
+        }
+    )
+    proof = prove(recipe, only=["rows, token by token", "who is supervised"], tokens=100)
+    verdicts = [result.verdict for result in proof.results]
+    assert verdicts == (["failed", "passed"] if mutant else ["passed", "passed"]), proof.results
+
+
 def test_a_family_of_transformers_own_is_proved_too(world, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 

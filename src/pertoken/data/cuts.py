@@ -35,6 +35,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pertoken.data.long_text import LongText, Window, one_of
+
 __all__ = ["Cut", "Cuts", "NoCut"]
 
 _PIECE_CHARS = 200_000  # at least: some 30 MB while it is encoded
@@ -108,39 +110,53 @@ class Cuts:
         contents = tuple(token["content"] for token in added)
         return cls(*patterns, window, contents, tuple(token["content"] for token in alone), normalized, moved)
 
-    def find(self, text: str) -> Iterator[Cut]:
-        """The cuts of a text in order, the last one its end. Raises NoCut."""
-        if found := next((content for content in self.alone if content in text), None):
+    @property
+    def reach(self) -> int:
+        """How many characters on either side of a place `allows` looks at, at most."""
+        return max(map(len, self.added), default=0) + 1
+
+    def find(self, text: str | LongText) -> Iterator[Cut]:
+        """The cuts of a text in order, the last one its end. Raises NoCut, and DataError for a file that changes."""
+        if found := one_of(text, self.alone):
             if len(text) > _LONGEST_CHARS:
                 raise NoCut(f"{len(text):,} characters with the token {found} among them, which takes spaces beside it")
             yield Cut(len(text))
             return
+        window = Window(text)
         start, seen = 0, 0  # of the piece, which after a cut within a word starts some characters before, at `seen`
         while len(text) - start > 2 * _PIECE_CHARS:
-            cut = self._next(text, seen, start + _PIECE_CHARS, start + _LONGEST_CHARS)
+            stop = min(start + _LONGEST_CHARS, len(text))
+            window.move(max(0, seen - self.reach), stop + self.reach)
+            cut = self._next(window, seen, start + _PIECE_CHARS, stop, len(text))
             if cut is None and len(text) - start <= _LONGEST_CHARS:
                 break
             if cut is None:
                 raise NoCut(f"{_LONGEST_CHARS:,} characters after character {start:,} without a known place to cut")
             yield cut
             start, seen = cut.at, cut.at - (cut.window or 0)
+        window.finish()
         yield Cut(len(text))
 
-    def allows(self, text: str, at: int) -> bool:
-        """Whether no added token reaches over this place."""
+    def allows(self, window: Window, at: int) -> bool:
+        """Whether no added token reaches over this place. The window holds `reach` characters on either side of it."""
+        text, at = window.held, at - window.start
         if text[at] in self.blocked:
             return False
         return not any(text.find(token, max(0, at - len(token) + 1), at + len(token) - 1) >= 0 for token in self.added)
 
-    def _next(self, text: str, seen: int, start: int, stop: int) -> Cut | None:
-        for match in self.clean.finditer(text, start, stop) if self.clean else ():
-            if match.start() < len(text) and self.allows(text, match.start()):
-                return Cut(match.start())
-        for match in self.within.finditer(text, start, stop) if self.within else ():
-            if self.ascii_only and not text[seen : match.end()].isascii():
+    def _next(self, window: Window, seen: int, start: int, stop: int, end: int) -> Cut | None:
+        """The first cut in [start, stop) of a text of `end` characters."""
+        text, before = window.held, window.start
+        for match in self.clean.finditer(text, start - before, stop - before) if self.clean else ():
+            at = before + match.start()
+            if at < end and self.allows(window, at):
+                return Cut(at)
+        for match in self.within.finditer(text, start - before, stop - before) if self.within else ():
+            at = before + match.end() - 1
+            if self.ascii_only and not window.text(seen, at + 1).isascii():
                 break  # its tokens need not tile the text, so it could not be told where they start
-            if self.allows(text, match.end() - 1):
-                return Cut(match.end() - 1, self.window)
+            if self.allows(window, at):
+                return Cut(at, self.window)
         return None
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pertoken.data.cuts import Cut, Cuts, NoCut
+from pertoken.data.long_text import LongText, Window
 from pertoken.data.sample import Sample
 from pertoken.data.tokenizer import special_ids
 
@@ -87,22 +88,37 @@ class Encoder:
                 marked, self._with_offsets([marked.text])[0], append
             )
 
-    def pieces(self, marked: Marked, *, append: int | None = None) -> Iterator[Encoded]:
+    def pieces(self, marked: Marked | LongText, *, append: int | None = None) -> Iterator[Encoded]:
         """What `encode` gives for one text, in pieces that follow each other, in memory that does not grow with it.
 
+        A LongText is learned whole. Its pieces end with DataError where its file has changed.
         Raises NoCut at once for a text that is too long to be encoded whole and has no place to cut.
         """
-        text = marked.text
-        if self._cuts is None:
-            if len(text) > _WHOLE_CHARS:
-                raise NoCut(f"{len(text):,} characters, more than the {_WHOLE_CHARS:,} that can be encoded at once")
-            return iter(list(self.encode([marked], append=append)))
-        return self._pieces(marked, list(self._cuts.find(text)), append)
+        text = marked if isinstance(marked, LongText) else marked.text
+        spans = [(0, len(text))] if isinstance(marked, LongText) else marked.spans
+        try:
+            if self._cuts is None:
+                if len(text) > _WHOLE_CHARS:
+                    raise NoCut(f"{len(text):,} characters, more than the {_WHOLE_CHARS:,} that can be encoded at once")
+                return iter(list(self.encode([Marked(str(text), spans)], append=append)))
+            return self._pieces(text, spans, list(self._cuts.find(text)), append)
+        except NoCut:
+            if isinstance(text, LongText):
+                text.check()  # that there is no cut must be true of the file as it was
+            raise
 
-    def _pieces(self, marked: Marked, cuts: list[Cut], append: int | None) -> Iterator[Encoded]:
+    def _pieces(
+        self, text: str | LongText, spans: Sequence[tuple[int, int]], cuts: list[Cut], append: int | None
+    ) -> Iterator[Encoded]:
+        assert self._cuts is not None
+        window, reach = Window(text), self._cuts.reach
         start, first = 0, None  # of the piece; the token that it must start with
         for cut in cuts:
-            piece = _part_of(marked, start, cut.at)
+            window.move(max(0, start - reach), cut.at + reach)
+            inside = [(max(a, start) - start, min(b, cut.at) - start) for a, b in spans if a < cut.at and b > start]
+            piece = Marked(window.text(start, cut.at), inside)
+            if cut is cuts[-1]:
+                window.finish()  # before the last piece is given, so that nothing is made of a file that has changed
             (encoded,) = self.encode([piece], append=append if cut is cuts[-1] else None)
             if first is not None and first != encoded.tokens[0]:
                 raise NoCut(f"a word at character {start:,} that is too long to be encoded whole and cannot be cut")
@@ -110,11 +126,11 @@ class Encoder:
                 yield encoded
                 start, first = cut.at, None
             else:
-                count, width = self._cut_within(piece.text, encoded, cut.window, marked.text, start)
+                count, width = self._cut_within(piece.text, encoded, cut.window, window, start)
                 yield Encoded(encoded.tokens[:count], encoded.supervised[:count], encoded.num_bytes[:count])
                 start, first = start + width, encoded.tokens[count]
 
-    def _cut_within(self, piece: str, encoded: Encoded, window: int, text: str, start: int) -> tuple[int, int]:
+    def _cut_within(self, piece: str, encoded: Encoded, window: int, text: Window, start: int) -> tuple[int, int]:
         """(tokens, characters) of the piece that are before the cut: where a token in its last word starts."""
         assert self._widths is not None
         assert self._cuts is not None
@@ -174,13 +190,6 @@ class Encoder:
         if append is None:
             return Encoded(own, supervised, num_bytes)
         return Encoded(np.append(own, np.int32(append)), np.append(supervised, True), np.append(num_bytes, 0))
-
-
-def _part_of(marked: Marked, start: int, end: int) -> Marked:
-    if start == 0 and end == len(marked.text):
-        return marked
-    spans = [(max(a, start) - start, min(b, end) - start) for a, b in marked.spans if a < end and b > start]
-    return Marked(marked.text[start:end], spans)
 
 
 def _ids(backend: Any) -> list[int]:

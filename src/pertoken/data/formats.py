@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pertoken.data.records import BadRow, Record, parse_json
+from pertoken.data.json_text import parse_json
+from pertoken.data.long_text import LongText
+from pertoken.data.records import BadRow, Record
 from pertoken.text import names, shown
 
 __all__ = ["FORMATS", "ROLES", "Conversation", "detect_format", "to_conversation", "to_text"]
@@ -69,9 +71,9 @@ def to_conversation(
         return BadRow(record.file, record.line, error.field, error.problem)
 
 
-def to_text(record: Record, text_key: str = "text") -> str | BadRow:
+def to_text(record: Record, text_key: str = "text") -> str | LongText | BadRow:
     """The document in a row: the whole of a .txt, or the text under `text_key`. Empty text is a BadRow."""
-    if isinstance(record.value, str):
+    if not isinstance(record.value, dict):
         return record.value
     try:
         text = _field(record.value, text_key)
@@ -84,7 +86,7 @@ def to_text(record: Record, text_key: str = "text") -> str | BadRow:
         return BadRow(record.file, record.line, error.field, error.problem)
 
 
-def _detect(value: dict[str, Any] | str, prompt_key: str, completion_key: str) -> str:
+def _detect(value: dict[str, Any] | str | LongText, prompt_key: str, completion_key: str) -> str:
     row = _object(value)
     keys = {"messages": ["messages"], "conversations": ["conversations"]}
     keys["prompt_completion"] = [prompt_key, completion_key]
@@ -161,8 +163,8 @@ def _json_list(value: Any, field: str) -> list[dict[str, Any]]:
     return value
 
 
-def _object(value: dict[str, Any] | str) -> dict[str, Any]:
-    if isinstance(value, str):
+def _object(value: dict[str, Any] | str | LongText) -> dict[str, Any]:
+    if not isinstance(value, dict):
         raise _RowError("row", 'raw text has no turns; give .jsonl or .parquet, or train with stage = "pretrain"')
     return value
 

@@ -11,7 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pertoken.data.records import BOM, Span, empty_file, parquet_file
+from pertoken.data.long_text import BOM
+from pertoken.data.records import Span, empty_file, parquet_file
 from pertoken.errors import DataError
 
 __all__ = ["Part", "part_bytes", "scan"]

@@ -56,7 +56,8 @@ def make_parts(
 
     `workers` processes at most, by default one a processor, share the others; where there is little left to do, this
     process does it, whose encoder has threads of its own. `on_progress` is told the bytes done.
-    Raises DataError where a file cannot be read, ChildProcessError where a process was killed.
+    Raises DataError where a file cannot be read, ChildProcessError where a process was killed or had no
+    memory left.
     """
     made = {i: found for i, part in enumerate(parts) if (found := _find(folder, i, part))}
     missing = {i: part for i, part in enumerate(parts) if i not in made}

@@ -10,8 +10,6 @@ import codecs
 import hashlib
 import json
 import math
-import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
@@ -19,12 +17,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pertoken.data.json_text import parse_json
+from pertoken.data.long_text import BOM, LongText, changed, look_through
 from pertoken.errors import DataError
 from pertoken.files import plain_file
-from pertoken.text import names, one_line, reason, shown
+from pertoken.text import names, one_line, reason
 
 __all__ = [
-    "BOM",
     "MAX_LINE_BYTES",
     "BadRow",
     "Problems",
@@ -32,13 +31,15 @@ __all__ = [
     "Span",
     "empty_file",
     "parquet_file",
-    "parse_json",
     "read_records",
 ]
 
-BOM = b"\xef\xbb\xbf"
-MAX_LINE_BYTES = 64 << 20  # of a .jsonl: what is longer is no row, and would only fill the memory
+MAX_LINE_BYTES = 64 << 20  # of a .jsonl, and of a row of a .parquet: what is longer would only fill the memory
 
+_LONG_BYTES = 32 << 20  # of a .txt that is read in blocks
+_BATCH_BYTES = 32 << 20  # of the rows of a .parquet that are read at a time
+_BATCH_ROWS = 1024
+_BUFFER_BYTES = 1 << 20
 _SHOWN = 20
 _WIDE = {  # how files start that Unicode was written to otherwise; UTF-32 first, whose mark begins like UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -54,7 +55,7 @@ class Record:
 
     file: str
     line: int
-    value: dict[str, Any] | str  # str: the whole of a .txt
+    value: dict[str, Any] | str | LongText  # not a dict: the whole of a .txt
     digest: int  # 64 bits of the row's content: duplicates share it
     end: int  # bytes of the file read so far, this row included
 
@@ -135,67 +136,6 @@ def empty_file(path: Path) -> DataError:
     return DataError(f"{path}: empty; remove it from data.path or fill it")
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError, saying where, for anything that is not JSON or not Unicode text, for
-    a key that is twice in one object, and for numbers that Python cannot hold."""
-    try:
-        value = _DECODER.decode(text)
-        if ("\\ud" in text or "\\uD" in text) and _has_surrogate(value):  # no character: no tokenizer can encode it
-            raise _Refused("an unpaired surrogate escape (\\ud800 to \\udfff), which is no character")
-    except json.JSONDecodeError as error:
-        what = "a byte order mark" if text.startswith("\ufeff") else error.msg
-        raise ValueError(f"not valid JSON ({what} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("JSON nested too deeply") from None
-    except _Refused:
-        raise
-    except ValueError:
-        raise ValueError("a whole number of more digits than can be read") from None
-    return value
-
-
-class _Refused(ValueError):
-    """JSON by the letter, perhaps, but nothing that can be meant."""
-
-
-def _has_surrogate(value: Any) -> bool:
-    """Without a copy of its texts, which may be long."""
-    left = [value]
-    while left:
-        item = left.pop()
-        if isinstance(item, str):
-            if _SURROGATE.search(item):
-                return True
-        elif isinstance(item, dict):
-            left += [*item.keys(), *item.values()]
-        elif isinstance(item, list):
-            left += item
-    return False
-
-
-def _constant(name: str) -> None:
-    raise _Refused(f"{name} is not JSON")
-
-
-def _float(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise _Refused(f"the number {text[:30]} is too large")
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise _Refused(f"the key {shown(twice)} twice in one object, so it is not known which is meant")
-    return value
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_DECODER = json.JSONDecoder(parse_constant=_constant, parse_float=_float, object_pairs_hook=_object)
-
-
 def _read_jsonl(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
     file, end, stop = str(path), span.start if span else 0, span.stop if span else math.inf
     seen = sha256()
@@ -204,7 +144,7 @@ def _read_jsonl(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
         for line in count(span.line if span else 1):
             raw = lines.readline(MAX_LINE_BYTES + 1) if end < stop else b""
             if not raw:
-                _refuse_change(path, span, seen)
+                _refuse_change(path, span, seen.hexdigest())
                 return
             end += len(raw)
             seen.update(raw)
@@ -230,9 +170,9 @@ def _json_row(file: str, line: int, raw: bytes, end: int) -> Record | BadRow:
     return Record(file, line, value, _digest(raw), end)
 
 
-def _refuse_change(path: Path, span: Span | None, seen: hashlib._Hash) -> None:
-    if span is not None and span.sha256 not in (None, seen.hexdigest()):
-        raise DataError(f"{path}: changed while it was being prepared, so nothing was stored; run again")
+def _refuse_change(path: Path, span: Span | None, sha256: str) -> None:
+    if span is not None and span.sha256 not in (None, sha256):
+        raise changed(path)
 
 
 def _skip_line(lines: BinaryIO, seen: hashlib._Hash) -> int:
@@ -255,8 +195,11 @@ def _remedy(raw: bytes) -> str:
 
 
 def _read_text(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
+    if path.stat().st_size > _LONG_BYTES:
+        yield from _read_long_text(path, span)
+        return
     raw = path.read_bytes()
-    _refuse_change(path, span, sha256(raw))
+    _refuse_change(path, span, sha256(raw).hexdigest())
     content = raw.removeprefix(BOM)
     if not content:
         return
@@ -265,13 +208,27 @@ def _read_text(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
     except UnicodeDecodeError as error:
         yield BadRow(str(path), 1, "text", _not_utf8(error, "the file"))
         return
-    if "\0" in text:  # UTF-16 without a mark, most often, or no text at all
-        at = content.index(b"\0")
-        yield BadRow(str(path), 1, "text", f"a NUL byte at offset {at} of the file: not text; save the file as UTF-8")
+    if "\0" in text:
+        yield BadRow(str(path), 1, "text", _nul(content.index(b"\0")))
     else:
         digest, size = _digest(content), len(raw)
         del raw, content  # the text alone is in memory while it is encoded
         yield Record(str(path), 1, text, digest, size)
+
+
+def _read_long_text(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
+    """As `_read_text`, in memory that does not grow with the file."""
+    seen, file = look_through(path), str(path)
+    _refuse_change(path, span, seen.sha256)
+    if not seen.head:
+        return
+    if seen.not_utf8 is not None:
+        yield BadRow(file, 1, "text", _no_utf8(seen.head, *seen.not_utf8, "the file"))
+    elif seen.nul is not None:
+        yield BadRow(file, 1, "text", _nul(seen.nul))
+    else:
+        text = LongText(file, seen.sha256, 0, seen.num_chars)
+        yield Record(file, 1, text, int.from_bytes(seen.digest, "big"), seen.num_bytes)
 
 
 def _read_parquet(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
@@ -285,19 +242,27 @@ def _read_parquet(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
     line, rows = span.line - 1 if span else 0, table.metadata.num_rows
     last = line + sum(table.metadata.row_group(i).num_rows for i in groups)
     try:
-        for batch in table.iter_batches(batch_size=1024, row_groups=groups):
+        for batch in _batches(table, groups):
             columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+            has_large = batch.nbytes > MAX_LINE_BYTES
             for i in range(batch.num_rows):
                 line += 1
+                if has_large and batch.slice(i, 1).nbytes > MAX_LINE_BYTES:
+                    yield BadRow(file, line, "row", f"more than {MAX_LINE_BYTES:,} bytes; split the row")
+                    continue
                 try:
                     value = {name: column[i].as_py() for name, column in columns.items()}
                     raw = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()
+                except MemoryError:  # pyarrow's is an ArrowException too
+                    raise
                 except UnicodeDecodeError as error:
                     yield BadRow(file, line, "row", _not_utf8(error, "a text"))
                 except (pa.ArrowException, ArithmeticError, RecursionError, ValueError) as error:
                     yield BadRow(file, line, "row", f"a value that cannot be read ({reason(error)}); write it as text")
                 else:
                     yield Record(file, line, value, _digest(raw), size * line // max(rows, 1))
+    except MemoryError:
+        raise
     except (pa.ArrowException, OSError) as error:
         if span is not None and span.sha256 is not None:
             _refuse_change(path, span, _sha256_of(path, span))
@@ -308,14 +273,34 @@ def _read_parquet(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
         raise DataError(f"{path}: holds {line} rows where its footer says {last}; write it again")
 
 
-def _sha256_of(path: Path, span: Span) -> hashlib._Hash:
+def _batches(table: Any, groups: range) -> Iterator[Any]:
+    for group in groups:
+        rows = _batch_rows(table.metadata.row_group(group))
+        yield from table.iter_batches(batch_size=rows, row_groups=[group])
+
+
+def _batch_rows(group: Any) -> int:
+    """How many rows of this row group are some _BATCH_BYTES at most.
+
+    The group's size counts a text of a dictionary once, however many rows have it, so each row is taken to have all of
+    the dictionary.
+    """
+    row_bytes = group.total_byte_size / max(1, group.num_rows)
+    for column in map(group.column, range(group.num_columns)):
+        if column.has_dictionary_page:
+            share = (column.data_page_offset - column.dictionary_page_offset) / max(1, column.total_compressed_size)
+            row_bytes += max(0, share * column.total_uncompressed_size)
+    return max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / max(1, row_bytes))))
+
+
+def _sha256_of(path: Path, span: Span) -> str:
     seen, left = sha256(), span.stop - span.start
     with path.open("rb") as file:
         file.seek(span.start)
         while left and (block := file.read(min(left, 1 << 20))):
             seen.update(block)
             left -= len(block)
-    return seen
+    return seen.hexdigest()
 
 
 def parquet_file(path: Path) -> Any:
@@ -324,7 +309,9 @@ def parquet_file(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.ParquetFile(path) if path.stat().st_size else None
+        # Otherwise all of a row group is read at once.
+        streamed: dict[str, Any] = {"pre_buffer": False, "buffer_size": _BUFFER_BYTES}
+        table = pq.ParquetFile(path, **streamed) if path.stat().st_size else None
         columns = table.schema_arrow.names if table else []
     except (pa.ArrowException, ValueError) as error:
         raise _not_parquet(path, error) from None
@@ -338,10 +325,18 @@ def _not_parquet(path: Path, error: Exception) -> DataError:
 
 
 def _not_utf8(error: UnicodeDecodeError, where: str) -> str:
-    if wide := next((name for mark, name in _WIDE.items() if error.object.startswith(mark)), None):
+    return _no_utf8(error.object[:4], error.object[error.start], error.start, where)
+
+
+def _no_utf8(head: bytes, byte: int, offset: int, where: str) -> str:
+    """`head` is how all of it starts, `byte` the first one that is wrong."""
+    if wide := next((name for mark, name in _WIDE.items() if head.startswith(mark)), None):
         return f"not UTF-8 but {wide}, by its byte order mark; save the file as UTF-8"
-    byte = error.object[error.start]
-    return f"not UTF-8 (byte 0x{byte:02x} at offset {error.start} of {where}); save the file as UTF-8"
+    return f"not UTF-8 (byte 0x{byte:02x} at offset {offset} of {where}); save the file as UTF-8"
+
+
+def _nul(offset: int) -> str:  # UTF-16 without a mark, most often, or no text at all
+    return f"a NUL byte at offset {offset} of the file: not text; save the file as UTF-8"
 
 
 def _digest(raw: bytes) -> int:

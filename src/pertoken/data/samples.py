@@ -14,6 +14,7 @@ from pertoken.data.chat import ChatTemplate, rendered_chat
 from pertoken.data.cuts import NoCut
 from pertoken.data.encode import Encoded, Encoder, Marked
 from pertoken.data.formats import to_conversation, to_text
+from pertoken.data.long_text import LongText
 from pertoken.data.records import BadRow, Problems, Record, Span, read_records
 from pertoken.errors import DataError, RecipeError
 from pertoken.text import reason
@@ -80,7 +81,11 @@ class _Document:
     line: int
     digest: int
     is_tail: bool
-    marked: Marked
+    text: Marked | LongText
+
+    @property
+    def num_chars(self) -> int:
+        return len(self.text.text if isinstance(self.text, Marked) else self.text)
 
 
 @dataclass(frozen=True)
@@ -133,12 +138,14 @@ class Making:
     def _encoded(self, chunk: list[_Document], rows: _Rows) -> Iterator[tuple[_Document, Iterator[Encoded]]]:
         """Each document with its tokens, a long one's in pieces; one that there are no tokens for is a bad row."""
         try:
-            if len(chunk) == 1 and len(chunk[0].marked.text) >= _CHUNK_CHARS:
-                pieces = self.encoder.pieces(chunk[0].marked, append=self.eos_token_id)
+            if len(chunk) == 1 and chunk[0].num_chars >= _CHUNK_CHARS:
+                pieces = self.encoder.pieces(chunk[0].text, append=self.eos_token_id)
                 yield chunk[0], self._guarded(chunk[0], pieces)
                 return
-            encoded = list(self.encoder.encode([document.marked for document in chunk], append=self.eos_token_id))
-        except DataError:
+            marked = [document.text for document in chunk if isinstance(document.text, Marked)]
+            assert len(marked) == len(chunk), "a LongText is a chunk by itself"
+            encoded = list(self.encoder.encode(marked, append=self.eos_token_id))
+        except (DataError, MemoryError):
             raise
         except Exception as error:  # a tokenizer is a program from elsewhere, and may fail at a text in any way
             if len(chunk) == 1:
@@ -154,6 +161,8 @@ class Making:
         """The pieces. Samples of the first ones are written when another one fails, so that is no bad row any more."""
         try:
             yield from pieces
+        except (DataError, MemoryError):
+            raise
         except Exception as error:
             raise DataError(str(self._bad(document, error))) from None
 
@@ -192,11 +201,11 @@ class _Rows:
                     self.bad(texts)
                     continue
                 assert isinstance(row, Record)
-                for marked, is_tail in texts:
-                    yield _Document(span.file, row.line, row.digest, is_tail, marked)
+                for text, is_tail in texts:
+                    yield _Document(span.file, row.line, row.digest, is_tail, text)
             before += span.stop - span.start
 
-    def _texts(self, row: Record) -> list[tuple[Marked, bool]] | BadRow:
+    def _texts(self, row: Record) -> Sequence[tuple[Marked | LongText, bool]] | BadRow:
         if self._making.template is not None:
             return _rendered(row, self._making.template, self._making.data)
         return _texts(row, self._making.data)
@@ -210,17 +219,28 @@ class _Rows:
             self._outcome.skippable = True
 
 
-def _texts(row: Record, data: DataConfig) -> list[tuple[Marked, bool]] | BadRow:
+def _texts(row: Record, data: DataConfig) -> list[tuple[Marked | LongText, bool]] | BadRow:
     text = to_text(row, data.text_key)
     if isinstance(text, BadRow):
         return text
     tail_fraction = data.eval_fraction if data.eval_split == "tail" else 0.0
     cut = int(len(text) * (1 - tail_fraction)) if tail_fraction else len(text)
-    parts = [(text[:cut], False), (text[cut:], True)]
-    return [(Marked(part, [(0, len(part))]), is_tail) for part, is_tail in parts if part]
+    return [
+        (_part(text, start, stop), is_tail)
+        for start, stop, is_tail in ((0, cut, False), (cut, len(text), True))
+        if start < stop
+    ]
 
 
-def _rendered(row: Record, template: ChatTemplate, data: DataConfig) -> list[tuple[Marked, bool]] | BadRow:
+def _part(text: str | LongText, start: int, stop: int) -> Marked | LongText:
+    """The characters [start, stop), all of them learned."""
+    if isinstance(text, LongText) and stop - start >= _CHUNK_CHARS:
+        return text.part(start, stop)
+    part = text[start:stop] if isinstance(text, str) else str(text.part(start, stop))
+    return Marked(part, [(0, len(part))])
+
+
+def _rendered(row: Record, template: ChatTemplate, data: DataConfig) -> Sequence[tuple[Marked, bool]] | BadRow:
     chat = to_conversation(row, data.format, prompt_key=data.prompt_key, completion_key=data.completion_key)
     if isinstance(chat, BadRow):
         return chat
@@ -235,7 +255,7 @@ def _chunks(documents: Iterator[_Document]) -> Iterator[list[_Document]]:
     chunk: list[_Document] = []
     chars = 0
     for document in documents:
-        length = len(document.marked.text)
+        length = document.num_chars
         if chunk and (len(chunk) == _CHUNK_DOCUMENTS or chars + length > _CHUNK_CHARS):
             yield chunk
             chunk, chars = [], 0

@@ -228,7 +228,14 @@ def build_store(
             _write(work / "store", made, paths, key.meta(contents))
             put_in_place(work / "store", cache / name)
     except ChildProcessError as error:
-        raise DataError(f"data.workers: {error}; run it again with fewer, and it goes on where it was") from None
+        raise DataError(
+            f"data.workers: {error}; run it again with fewer or with more memory (what is done is kept)"
+        ) from None
+    except MemoryError:
+        raise DataError(
+            "data.path: out of memory while it was prepared; free memory, or split its longest rows, and run it again "
+            "(what is done is kept)"
+        ) from None
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"data.store={cache}: cannot be written ({reason}); choose another folder") from None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pertoken.data.find import find_files
 from pertoken.data.formats import detect_format, to_conversation, to_text
+from pertoken.data.long_text import LongText, blocks_of
 from pertoken.data.records import BadRow, Problems, Record, read_records
 from pertoken.data.trained import (
     CHATML,
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 _PIECE_CHARS = 1 << 16
+_LONGEST_PIECE_CHARS = 1 << 18
 _MAX_TOKENS = 1 << 24  # fifty times the largest vocabulary in use: an id beyond it would only fill the memory
 
 
@@ -260,7 +262,7 @@ def _training_files(files: Sequence[str | Path]) -> list[Path]:
         raise DataError(str(error).replace("correct data.path", "name another")) from None
 
 
-def _train_bpe(texts: Iterator[str], vocab_size: int | None) -> Tokenizer:
+def _train_bpe(texts: Iterator[str | LongText], vocab_size: int | None) -> Tokenizer:
     from tokenizers import pre_tokenizers, trainers
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -278,8 +280,12 @@ def _train_bpe(texts: Iterator[str], vocab_size: int | None) -> Tokenizer:
     return backend
 
 
-def _train_char(texts: Iterator[str], vocab_size: int | None) -> Tokenizer:
-    characters = sorted(set("\nassistantsystemtooluser").union(*texts))  # what the chat template itself writes
+def _train_char(texts: Iterator[str | LongText], vocab_size: int | None) -> Tokenizer:
+    found = set("\nassistantsystemtooluser")  # what the chat template itself writes
+    for text in texts:
+        for block in blocks_of(text):
+            found.update(block)
+    characters = sorted(found)
     least = len(SPECIAL_TOKENS) + len(characters)
     if vocab_size is not None and vocab_size < least:
         raise RecipeError(
@@ -288,16 +294,35 @@ def _train_char(texts: Iterator[str], vocab_size: int | None) -> Tokenizer:
     return char_backend(characters)
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """A long text in pieces that end with a line, so that the trainer's threads share the work."""
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + _PIECE_CHARS) + 1 or len(text)
-        yield text[start:end]
-        start = end
+def _pieces(text: str | LongText) -> Iterator[str]:
+    """A long text in pieces that end with a line, so that the trainer's threads share the work.
+
+    The lines of a LongText may be longer than is held: these are cut behind a space or, where there is none, anywhere.
+    """
+    held = ""
+    for block in blocks_of(text):
+        held, start = held + block, 0
+        while end := _end_of_piece(held, start, cut=isinstance(text, LongText)):
+            yield held[start:end]
+            start = end
+        held = held[start:]
+    if held:
+        yield held
 
 
-def _texts(files: Sequence[str | Path], text_key: str, prompt_key: str, completion_key: str) -> Iterator[str]:
+def _end_of_piece(text: str, start: int, *, cut: bool) -> int:
+    """0 where more of the text must be seen."""
+    stop = start + _LONGEST_PIECE_CHARS if cut else len(text)
+    if end := text.find("\n", start + _PIECE_CHARS, stop) + 1:
+        return end
+    if not cut or len(text) < stop:
+        return 0
+    return text.rfind(" ", start + _PIECE_CHARS, stop) + 1 or stop
+
+
+def _texts(
+    files: Sequence[str | Path], text_key: str, prompt_key: str, completion_key: str
+) -> Iterator[str | LongText]:
     problems = Problems()
     found = False
     for file in files:
@@ -306,16 +331,19 @@ def _texts(files: Sequence[str | Path], text_key: str, prompt_key: str, completi
             if isinstance(texts, BadRow):
                 problems.add(texts)
                 continue
-            for text in filter(None, texts):
-                found = True
-                yield text
+            for text in texts:
+                if len(text):
+                    found = True
+                    yield text
     problems.raise_if_any()
     if not found:
         raise DataError(f"{', '.join(map(str, files)) or 'no file'}: no text to train a tokenizer on")
 
 
-def _row_texts(record: Record, text_key: str, prompt_key: str, completion_key: str) -> list[str] | BadRow:
-    if isinstance(record.value, str) or text_key in record.value:
+def _row_texts(
+    record: Record, text_key: str, prompt_key: str, completion_key: str
+) -> Sequence[str | LongText] | BadRow:
+    if not isinstance(record.value, dict) or text_key in record.value:
         text = to_text(record, text_key)
         return text if isinstance(text, BadRow) else [text]
     keys = {"prompt_key": prompt_key, "completion_key": completion_key}

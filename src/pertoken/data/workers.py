@@ -42,7 +42,7 @@ def share_out(
     """Have `workers` processes make the parts. `on_bytes` is told (index, bytes done).
 
     The error of the first part that has one is raised, as if they were made one after another. Raises
-    ChildProcessError where a worker dies.
+    ChildProcessError where a worker dies or has no memory left.
     """
     # What workers write goes there: of one that ran out of memory, a trace that is of no use to anybody.
     with tempfile.TemporaryFile() as said:
@@ -146,6 +146,8 @@ def main(connection: Any) -> None:
             return
         except (PertokenError, OSError) as error:
             connection.send((index, error))
+        except MemoryError:
+            connection.send((index, ChildProcessError("a worker process is out of memory")))
         except Exception:
             connection.send((index, traceback.format_exc()))
 

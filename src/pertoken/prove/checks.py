@@ -9,6 +9,7 @@ import numpy as np
 from pertoken.config import Recipe
 from pertoken.data.batch import plan
 from pertoken.data.formats import Conversation, to_conversation
+from pertoken.data.long_text import one_of
 from pertoken.data.order import step_at, steps_per_epoch
 from pertoken.data.records import BadRow, Record
 from pertoken.data.store import Store
@@ -113,11 +114,11 @@ def _document(store: Store, i: int, record: Record, recipe: Recipe, tokenizer: A
     sample = store[i]
     if not sample.loss_mask.all():
         return f"{int((~sample.loss_mask).sum())} tokens of a document are not supervised"
-    text = record.value if isinstance(record.value, str) else record.value[recipe.data.text_key]
+    text = record.value[recipe.data.text_key] if isinstance(record.value, dict) else record.value
     tokens = sample.tokens.tolist()
     ends = tokens[-1] == tokenizer.eos_token_id
     read_back = _decode(tokenizer, tokens[:-1] if ends else tokens).strip("\ufffd")
-    return None if read_back in text else "read back, the tokens are not the document's text"
+    return None if one_of(text, [read_back]) is not None else "read back, the tokens are not the document's text"
 
 
 def _conversation(store: Store, i: int, record: Record, recipe: Recipe, tokenizer: Any) -> str | None:

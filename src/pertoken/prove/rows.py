@@ -10,6 +10,7 @@ import numpy as np
 
 from pertoken.config import DataConfig, Recipe
 from pertoken.data.formats import to_conversation, to_text
+from pertoken.data.long_text import LongText
 from pertoken.data.records import BadRow, Record, read_records
 from pertoken.data.store import Store
 from pertoken.prove.report import Result
@@ -80,7 +81,8 @@ def _document(store: Store, i: int, record: Record, data: DataConfig, tokenizer:
     if isinstance(text, BadRow):
         return str(text)
     if data.eval_fraction and data.eval_split == "tail":
-        text = text[: int(len(text) * (1 - data.eval_fraction))]
+        cut = int(len(text) * (1 - data.eval_fraction))
+        text = text.part(0, cut) if isinstance(text, LongText) else text[:cut]
     pieces = [store[j].tokens for j in _of_the_same_row(store, i)]
     for number, (one, following) in enumerate(pairwise(pieces), start=1):
         if one[-1] != following[0]:
@@ -89,7 +91,7 @@ def _document(store: Store, i: int, record: Record, data: DataConfig, tokenizer:
             return f"piece {number} of {len(pieces)} has {len(one) - 1} inputs, data.max_seq_len={data.max_seq_len}"
     if len(text) > _MOST_CHARACTERS:
         return None
-    expected = np.array([*_encoded(text, tokenizer), tokenizer.eos_token_id])
+    expected = np.array([*_encoded(str(text), tokenizer), tokenizer.eos_token_id])
     return _difference(np.concatenate([pieces[0], *(piece[1:] for piece in pieces[1:])]), expected)
 
 

@@ -126,7 +126,7 @@ def _stage_of(data: dict[str, Any]) -> str:
     for file in find_files((path,)):
         for record in read_records(file):
             if isinstance(record, Record):
-                text = isinstance(record.value, str) or isinstance(record.value.get(text_key), str)
+                text = not isinstance(record.value, dict) or isinstance(record.value.get(text_key), str)
                 return "pretrain" if text else "sft"
     return "sft"
 
