@@ -142,6 +142,7 @@ def run(name: str, arguments: list[str]) -> tuple[str, bool | None]:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         environment = {k: v for k, v in os.environ.items() if k not in (TORCH, ONEDNN, MKL, KERNELS)} | asked
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "inductor")  # keeps code of other settings apart
         shown = subprocess.run(
             [sys.executable, __file__, "--show"],
             env=environment | {"XDG_CACHE_HOME": folder},
