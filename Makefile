@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-isa test-slow torture check bench clean
+.PHONY: help demo test test-isa test-slow torture golden check bench clean
 
 help:
 	@echo "make demo       from real chats to a chat model, in minutes, into ./demo"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-isa   the numeric tests under other instruction sets; SETTINGS=avx2,baseline and FILES= for some of them"
 	@echo "make test-slow  the tests that take long or need optional packages (a real 135M model)"
 	@echo "make torture    100 kills, failing disks, damaged checkpoints and bad rows: what was lost, as a table; 25 minutes"
+	@echo "make golden     what runs of every kind compute, against this machine's own record of before; RECORD=1 makes it anew"
 	@echo "make check      formatting, lint, types"
 	@echo "make bench      against the peers on this machine, an hour or so: benchmarks/README.md"
 	@echo "                QUICK=1 to see that it runs; MINIMIND=, NANOGPT= checkouts, MODEL= SmolLM2-135M, LONG= a recipe"
@@ -39,6 +40,9 @@ test-slow: $(INSTALLED)
 
 torture: $(INSTALLED)
 	$(BIN)/python -m pytest -m torture tests/faults
+
+golden: $(INSTALLED)
+	$(BIN)/python tests/golden.py $(if $(RECORD),--record)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
