@@ -4,11 +4,11 @@
 
 Two measures. Steady state: rounds of one process per contender, one after the other; each plans the whole run, does
 `--round-steps` steps and is stopped, and the first `--warm-up` of them do not count. Whole run: `--steps` steps of
-pertoken and of TRL bf16 from a cold compilation cache, start-up and saving counted, tokenising not; both models are
+pertoken and of TRL bf16 from a cold compilation cache, start-up and saving counted, tokenizing not; both models are
 then evaluated by `pertoken eval` on the same held-out rows. Peak memory is the resident set of the process.
 
 TRL trains on the very tokens that pertoken supervises, in the same order, from the same weights, with the same
-optimiser and learning rates. MiniMind's script has its own: its samples/s is comparable, its loss is not, so it has
+optimizer and learning rates. MiniMind's script has its own: its samples/s is comparable, its loss is not, so it has
 none here.
 """
 

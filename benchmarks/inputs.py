@@ -4,7 +4,7 @@
 
 DIR/start is the model, as a Hugging Face folder; DIR/rows-SEED.jsonl has the samples of the first steps as
 `input_ids` and `labels` (-100 where pertoken supervises nothing), so that no contender trains on other tokens than
-another; DIR/inputs.json has the recipe's optimiser settings and the learning rate of every step.
+another; DIR/inputs.json has the recipe's optimizer settings and the learning rate of every step.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import json
 from pathlib import Path
 
 from pertoken import Recipe, load_model, load_tokenizer
-from pertoken.data.order import step_at
-from pertoken.model.folder import save_folder
-from pertoken.model.transformer import CausalLM
+from pertoken.data.batch.order import step_at
+from pertoken.folders.open import save_folder
+from pertoken.model.decoder import CausalLM
+from pertoken.runs.data import prepare
 from pertoken.training.optim import lr_at
-from pertoken.training.run_data import prepare
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python benchmarks/moe.py [--dtype bfloat16] [--experts 4 16] [--rounds 5]
 
 A step has 16,384 tokens in samples of 256, half of them supervised. Every token chooses one expert, so all models
-compute the same; the steps alternate between them in one process, and the ratio is taken round by round. Optimiser and
+compute the same; the steps alternate between them in one process, and the ratio is taken round by round. Optimizer and
 gradient clipping, which do grow with the number of parameters, are part of a step.
 """
 
@@ -20,9 +20,9 @@ import time
 import numpy as np
 import torch
 
-from pertoken.config import ModelConfig
-from pertoken.data.batch import Sample, collate, plan
-from pertoken.model.transformer import CausalLM
+from pertoken.data.batch.pack import Sample, collate, pack_micro_batches
+from pertoken.model.decoder import CausalLM
+from pertoken.recipe.schema import ModelConfig
 from pertoken.training.optim import build_adamw
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
@@ -55,12 +55,12 @@ def new_state(experts: int, hidden_size: int, layers: int, precision: Precision)
 
 def step_seconds(state: TrainState, batch: list[Sample], token_budget: int) -> float:
     start = time.perf_counter()
-    (cut,) = plan([len(s) for s in batch], world_size=1, token_budget=token_budget)
+    (cut,) = pack_micro_batches([len(s) for s in batch], world_size=1, token_budget=token_budget)
     train_step(
         state,
         [collate([batch[i] for i in indices]) for indices in cut],
         num_tokens=float(sum(s.loss_mask.sum() for s in batch)),
-        num_routed=float(sum(map(len, batch))),
+        num_input_tokens=float(sum(map(len, batch))),
         lr=1e-4,
         max_norm=1.0,
     )

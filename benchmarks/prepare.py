@@ -67,7 +67,7 @@ def some_tokenizer(work: Path) -> Path:
     shared = SHARED / "tokenizer" / "minimind"
     if shared.is_dir():
         return shared
-    from pertoken.data.tokenizer import train_tokenizer
+    from pertoken.data.tokens.tokenizer import train_tokenizer
 
     (work / "sample.txt").write_text("".join(texts_of(2)), encoding="utf-8")
     train_tokenizer([work / "sample.txt"], vocab_size=6400, out_dir=work / "tokenizer")
@@ -75,9 +75,9 @@ def some_tokenizer(work: Path) -> Path:
 
 
 def ours(data: Path, tokenizer: Path, work: Path) -> float:
-    from pertoken.config import DataConfig
-    from pertoken.data.store import build_store
-    from pertoken.data.tokenizer import load_tokenizer
+    from pertoken.data.store.store import build_store
+    from pertoken.data.tokens.tokenizer import load_tokenizer
+    from pertoken.recipe.schema import DataConfig
 
     loaded = load_tokenizer(tokenizer)
     config = DataConfig.model_validate({"path": [str(data)], "store": str(work), "max_seq_len": 512})
@@ -88,7 +88,7 @@ def ours(data: Path, tokenizer: Path, work: Path) -> float:
 
 
 def encode_batch(data: Path, tokenizer: Path, work: Path) -> float:
-    from pertoken.data.tokenizer import load_tokenizer
+    from pertoken.data.tokens.tokenizer import load_tokenizer
 
     backend = load_tokenizer(tokenizer).backend_tokenizer
     backend.no_truncation()
@@ -112,7 +112,7 @@ def encoded_s(backend: Any, texts: list[str]) -> float:
 def datasets_map(data: Path, tokenizer: Path, work: Path) -> float:
     import datasets
 
-    from pertoken.data.tokenizer import load_tokenizer
+    from pertoken.data.tokens.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
 
@@ -224,7 +224,7 @@ def result_of(runs: dict[str, list[dict[str, float]]], mb: float, settings: dict
     ]
     claims = []
     if "ours" in runs and "encode_batch" in runs:
-        # Of neighbours in time: the machine's speed changes more between rounds than between contenders.
+        # Of neighbors in time: the machine's speed changes more between rounds than between contenders.
         pairs = zip(runs["ours"], runs["encode_batch"], strict=True)
         share = statistics.median(bare["seconds"] / ours["seconds"] for ours, bare in pairs)
         claims.append(claim("MB/s against bare encode_batch", share, "at least 0.8", share >= 0.8))

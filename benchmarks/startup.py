@@ -9,7 +9,7 @@ The large store has `--samples` samples of 8 tokens, cut from made-up text by pe
 kept in the work folder. Nobody waits for the 62,500 steps of 16 samples that lead to position 10^6: a run does two
 steps, and its checkpoint is then given that step's number, and its metrics file a row for every step, as the long run
 would have left them. The fresh start and the resumed run use the same store and the same model: a tiny one, so that
-the store is what is measured, and the 30M model of recipes/gsm8k-30m.toml, whose checkpoint (weights and optimiser,
+the store is what is measured, and the 30M model of recipes/gsm8k-30m.toml, whose checkpoint (weights and optimizer,
 0.36 GB) must be read and checked as well.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 from common import Failed, Finished, alternate, claim, main_of, parser_of, python, run, say, spread, write
 from safetensors.torch import save_file
 
-from pertoken.training.ledger import LEDGER, Ledger
+from pertoken.checkpoints.ledger import LEDGER, Ledger
 
 LENGTH, BATCH, DOCUMENT = 8, 16, 20_000
 MODELS = {

@@ -64,7 +64,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bpe_folder(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a byte-level tokenizer of 320 tokens, with our chat template."""
-    from pertoken.data.tokenizer import train_tokenizer
+    from pertoken.data.tokens.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("bpe")
     train_tokenizer([text_file], vocab_size=320, out_dir=folder)
@@ -74,7 +74,7 @@ def bpe_folder(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def char_folder(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tokenizer with one token per character."""
-    from pertoken.data.tokenizer import train_tokenizer
+    from pertoken.data.tokens.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("char")
     train_tokenizer([text_file], vocab_size=None, kind="char", out_dir=folder)
@@ -83,21 +83,21 @@ def char_folder(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def bpe_tokenizer(bpe_folder: Path) -> Any:
-    from pertoken.data.tokenizer import load_tokenizer
+    from pertoken.data.tokens.tokenizer import load_tokenizer
 
     return load_tokenizer(bpe_folder)
 
 
 @pytest.fixture
 def char_tokenizer(char_folder: Path) -> Any:
-    from pertoken.data.tokenizer import load_tokenizer
+    from pertoken.data.tokens.tokenizer import load_tokenizer
 
     return load_tokenizer(char_folder)
 
 
 @pytest.fixture
 def minimind_tokenizer(shared_data: Path) -> Any:
-    from pertoken.data.tokenizer import load_tokenizer
+    from pertoken.data.tokens.tokenizer import load_tokenizer
 
     return load_tokenizer(shared_data / "tokenizer" / "minimind")
 
@@ -116,7 +116,7 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the GGUF reader's own
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-        model.hf_quantizer = None  # or it is not saved: transformers takes it for quantised still
+        model.hf_quantizer = None  # or it is not saved: transformers takes it for quantized still
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
     return folder

@@ -67,14 +67,18 @@ class Kind:
 def kinds() -> list[Kind]:
     found = []
     for name, changes in (KINDS | MORE).items():
-        chosen = "train__compile" in changes or changes.get("train__dtype") == "float16"  # which the kernels leave alone
+        chosen = (
+            "train__compile" in changes or changes.get("train__dtype") == "float16"
+        )  # which the kernels leave alone
         engines = {"as it is": {}} if chosen else ENGINES
         found += [Kind(f"{name}, {engine}", changes | how) for engine, how in engines.items()]
     return found + [Kind(name, changes, ranks) for name, (ranks, changes) in RANKS.items()]
 
 
 def machine() -> dict[str, str]:
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "flags"))]
+    models = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "flags"))
+    ]
     processor = hashlib.sha256("\n".join(sorted(set(models))).encode()).hexdigest()[:16]
     return {
         "processor": processor,
@@ -130,7 +134,9 @@ def run(args: list[str], ranks: int = 1) -> None:
         [sys.executable, *launcher, "-m", "pertoken", *args], capture_output=True, text=True, env=environment
     )
     if ended.returncode:
-        raise SystemExit(f"{' '.join(args)}: ended with {ended.returncode}\n{ended.stdout[-2000:]}{ended.stderr[-4000:]}")
+        raise SystemExit(
+            f"{' '.join(args)}: ended with {ended.returncode}\n{ended.stdout[-2000:]}{ended.stderr[-4000:]}"
+        )
 
 
 def found_in(out: Path) -> dict[str, Any]:
@@ -142,7 +148,9 @@ def found_in(out: Path) -> dict[str, Any]:
         digest = hashlib.sha256()
         for name, tensor in sorted(load_file(path).items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else repr(tensor).encode())
+            digest.update(
+                tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else repr(tensor).encode()
+            )
         hashes[path.name] = digest.hexdigest()
     return {
         "rows": [{key: _bits(row[key]) for key in FIGURES if key in row} for row in rows],
@@ -221,7 +229,8 @@ def main() -> None:
         print(f"{'same     ' if not lines else 'DIFFERENT'}  {name}")
         for line in lines[:4]:
             print(f"             {line}")
-    print(f"{len(before) - changed} of {len(before)} kinds of run are the same to the bit, {time.monotonic() - start:.0f} s")
+    same = f"{len(before) - changed} of {len(before)} kinds of run"
+    print(f"{same} are the same to the bit ({time.monotonic() - start:.0f} s)")
     sys.exit(1 if changed else 0)
 
 

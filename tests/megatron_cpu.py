@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pertoken.adapters.megatron import forward_step
-from pertoken.config import ModelConfig, ResolvedModelConfig
-from pertoken.data.batch import Sample, collate
-from pertoken.model.transformer import CausalLM
+from pertoken.data.batch.pack import Sample, collate
+from pertoken.model.decoder import CausalLM
+from pertoken.recipe.schema import ModelConfig, ResolvedModelConfig
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
 
@@ -158,7 +158,7 @@ def tiny(family: str, tied: bool, layers: int = 1) -> ResolvedModelConfig:
 
 
 def our_model(config: ResolvedModelConfig) -> CausalLM:
-    """As initialised, except for the norms, whose weights differ from each other."""
+    """As initialized, except for the norms, whose weights differ from each other."""
     model = CausalLM(config, seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -246,7 +246,7 @@ def our_step(model: CausalLM) -> Result:
         state,
         [collate(samples()[:4]), collate(samples()[4:])],
         num_tokens=float(sum(SUPERVISED)),
-        num_routed=float(sum(LENGTHS)),
+        num_input_tokens=float(sum(LENGTHS)),
         lr=0.0,
         max_norm=0.0,
         on_gradients=keep,

@@ -19,22 +19,22 @@ import torch
 import update_mutants
 from torch import nn
 
-import pertoken.data.chat
-import pertoken.data.order
+import pertoken.data.batch.order
+import pertoken.data.batch.share
+import pertoken.data.chat.render
 import pertoken.data.samples
-import pertoken.data.share
-import pertoken.loss
+import pertoken.engines.cpu.runner
 import pertoken.model.attention
-import pertoken.model.native
-import pertoken.model.transformer
+import pertoken.model.decoder
+import pertoken.objective.cross_entropy
 import pertoken.prove.case
 import pertoken.prove.checks
 import pertoken.prove.classes
 import pertoken.prove.ranks
-from pertoken.data.batch import MicroBatch, Sample
-from pertoken.data.encode import Marked
+from pertoken.data.batch.pack import MicroBatch, Sample
+from pertoken.data.tokens.encode import TextWithSpans
 from pertoken.kernels.ops import Kernels
-from pertoken.loss import LossOutput
+from pertoken.objective.cross_entropy import LossOutput
 from pertoken.training.step import TrainState
 
 Patch = pytest.MonkeyPatch
@@ -55,7 +55,7 @@ def _counting_micro_batches(patch: Patch) -> Callable[[], int]:
 def mean_of_micro_batch_means(patch: Patch) -> None:
     count = _counting_micro_batches(patch)
 
-    def objective(self: LossOutput, num_tokens: float, num_routed: float) -> torch.Tensor:
+    def objective(self: LossOutput, num_tokens: float, num_input_tokens: float) -> torch.Tensor:
         return self.loss_sum / self.num_tokens.clamp(min=1) / count()
 
     patch.setattr(LossOutput, "objective", objective)
@@ -90,8 +90,8 @@ def _padded(samples: Any) -> list[Sample]:
 
 
 def padding_supervised(patch: Patch) -> None:
-    collate = pertoken.data.share.collate
-    patch.setattr(pertoken.data.share, "collate", lambda samples: collate(_padded(samples)))
+    collate = pertoken.data.batch.share.collate
+    patch.setattr(pertoken.data.batch.share, "collate", lambda samples: collate(_padded(samples)))
 
 
 def padding_in_the_count(patch: Patch) -> None:
@@ -101,7 +101,7 @@ def padding_in_the_count(patch: Patch) -> None:
 
 
 def tail_of_the_epoch_dropped(patch: Patch) -> None:
-    for module in (pertoken.data.order, pertoken.prove.checks):
+    for module in (pertoken.data.batch.order, pertoken.prove.checks):
         patch.setattr(module, "steps_per_epoch", lambda num_samples, batch_size: num_samples // batch_size)
 
 
@@ -115,9 +115,9 @@ def tail_under_scaled(patch: Patch) -> None:
 def balance_loss_times_accumulation(patch: Patch) -> None:
     count = _counting_micro_batches(patch)
 
-    def objective(self: LossOutput, num_tokens: float, num_routed: float) -> torch.Tensor:
+    def objective(self: LossOutput, num_tokens: float, num_input_tokens: float) -> torch.Tensor:
         assert self.aux_sum is not None
-        return self.loss_sum / num_tokens + self.aux_sum / num_routed * count()
+        return self.loss_sum / num_tokens + self.aux_sum / num_input_tokens * count()
 
     patch.setattr(LossOutput, "objective", objective)
 
@@ -131,9 +131,9 @@ def router_dead(patch: Patch) -> None:
     """No gradient of the balance loss reaches the routers; they are a hundredth of the parameters."""
     objective = LossOutput.objective
 
-    def detached(self: LossOutput, num_tokens: float, num_routed: float) -> torch.Tensor:
+    def detached(self: LossOutput, num_tokens: float, num_input_tokens: float) -> torch.Tensor:
         assert self.aux_sum is not None
-        return objective(dataclasses.replace(self, aux_sum=self.aux_sum * 0), num_tokens, num_routed)
+        return objective(dataclasses.replace(self, aux_sum=self.aux_sum * 0), num_tokens, num_input_tokens)
 
     patch.setattr(LossOutput, "objective", detached)
 
@@ -150,19 +150,21 @@ def clipping_before_unscaling(patch: Patch) -> None:
 
 
 def a_sample_twice_in_a_step(patch: Patch) -> None:
-    plan = pertoken.data.share.plan
+    pack = pertoken.data.batch.share.pack_micro_batches
 
     def twice(*args: Any, **settings: Any) -> Any:
-        cut = plan(*args, **settings)
+        cut = pack(*args, **settings)
         cut[0][0] = [*cut[0][0], cut[0][0][0]]
         return cut
 
-    patch.setattr(pertoken.data.share, "plan", twice)
+    patch.setattr(pertoken.data.batch.share, "pack_micro_batches", twice)
 
 
 def a_sample_twice_in_an_epoch(patch: Patch) -> None:
-    permute = pertoken.data.order.permute
-    patch.setattr(pertoken.data.order, "permute", lambda positions, **key: permute(np.maximum(positions, 1), **key))
+    permute = pertoken.data.batch.order.permute
+    patch.setattr(
+        pertoken.data.batch.order, "permute", lambda positions, **key: permute(np.maximum(positions, 1), **key)
+    )
 
 
 def attention_across_documents(patch: Patch) -> None:
@@ -171,15 +173,15 @@ def attention_across_documents(patch: Patch) -> None:
     def one_document(lengths: Any, device: torch.device, **_: Any) -> Any:
         return of([sum(lengths)] if lengths else [], device)
 
-    patch.setattr(pertoken.model.transformer.AttentionLayout, "of", one_document)
+    patch.setattr(pertoken.model.decoder.AttentionLayout, "of", one_document)
 
 
 def prompt_supervised(patch: Patch) -> None:
     rendered = pertoken.data.samples.rendered_chat
 
-    def everything(*args: Any) -> Marked:
+    def everything(*args: Any) -> TextWithSpans:
         text = rendered(*args).text
-        return Marked(text, [(0, len(text))])
+        return TextWithSpans(text, [(0, len(text))])
 
     patch.setattr(pertoken.data.samples, "rendered_chat", everything)
 
@@ -187,15 +189,15 @@ def prompt_supervised(patch: Patch) -> None:
 def end_of_turn_unsupervised(patch: Patch) -> None:
     rendered = pertoken.data.samples.rendered_chat
 
-    def shorter(chat: Any, template: Any) -> Marked:
+    def shorter(chat: Any, template: Any) -> TextWithSpans:
         marked = rendered(chat, template)
-        return Marked(marked.text, [(start, end - len(template.end_of_turn)) for start, end in marked.spans])
+        return TextWithSpans(marked.text, [(start, end - len(template.end_of_turn)) for start, end in marked.spans])
 
     patch.setattr(pertoken.data.samples, "rendered_chat", shorter)
 
 
-def _relabelled(patch: Patch, mask_too: bool) -> None:
-    collate = pertoken.data.share.collate
+def _relabeled(patch: Patch, mask_too: bool) -> None:
+    collate = pertoken.data.batch.share.collate
 
     def with_ignore_index(samples: Any) -> MicroBatch:
         micro_batch = collate(samples)
@@ -203,15 +205,15 @@ def _relabelled(patch: Patch, mask_too: bool) -> None:
         mask = torch.ones_like(micro_batch.loss_mask) if mask_too else micro_batch.loss_mask
         return dataclasses.replace(micro_batch, labels=labels, loss_mask=mask)
 
-    patch.setattr(pertoken.data.share, "collate", with_ignore_index)
+    patch.setattr(pertoken.data.batch.share, "collate", with_ignore_index)
 
 
 def ignore_index_as_a_label(patch: Patch) -> None:
-    _relabelled(patch, mask_too=False)
+    _relabeled(patch, mask_too=False)
 
 
 def ignore_index_learned(patch: Patch) -> None:
-    _relabelled(patch, mask_too=True)
+    _relabeled(patch, mask_too=True)
 
 
 def casts_outlive_their_step(patch: Patch) -> None:
@@ -220,7 +222,7 @@ def casts_outlive_their_step(patch: Patch) -> None:
         self._casts = self._casts or {}
         yield
 
-    patch.setattr(pertoken.model.transformer.CausalLM, "keeping_casts", for_ever)
+    patch.setattr(pertoken.model.decoder.CausalLM, "keeping_casts", for_ever)
 
 
 def kernels_see_one_ahead(patch: Patch) -> None:
@@ -234,28 +236,30 @@ def kernels_see_one_ahead(patch: Patch) -> None:
 
 def rows_beside_the_asked_ones(patch: Patch) -> None:
     """The last block computes the row before the last supervised one in its place."""
-    asking = pertoken.model.native.NativeBatch.asking
+    usual = pertoken.engines.cpu.runner.NativeBatch.with_output_rows
 
-    def beside(self: Any, asked: torch.Tensor) -> Any:
-        return asking(self, asked - (asked == asked.max()).long())
+    def beside(self: Any, output_rows: torch.Tensor) -> Any:
+        return usual(self, output_rows - (output_rows == output_rows.max()).long())
 
-    patch.setattr(pertoken.model.native.NativeBatch, "asking", beside)
+    patch.setattr(pertoken.engines.cpu.runner.NativeBatch, "with_output_rows", beside)
 
 
 def head_gradient_lost(patch: Patch) -> None:
     """Of a tied embedding."""
-    patch.setattr(pertoken.loss.TiedGradient, "of_head", property(lambda self: None, lambda self, value: None))
+    patch.setattr(
+        pertoken.objective.cross_entropy.TiedGradient, "of_head", property(lambda self: None, lambda self, value: None)
+    )
 
 
 def _blind_to(patch: Patch, words: str) -> None:
     """The kernels run over modules of which `unsupported` would have said `words`."""
-    check = pertoken.model.transformer.unsupported
+    check = pertoken.model.decoder.unsupported
 
     def blind(model: nn.Module, cls: type[nn.Module]) -> str | None:
         why = check(model, cls)
         return None if why is not None and words in why else why
 
-    patch.setattr(pertoken.model.transformer, "unsupported", blind)
+    patch.setattr(pertoken.model.decoder, "unsupported", blind)
 
 
 def replaced_projection_not_seen(patch: Patch) -> None:
@@ -272,13 +276,13 @@ def hook_not_seen(patch: Patch) -> None:
 
 def frozen_matrix_learns(patch: Patch) -> None:
     """The kernels ask for every gradient, whatever the parameter says."""
-    run = pertoken.model.transformer.CausalLM._run_natively
+    run = pertoken.model.decoder.CausalLM._run_natively
 
     def all_learn(self: Any, *args: Any) -> Any:
         self.requires_grad_(True)
         return run(self, *args)
 
-    patch.setattr(pertoken.model.transformer.CausalLM, "_run_natively", all_learn)
+    patch.setattr(pertoken.model.decoder.CausalLM, "_run_natively", all_learn)
 
 
 def optimizer_state_lost(patch: Patch) -> None:

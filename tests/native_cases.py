@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pertoken.data.batch import MicroBatch, Sample, collate
-from pertoken.model.transformer import CausalLM
-from pertoken.model_config import ModelConfig
+from pertoken.data.batch.pack import MicroBatch, Sample, collate
+from pertoken.model.decoder import CausalLM
+from pertoken.recipe.model import ModelConfig
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 VOCAB = 101

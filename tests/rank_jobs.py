@@ -14,9 +14,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-import pertoken.training.loop as loop
+import pertoken.runs.loop as loop
 from pertoken import Recipe, train
-from pertoken.data.share import Share
+from pertoken.data.batch.share import Share
 from pertoken.training.parallel import end_process
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from tiny import World, pertoken
 
-from pertoken.config import Recipe
 from pertoken.errors import ModelError, RecipeError
 from pertoken.files import plain_file
+from pertoken.recipe.schema import Recipe
 
 LONG = "x" * 300
 
@@ -198,7 +198,7 @@ def test_an_export_that_cannot_be_written_is_one_line_and_leaves_nothing(run, tm
 
 
 def test_an_export_that_fails_half_way_leaves_nothing(run, tmp_path, monkeypatch):
-    from pertoken.model import hf
+    from pertoken.folders import weights as hf
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

@@ -18,7 +18,7 @@ HEAVY += "torch._dynamo torch._inductor sympy torch.distributed.fsdp torch.distr
 
 def heavy_after(*arguments: object, also: str = "") -> str:
     """Which of the heavy modules a command has imported when it is done."""
-    code = "import sys\nfrom pertoken.cli import main\n"
+    code = "import sys\nfrom pertoken.cli.commands import main\n"
     code += f"sys.argv = {['pertoken', *map(str, arguments)]!r}\n"
     code += "try: main()\nexcept SystemExit as end: assert not end.code, end.code\n"
     code += f"print([m for m in {HEAVY + ' ' + also!r}.split() if m in sys.modules])"

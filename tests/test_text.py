@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from pertoken.console import ConsoleListener, show_token_losses
-from pertoken.inspection import TokenLoss
+from pertoken.inference.token_losses import TokenLoss
 from pertoken.text import names, one_line, plain, reason, shown
 
 HOSTILE = "a\x1b]0;title\x07\x9b2J\r\x08\x7f\u202e\u2066\ud800[red]x[/] :smile: [/nonsense]"

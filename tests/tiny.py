@@ -14,8 +14,8 @@ from unittest import mock
 import numpy as np
 
 from pertoken import Recipe
-from pertoken.cli import main
-from pertoken.data.tokenizer import train_tokenizer
+from pertoken.cli.commands import main
+from pertoken.data.tokens.tokenizer import train_tokenizer
 
 MODEL = {
     "hidden_size": 32,

@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-import pertoken.data.order
+import pertoken.checkpoints.read
+import pertoken.data.batch.order
 import pertoken.data.samples
-import pertoken.loss
-import pertoken.model.native_attention
-import pertoken.model.native_blocks
+import pertoken.engines.cpu.attention
+import pertoken.engines.cpu.blocks
+import pertoken.objective.cross_entropy
 import pertoken.prove.evaluation
 import pertoken.prove.update
-import pertoken.training.checkpoint
-import pertoken.training.loop
+import pertoken.runs.loop
 import pertoken.training.optim
 import pertoken.training.step
-from pertoken.data.batch import collate, plan
+from pertoken.data.batch.pack import collate, pack_micro_batches
 from pertoken.kernels.ops import Kernels
 from pertoken.training.evaluate import Evaluation
 from pertoken.training.parallel import World
@@ -69,13 +69,17 @@ def one_token_too_few_in_truncation(patch: Patch) -> None:
 
 
 def the_same_order_in_every_epoch(patch: Patch) -> None:
-    permute = pertoken.data.order.permute
-    patch.setattr(pertoken.data.order, "permute", lambda positions, **key: permute(positions, **{**key, "epoch": 0}))
+    permute = pertoken.data.batch.order.permute
+    patch.setattr(
+        pertoken.data.batch.order, "permute", lambda positions, **key: permute(positions, **{**key, "epoch": 0})
+    )
 
 
 def seed_ignored(patch: Patch) -> None:
-    permute = pertoken.data.order.permute
-    patch.setattr(pertoken.data.order, "permute", lambda positions, **key: permute(positions, **{**key, "seed": 42}))
+    permute = pertoken.data.batch.order.permute
+    patch.setattr(
+        pertoken.data.batch.order, "permute", lambda positions, **key: permute(positions, **{**key, "seed": 42})
+    )
 
 
 def not_shuffled(patch: Patch) -> None:
@@ -83,15 +87,15 @@ def not_shuffled(patch: Patch) -> None:
         turned: np.ndarray = (np.asarray(positions) + epoch) % num_samples
         return turned
 
-    patch.setattr(pertoken.data.order, "permute", in_turn)
+    patch.setattr(pertoken.data.batch.order, "permute", in_turn)
 
 
 # The schedule.
 
 
 def lr_one_step_late(patch: Patch) -> None:
-    lr_at = pertoken.training.loop.lr_at
-    patch.setattr(pertoken.training.loop, "lr_at", lambda step, **settings: lr_at(max(1, step - 1), **settings))
+    lr_at = pertoken.runs.loop.lr_at
+    patch.setattr(pertoken.runs.loop, "lr_at", lambda step, **settings: lr_at(max(1, step - 1), **settings))
 
 
 def lr_set_after_the_update(patch: Patch) -> None:
@@ -109,7 +113,7 @@ def lr_set_after_the_update(patch: Patch) -> None:
 def decay_from_the_first_step(patch: Patch) -> None:
     """Warm-up does not count: t is step / total_steps."""
     old, new = "(step - warmup_steps) / max(1, total_steps - warmup_steps)", "step / total_steps"
-    seen_by = (pertoken.training.loop, pertoken.prove.update)
+    seen_by = (pertoken.runs.loop, pertoken.prove.update)
     _rewrite(patch, pertoken.training.optim, "lr_at", old, new, seen_by=seen_by)
 
 
@@ -189,14 +193,14 @@ def reported_norm_after_clipping(patch: Patch) -> None:
 
 
 def float16_boost_kept(patch: Patch) -> None:
-    forward = pertoken.loss._forward
+    forward = pertoken.objective.cross_entropy._forward
 
     def unnoted(ctx: Any, *arguments: Any) -> torch.Tensor:
         loss_sum = forward(ctx, *arguments)
         ctx.boost = 1.0
         return loss_sum
 
-    patch.setattr(pertoken.loss, "_forward", unnoted)
+    patch.setattr(pertoken.objective.cross_entropy, "_forward", unnoted)
 
 
 def overflow_not_skipped(patch: Patch) -> None:
@@ -231,14 +235,14 @@ def bias_correction_lost(patch: Patch) -> None:
 
 
 def muon_without_its_shape_factor(patch: Patch) -> None:
-    orthogonalised = pertoken.training.optim.orthogonalised
-    patch.setattr(pertoken.training.optim, "orthogonalised", lambda x: orthogonalised(x) / math.sqrt(max(x.shape[-2:])))
+    orthogonalized = pertoken.training.optim.orthogonalized
+    patch.setattr(pertoken.training.optim, "orthogonalized", lambda x: orthogonalized(x) / math.sqrt(max(x.shape[-2:])))
 
 
 def rows_reversed_when_read_back(patch: Patch) -> None:
     """The optimizer's, of a sharded run."""
     old, new = 'for file in entry["rows"]]', 'for file in reversed(list(entry["rows"]))]'
-    _rewrite(patch, pertoken.training.checkpoint, "_whole_optimizer_tensors", old, new)
+    _rewrite(patch, pertoken.checkpoints.read, "_whole_optimizer_tensors", old, new)
 
 
 def rows_reversed_when_sharded(patch: Patch) -> None:
@@ -254,7 +258,7 @@ def evaluation_as_a_mean_of_means(patch: Patch) -> None:
     @torch.no_grad()
     def wrong(model: Any, store: Any, precision: Any, *, token_budget: int, world: World | None = None) -> Evaluation:
         world = world or World()
-        cut = plan(store.lengths.tolist(), world_size=world.size, token_budget=token_budget)[world.rank]
+        cut = pack_micro_batches(store.lengths.tolist(), world_size=world.size, token_budget=token_budget)[world.rank]
         outs = [model(collate([store[i] for i in indices])) for indices in cut]
         means = torch.stack([out.loss_sum / out.num_tokens.clamp(min=1) for out in outs])
         mean = float(world.sum(means.mean().reshape(1).double())) / world.size
@@ -269,7 +273,7 @@ def evaluation_as_a_mean_of_means(patch: Patch) -> None:
 def second_chunk_lost(patch: Patch) -> None:
     """Of the head's gradient."""
     old, new = "d_weight += torch.mm(d_low_CV.t(), x_CD)\n", "d_weight += torch.mm(d_low_CV.t(), x_CD) * (start == 0)\n"
-    _rewrite(patch, pertoken.loss, "_forward", old, new)
+    _rewrite(patch, pertoken.objective.cross_entropy, "_forward", old, new)
 
 
 def second_chunk_lost_by_the_kernels(patch: Patch) -> None:
@@ -291,7 +295,7 @@ def tail_of_the_vocabulary_without_a_gradient(patch: Patch) -> None:
 
 def last_block_of_the_vocabulary_lost(patch: Patch) -> None:
     old, new = "range(0, vocab_size, _VOCAB_BLOCK)", "range(0, max(1, vocab_size - _VOCAB_BLOCK), _VOCAB_BLOCK)"
-    _rewrite(patch, pertoken.loss, "_native_forward", old, new)
+    _rewrite(patch, pertoken.objective.cross_entropy, "_native_forward", old, new)
 
 
 def columns_beyond_a_block_unseen(patch: Patch) -> None:
@@ -306,5 +310,5 @@ def columns_beyond_a_block_unseen(patch: Patch) -> None:
 def second_block_of_queries_adds_nothing_to_keys(patch: Patch) -> None:
     old = "sums[0] += torch.bmm(d_p.transpose(1, 2), q_B)"
     new = "sums[0] += torch.bmm(d_p.transpose(1, 2), q_B) * (block.block == 0)"
-    attention = pertoken.model.native_attention
-    _rewrite(patch, attention, "attention_backward", old, new, seen_by=(pertoken.model.native_blocks,))
+    attention = pertoken.engines.cpu.attention
+    _rewrite(patch, attention, "attention_backward", old, new, seen_by=(pertoken.engines.cpu.blocks,))

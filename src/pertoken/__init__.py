@@ -21,19 +21,19 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from pertoken.config import Recipe
-    from pertoken.data.tokenizer import load_tokenizer
-    from pertoken.loss import LossOutput, linear_cross_entropy
-    from pertoken.training.checkpoint import load_model
-    from pertoken.training.run import train
+    from pertoken.checkpoints.read import load_model
+    from pertoken.data.tokens.tokenizer import load_tokenizer
+    from pertoken.objective.cross_entropy import LossOutput, linear_cross_entropy
+    from pertoken.recipe.schema import Recipe
+    from pertoken.runs.setup import train
 
 _HOME = {
-    "LossOutput": "pertoken.loss",
-    "Recipe": "pertoken.config",
-    "linear_cross_entropy": "pertoken.loss",
-    "load_model": "pertoken.training.checkpoint",
-    "load_tokenizer": "pertoken.data.tokenizer",
-    "train": "pertoken.training.run",
+    "LossOutput": "pertoken.objective.cross_entropy",
+    "Recipe": "pertoken.recipe.schema",
+    "linear_cross_entropy": "pertoken.objective.cross_entropy",
+    "load_model": "pertoken.checkpoints.read",
+    "load_tokenizer": "pertoken.data.tokens.tokenizer",
+    "train": "pertoken.runs.setup",
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m pertoken` is `pertoken`."""
 
-from pertoken.cli import command
+from pertoken.cli.commands import command
 
 command()

@@ -15,15 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from pertoken.errors import OutputLost
-from pertoken.inspection import TokenLoss
+from pertoken.inference.token_losses import TokenLoss
 from pertoken.prove.report import Proof, Result
+from pertoken.runs.summary import Summary
 from pertoken.text import plain, reason
-from pertoken.training.listening import Heard
-from pertoken.training.metrics import GradStats, Listener, Row
-from pertoken.training.summary import Summary
+from pertoken.tracking.listening import Heard
+from pertoken.tracking.metrics import GradStats, Listener, Row
 
 if TYPE_CHECKING:
-    from pertoken.training.replay import Replay
+    from pertoken.runs.replay import Replay
 
 __all__ = [
     "ConsoleListener",
@@ -91,10 +91,10 @@ class _Printer(Listener):
         self._preparing_since = self._preparing_since or time.perf_counter()
         if self._console.is_terminal:
             end = "\n" if done_bytes == total_bytes else "\r"
-            self._console.print(f"tokenising {done_bytes / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB", end=end)
+            self._console.print(f"tokenizing {done_bytes / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB", end=end)
         elif done_bytes == total_bytes:
             took = time.perf_counter() - self._preparing_since
-            self._console.print(f"tokenised {total_bytes / 1e6:,.1f} MB in {duration(took)}")
+            self._console.print(f"tokenized {total_bytes / 1e6:,.1f} MB in {duration(took)}")
         if done_bytes == total_bytes:
             self._preparing_since = None
 

@@ -18,15 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pertoken import train
 from pertoken.adapters.transformers import PerTokenLoss, fuse_loss
-from pertoken.data.order import step_at
-from pertoken.data.tokenizer import load_tokenizer
+from pertoken.data.batch.order import step_at
+from pertoken.data.tokens.tokenizer import load_tokenizer
 from pertoken.errors import ModelError, RecipeError
-from pertoken.model.hf import save_folder
-from pertoken.model.transformer import CausalLM
+from pertoken.folders.weights import save_folder
+from pertoken.model.decoder import CausalLM
+from pertoken.runs.data import prepare
 from pertoken.training.evaluate import evaluate
 from pertoken.training.optim import build_adamw, lr_at
 from pertoken.training.precision import Precision
-from pertoken.training.run_data import prepare
 
 pytestmark = pytest.mark.numeric
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pertoken.data.batch import MicroBatch, Sample, collate, plan
+from pertoken.data.batch.pack import MicroBatch, Sample, collate, pack_micro_batches
 
 
 def sample(tokens: list[int], mask: list[float] | None = None) -> Sample:
@@ -61,7 +61,7 @@ def test_a_micro_batch_of_unequal_rows_is_refused():
 )
 @settings(max_examples=150, deadline=None)
 def test_a_plan_seats_every_sample_once_within_the_budget(lengths, world_size, token_budget):
-    ranks = plan(lengths, world_size=world_size, token_budget=token_budget)
+    ranks = pack_micro_batches(lengths, world_size=world_size, token_budget=token_budget)
     assert len(ranks) == world_size
     assert len({len(rank) for rank in ranks}) == 1, "ranks must stay in step"
     assert sorted(i for rank in ranks for cut in rank for i in cut) == list(range(len(lengths)))
@@ -72,16 +72,19 @@ def test_a_plan_seats_every_sample_once_within_the_budget(lengths, world_size, t
 
 
 def test_a_plan_is_as_short_and_as_even_as_can_be():
-    (cuts,) = plan([100] * 10, world_size=1, token_budget=900)
+    (cuts,) = pack_micro_batches([100] * 10, world_size=1, token_budget=900)
     assert [len(c) for c in cuts] == [5, 5]
 
 
 def test_a_plan_balances_ranks():
     lengths = np.random.default_rng(0).integers(10, 400, 64).tolist()
-    loads = [sum(lengths[i] for cut in rank for i in cut) for rank in plan(lengths, world_size=4, token_budget=2000)]
+    loads = [
+        sum(lengths[i] for cut in rank for i in cut)
+        for rank in pack_micro_batches(lengths, world_size=4, token_budget=2000)
+    ]
     assert max(loads) <= 1.05 * min(loads)
 
 
 def test_more_ranks_than_samples_leaves_ranks_with_empty_micro_batches():
-    ranks = plan([5], world_size=3, token_budget=10)
+    ranks = pack_micro_batches([5], world_size=3, token_budget=10)
     assert ranks == [[[0]], [[]], [[]]]

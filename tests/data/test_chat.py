@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pertoken.data.chat import ChatTemplate, chat_sample, rendered_chat
-from pertoken.data.encode import Encoded, Encoder, Marked
+from pertoken.data.chat.render import ChatTemplate, chat_sample, rendered_chat
+from pertoken.data.files.records import Record, read_records
 from pertoken.data.formats import Conversation, to_conversation
-from pertoken.data.records import Record, read_records
-from pertoken.data.tokenizer import CHATML, load_tokenizer, train_tokenizer
+from pertoken.data.tokens.encode import Encoded, Encoder, TextWithSpans
+from pertoken.data.tokens.tokenizer import CHATML, load_tokenizer, train_tokenizer
 from pertoken.errors import RecipeError
 
 UNMARKED = re.sub(r"{%- (end)?generation %}", "", CHATML)
@@ -51,7 +51,7 @@ def _said(chat: Conversation, tokenizer: Any, **template_kwargs: Any) -> list[st
     return [marked.text[start:end] for start, end in marked.spans]
 
 
-def _encode(tokenizer: Any, marked: Marked) -> Encoded:
+def _encode(tokenizer: Any, marked: TextWithSpans) -> Encoded:
     (encoded,) = Encoder(tokenizer).encode([marked])
     return encoded
 
@@ -81,7 +81,7 @@ def _slow(tokenizer: Any, ids: list[int], text: str, spans: list[tuple[int, int]
     return supervised, num_bytes
 
 
-def _assert_equals_slow(tokenizer: Any, marked: Marked, spans: list[tuple[int, int]]) -> Encoded:
+def _assert_equals_slow(tokenizer: Any, marked: TextWithSpans, spans: list[tuple[int, int]]) -> Encoded:
     encoded = _encode(tokenizer, marked)
     ids = tokenizer(marked.text, add_special_tokens=False).input_ids
     supervised, num_bytes = _slow(tokenizer, ids, marked.text, spans)
@@ -113,7 +113,7 @@ def test_masks_and_bytes_equal_a_slow_recount_with_and_without_generation_marks(
         text += said + "\n"
     for template in (CHATML, UNMARKED):
         marked = rendered_chat(chat, ChatTemplate(_with_template(tokenizer, template), {}))
-        assert marked == Marked(text, spans)
+        assert marked == TextWithSpans(text, spans)
         _assert_equals_slow(tokenizer, marked, spans)
 
 
@@ -244,7 +244,7 @@ def test_a_token_that_straddles_the_edge_of_a_span_is_not_supervised(
         ([(9, 12)], [False, False, False, False]),
         ([], [False, False, False, False]),
     ]:
-        encoded = _encode(tokenizer, Marked(text, spans))
+        encoded = _encode(tokenizer, TextWithSpans(text, spans))
         assert encoded.supervised.tolist() == supervised
         assert encoded.num_bytes.tolist() == [4, 4, 5, 4]
 
@@ -266,7 +266,7 @@ def test_the_mask_of_a_sample_is_about_its_labels(bpe_tokenizer: Any) -> None:
 
 
 def test_saved_padding_and_truncation_do_not_reach_the_samples(bpe_tokenizer: Any) -> None:
-    text = Marked("a long text about the dog", [])
+    text = TextWithSpans("a long text about the dog", [])
     expected = _encode(bpe_tokenizer, text).tokens.tolist()
     bpe_tokenizer.backend_tokenizer.enable_truncation(3)
     bpe_tokenizer.backend_tokenizer.enable_padding(length=64)
@@ -276,7 +276,7 @@ def test_saved_padding_and_truncation_do_not_reach_the_samples(bpe_tokenizer: An
 @pytest.mark.parametrize("text", ["", "é", "👩‍🚀🙂", "a\u0301bc 世界\n"])
 def test_bytes_of_all_tokens_are_the_bytes_of_the_text(bpe_tokenizer: Any, char_tokenizer: Any, text: str) -> None:
     for tokenizer in (bpe_tokenizer, char_tokenizer):
-        encoded = _encode(tokenizer, Marked(text, [(0, len(text))]))
+        encoded = _encode(tokenizer, TextWithSpans(text, [(0, len(text))]))
         unknown = [c for c in text if tokenizer is char_tokenizer and c not in tokenizer.get_vocab()]
         assert encoded.num_bytes.sum() == len(text.encode()) - len("".join(unknown).encode())
         assert encoded.supervised.all()

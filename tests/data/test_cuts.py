@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-import pertoken.data.cuts
-import pertoken.data.encode
-import pertoken.data.long_text
-from pertoken.data.cuts import NoCut
-from pertoken.data.encode import Encoder, Marked
-from pertoken.data.long_text import BOM, LongText
-from pertoken.data.tokenizer import load_tokenizer
+import pertoken.data.files.long_text
+import pertoken.data.tokens.cuts
+import pertoken.data.tokens.encode
+from pertoken.data.files.long_text import BOM, LongText
+from pertoken.data.tokens.cuts import NoCut
+from pertoken.data.tokens.encode import Encoder, TextWithSpans
+from pertoken.data.tokens.tokenizer import load_tokenizer
 
 QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -95,9 +95,9 @@ def _encoder(folder: Path, change: str) -> Encoder:
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pertoken.data.cuts, "_PIECE_CHARS", 30)
-    monkeypatch.setattr(pertoken.data.cuts, "_LONGEST_CHARS", 5000)
-    monkeypatch.setattr(pertoken.data.cuts, "_LEAST_WINDOW", 64)
+    monkeypatch.setattr(pertoken.data.tokens.cuts, "_PIECE_CHARS", 30)
+    monkeypatch.setattr(pertoken.data.tokens.cuts, "_LONGEST_CHARS", 5000)
+    monkeypatch.setattr(pertoken.data.tokens.cuts, "_LEAST_WINDOW", 64)
     _encoder.cache_clear()
 
 
@@ -178,7 +178,7 @@ def test_the_pieces_of_any_file_are_those_of_its_text(
     bom: bool,
 ) -> None:
     """However its blocks end: within a character, a line end, a word, an added token."""
-    monkeypatch.setattr(pertoken.data.long_text, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(pertoken.data.files.long_text, "_BLOCK_BYTES", block)
     _compare_file(_encoder(bpe_folder, change), tmp_path / "a.txt", text, edges, bom)
 
 
@@ -192,7 +192,7 @@ def test_the_pieces_of_any_file_in_characters_are_those_of_its_text(
     edges: tuple[float, float],
     block: int,
 ) -> None:
-    monkeypatch.setattr(pertoken.data.long_text, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(pertoken.data.files.long_text, "_BLOCK_BYTES", block)
     _compare_file(_encoder(char_folder, "ours"), tmp_path / "a.txt", text, edges, bom=False)
 
 
@@ -204,10 +204,10 @@ def test_a_file_is_cut_like_its_text_however_its_blocks_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe_folder: Path, change: str, text: str
 ) -> None:
     """A place may be as far from a piece's start as one is looked for, and an added token reach further."""
-    monkeypatch.setattr(pertoken.data.cuts, "_LONGEST_CHARS", 40 if " " in text else 300)
+    monkeypatch.setattr(pertoken.data.tokens.cuts, "_LONGEST_CHARS", 40 if " " in text else 300)
     encoder = _encoder(bpe_folder, change)
     for block in range(3, 60):
-        monkeypatch.setattr(pertoken.data.long_text, "_BLOCK_BYTES", block)
+        monkeypatch.setattr(pertoken.data.files.long_text, "_BLOCK_BYTES", block)
         _compare_file(encoder, tmp_path / "a.txt", text, (0, 1), bom=False)
 
 
@@ -218,11 +218,11 @@ def _compare_file(encoder: Encoder, path: Path, text: str, edges: tuple[float, f
     start, stop = sorted(int(edge * len(text)) for edge in edges)
     for one, other in ((start, stop), (0, len(text))):
         long, short = LongText(str(path), sha256(raw).hexdigest(), one, other), text[one:other]
-        found, expected = (_pieces_or_not(encoder, text) for text in (long, Marked(short, [(0, len(short))])))
+        found, expected = (_pieces_or_not(encoder, text) for text in (long, TextWithSpans(short, [(0, len(short))])))
         assert found == expected
 
 
-def _pieces_or_not(encoder: Encoder, text: Marked | LongText) -> str | list[list[list[int]]]:
+def _pieces_or_not(encoder: Encoder, text: TextWithSpans | LongText) -> str | list[list[list[int]]]:
     try:
         pieces = list(encoder.pieces(text, append=2))
     except NoCut as error:
@@ -232,7 +232,7 @@ def _pieces_or_not(encoder: Encoder, text: Marked | LongText) -> str | list[list
 
 def _compare(encoder: Encoder, text: str, edges: list[float], append: int | None) -> int:
     places = sorted({int(edge * len(text)) for edge in edges})
-    marked = Marked(text, list(zip(places[::2], places[1::2], strict=False)))
+    marked = TextWithSpans(text, list(zip(places[::2], places[1::2], strict=False)))
     try:
         pieces = list(encoder.pieces(marked, append=append))
     except NoCut:
@@ -274,8 +274,8 @@ def test_a_long_text_without_a_place_to_cut_is_refused_with_its_place(
     encoder = _encoder(bpe_folder, "ours")
     text = "word " * 50 + " " * 6000 + "end"
     with pytest.raises(NoCut, match=r"5,000 characters after character 2\d\d without a known place to cut"):
-        encoder.pieces(Marked(text, [(0, len(text))]))
-    assert len(list(encoder.pieces(Marked("word " * 50 + " " * 4900, [])))) > 1
+        encoder.pieces(TextWithSpans(text, [(0, len(text))]))
+    assert len(list(encoder.pieces(TextWithSpans("word " * 50 + " " * 4900, [])))) > 1
 
 
 def test_an_unknown_tokenizer_encodes_a_text_whole_up_to_a_length(
@@ -284,10 +284,10 @@ def test_an_unknown_tokenizer_encodes_a_text_whole_up_to_a_length(
     tokenizer = load_tokenizer(bpe_folder)
     tokenizer.backend_tokenizer.pre_tokenizer = _byte_level(r"\p{L}+(?=\s)|.")
     encoder = Encoder(tokenizer)
-    monkeypatch.setattr(pertoken.data.encode, "_WHOLE_CHARS", 100)
-    assert len(list(encoder.pieces(Marked("a" * 100, [])))) == 1
+    monkeypatch.setattr(pertoken.data.tokens.encode, "_WHOLE_CHARS", 100)
+    assert len(list(encoder.pieces(TextWithSpans("a" * 100, [])))) == 1
     with pytest.raises(NoCut, match="101 characters, more than the 100 that can be encoded at once"):
-        encoder.pieces(Marked("a" * 101, []))
+        encoder.pieces(TextWithSpans("a" * 101, []))
 
 
 @pytest.mark.parametrize("without", [r"|\s+", r"| ?[^\s\p{L}\p{N}]+[\r\n]*", r"|[^\r\n\p{L}\p{N}]?\p{L}+"])

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from pertoken.data.encode import Encoded, Encoder, Marked
-from pertoken.data.tokenizer import load_tokenizer
+from pertoken.data.tokens.encode import Encoded, Encoder, TextWithSpans
+from pertoken.data.tokens.tokenizer import load_tokenizer
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 _KNOWN = ["<|im_end|>", " <add> ", "e\u0301", "\u212b", " the fox\n\n", "🙂", "👩‍🚀"]
@@ -40,7 +40,7 @@ def _tokenizer(folder: Path, change: str) -> Any:
     return tokenizer
 
 
-def _with_offsets(encoder: Encoder, marked: Marked, append: int | None) -> Encoded:
+def _with_offsets(encoder: Encoder, marked: TextWithSpans, append: int | None) -> Encoded:
     return encoder._by_offsets(marked, encoder._with_offsets([marked.text])[0], append)
 
 
@@ -91,7 +91,7 @@ def _compare(encoder: Encoder, has_widths: bool, pieces: list[str], cuts: list[i
     assert (encoder._widths is not None) is has_widths
     text = "".join(pieces)
     edges = sorted({min(cut, len(text)) for cut in cuts})
-    marked = Marked(text, list(zip(edges[::2], edges[1::2], strict=False)))
+    marked = TextWithSpans(text, list(zip(edges[::2], edges[1::2], strict=False)))
     (quick,) = encoder.encode([marked], append=append)
     slow = _with_offsets(encoder, marked, append)
     for name in ("tokens", "supervised", "num_bytes"):
@@ -106,7 +106,7 @@ def test_a_byte_level_text_is_placed_without_offsets(
 ) -> None:
     encoder = Encoder(_tokenizer(bpe_folder, change))
     monkeypatch.setattr(encoder, "_with_offsets", None)  # to ask for them would fail
-    (encoded,) = encoder.encode([Marked(text, [(0, len(text))])])
+    (encoded,) = encoder.encode([TextWithSpans(text, [(0, len(text))])])
     assert encoded.num_bytes.sum() == len(text.replace("<|im_end|>", "").encode())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pertoken.data.find import find_files
+from pertoken.data.files.find import find_files
 from pertoken.errors import DataError
 
 

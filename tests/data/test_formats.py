@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from pertoken.data.files.records import BadRow, Record
 from pertoken.data.formats import Conversation, detect_format, to_conversation, to_text
-from pertoken.data.records import BadRow, Record
 
 USER = {"role": "user", "content": "2+2?"}
 REPLY = {"role": "assistant", "content": "4"}

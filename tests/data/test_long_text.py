@@ -15,18 +15,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import pertoken.data.cuts
-import pertoken.data.long_text
-import pertoken.data.records
+import pertoken.data.files.long_text
+import pertoken.data.files.records
 import pertoken.data.samples
-import pertoken.data.tokenizer
-from pertoken.config import DataConfig
-from pertoken.data.encode import Encoder
-from pertoken.data.long_text import BOM, LongText, Window, one_of
-from pertoken.data.records import BadRow, Record, read_records
-from pertoken.data.store import Store, build_store
-from pertoken.data.tokenizer import train_tokenizer
+import pertoken.data.tokens.cuts
+import pertoken.data.tokens.tokenizer
+from pertoken.data.files.long_text import BOM, LongText, Window, one_of
+from pertoken.data.files.records import BadRow, Record, read_records
+from pertoken.data.store.store import Store, build_store
+from pertoken.data.tokens.encode import Encoder
+from pertoken.data.tokens.tokenizer import train_tokenizer
 from pertoken.errors import DataError
+from pertoken.recipe.schema import DataConfig
 
 CONTENTS = st.lists(
     st.sampled_from(
@@ -62,12 +62,12 @@ def _rows(path: Path) -> object:
 def test_a_row_read_in_blocks_is_the_row_or_the_message_of_one_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, block: int, bom: bool
 ) -> None:
-    monkeypatch.setattr(pertoken.data.long_text, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(pertoken.data.files.long_text, "_BLOCK_BYTES", block)
     path = tmp_path / "a.txt"
     path.write_bytes(BOM * bom + content)
-    monkeypatch.setattr(pertoken.data.records, "_LONG_BYTES", 1 << 30)
+    monkeypatch.setattr(pertoken.data.files.records, "_LONG_BYTES", 1 << 30)
     whole = _rows(path)
-    monkeypatch.setattr(pertoken.data.records, "_LONG_BYTES", -1)
+    monkeypatch.setattr(pertoken.data.files.records, "_LONG_BYTES", -1)
     assert _rows(path) == whole
 
 
@@ -86,7 +86,7 @@ def test_parts_windows_and_searches_are_those_of_the_text(
     block: int,
     bom: bool,
 ) -> None:
-    monkeypatch.setattr(pertoken.data.long_text, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(pertoken.data.files.long_text, "_BLOCK_BYTES", block)
     start, stop, one, two = (int(place * len(content)) for place in (*sorted(places[:2]), *sorted(places[2:])))
     long = pickle.loads(pickle.dumps(_long(tmp_path / "a.txt", content, bom=bom or content.startswith("\ufeff"))))
     part, expected = long.part(start, stop), content[start:stop]
@@ -125,12 +125,12 @@ def test_cutting_and_encoding_a_file_holds_a_little_of_it(tmp_path: Path, bpe_to
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """A call of it: texts of more than so many bytes are read in blocks. Pieces are small throughout."""
-    monkeypatch.setattr(pertoken.data.cuts, "_PIECE_CHARS", 100)
-    monkeypatch.setattr(pertoken.data.cuts, "_LONGEST_CHARS", 1500)
-    monkeypatch.setattr(pertoken.data.cuts, "_LEAST_WINDOW", 64)
+    monkeypatch.setattr(pertoken.data.tokens.cuts, "_PIECE_CHARS", 100)
+    monkeypatch.setattr(pertoken.data.tokens.cuts, "_LONGEST_CHARS", 1500)
+    monkeypatch.setattr(pertoken.data.tokens.cuts, "_LEAST_WINDOW", 64)
     monkeypatch.setattr(pertoken.data.samples, "_CHUNK_CHARS", 1000)
-    monkeypatch.setattr(pertoken.data.long_text, "_BLOCK_BYTES", 61)
-    return lambda size: monkeypatch.setattr(pertoken.data.records, "_LONG_BYTES", size)
+    monkeypatch.setattr(pertoken.data.files.long_text, "_BLOCK_BYTES", 61)
+    return lambda size: monkeypatch.setattr(pertoken.data.files.records, "_LONG_BYTES", size)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -215,11 +215,13 @@ def test_a_file_that_changes_between_its_readings_is_refused(
         return found
 
     if moment == "look_through":
-        look_through = pertoken.data.records.look_through
-        monkeypatch.setattr(pertoken.data.records, "look_through", lambda path: then_change(look_through(path)))
+        look_through = pertoken.data.files.records.look_through
+        monkeypatch.setattr(pertoken.data.files.records, "look_through", lambda path: then_change(look_through(path)))
     else:
-        find = pertoken.data.cuts.Cuts.find
-        monkeypatch.setattr(pertoken.data.cuts.Cuts, "find", lambda self, text: then_change(list(find(self, text))))
+        find = pertoken.data.tokens.cuts.Cuts.find
+        monkeypatch.setattr(
+            pertoken.data.tokens.cuts.Cuts, "find", lambda self, text: then_change(list(find(self, text)))
+        )
     with pytest.raises(DataError, match=f"^{path}: changed while it was being prepared, so nothing was stored; run"):
         _build([path], tmp_path / "cache", bpe_tokenizer, on_bad_row="skip")
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.name != "hashes.json"]
@@ -231,14 +233,14 @@ def test_a_file_that_cannot_be_read_again_is_one_line(
     small(500)
     path = tmp_path / "a.txt"
     path.write_bytes(TEXT.encode() * 200)
-    find = pertoken.data.cuts.Cuts.find
+    find = pertoken.data.tokens.cuts.Cuts.find
 
     def then_remove(self: Any, text: Any) -> Any:
         found = list(find(self, text))
         path.unlink()
         return found
 
-    monkeypatch.setattr(pertoken.data.cuts.Cuts, "find", then_remove)
+    monkeypatch.setattr(pertoken.data.tokens.cuts.Cuts, "find", then_remove)
     with pytest.raises(DataError, match=rf"^{path}: cannot be read \(No such file or directory\)"):
         _build([path], tmp_path / "cache", bpe_tokenizer)
 
@@ -247,8 +249,8 @@ def test_a_file_that_cannot_be_read_again_is_one_line(
 def test_a_tokenizer_trained_on_a_file_in_blocks_is_the_one_trained_on_it_whole(
     tmp_path: Path, small: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, kind: Any, vocab_size: int | None
 ) -> None:
-    monkeypatch.setattr(pertoken.data.tokenizer, "_PIECE_CHARS", 200)
-    monkeypatch.setattr(pertoken.data.tokenizer, "_LONGEST_PIECE_CHARS", 600)
+    monkeypatch.setattr(pertoken.data.tokens.tokenizer, "_PIECE_CHARS", 200)
+    monkeypatch.setattr(pertoken.data.tokens.tokenizer, "_LONGEST_PIECE_CHARS", 600)
     path = tmp_path / "a.txt"
     path.write_bytes((TEXT + "".join(f"word{i} " for i in range(9)) + "\n").encode() * 30)
     for name, size in (("whole", 1 << 30), ("made", 100)):
@@ -259,11 +261,11 @@ def test_a_tokenizer_trained_on_a_file_in_blocks_is_the_one_trained_on_it_whole(
 
 
 def test_a_long_line_is_handed_to_the_trainer_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pertoken.data.long_text, "_BLOCK_BYTES", 50)
-    monkeypatch.setattr(pertoken.data.tokenizer, "_PIECE_CHARS", 200)
-    monkeypatch.setattr(pertoken.data.tokenizer, "_LONGEST_PIECE_CHARS", 600)
+    monkeypatch.setattr(pertoken.data.files.long_text, "_BLOCK_BYTES", 50)
+    monkeypatch.setattr(pertoken.data.tokens.tokenizer, "_PIECE_CHARS", 200)
+    monkeypatch.setattr(pertoken.data.tokens.tokenizer, "_LONGEST_PIECE_CHARS", 600)
     for text in ("a word, " * 500, "天" * 2000, "x"):
-        pieces = list(pertoken.data.tokenizer._pieces(_long(tmp_path / "a.txt", text)))
+        pieces = list(pertoken.data.tokens.tokenizer._pieces(_long(tmp_path / "a.txt", text)))
         assert "".join(pieces) == text
         assert max(map(len, pieces)) <= 600
         assert all(piece.endswith(" ") for piece in pieces[:-1]) or " " not in text

@@ -11,9 +11,9 @@ import pytest
 
 PREPARE = """
 import resource, sys
-from pertoken.config import DataConfig
-from pertoken.data.store import build_store
-from pertoken.data.tokenizer import open_tokenizer
+from pertoken.recipe.schema import DataConfig
+from pertoken.data.store.store import build_store
+from pertoken.data.tokens.tokenizer import open_tokenizer
 stage, path, folder = sys.argv[1:]
 data = DataConfig.model_validate({"path": [path], "store": path + "-store", "workers": 1, "max_seq_len": 1024})
 store = build_store(data.path, stage=stage, tokenizer=open_tokenizer(folder), data=data)

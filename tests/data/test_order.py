@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from pertoken.data.order import permute, step_at, steps_per_epoch
+from pertoken.data.batch.order import permute, step_at, steps_per_epoch
 
 
 def order(n: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
@@ -34,7 +34,7 @@ def test_random_access_equals_the_whole_order():
 
 @pytest.mark.parametrize("n", [101, 1000, 4096])
 def test_looks_shuffled(n):
-    """No more fixed points, neighbours or drift than a random permutation has, at five standard deviations."""
+    """No more fixed points, neighbors or drift than a random permutation has, at five standard deviations."""
     for seed in range(5):
         perm = order(n, seed=seed)
         assert (perm == np.arange(n)).sum() <= 8  # Poisson with mean 1

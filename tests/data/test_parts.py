@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import pertoken.data.parts
-from pertoken.data.parts import part_bytes, scan
-from pertoken.data.records import BadRow, Record, read_records
+import pertoken.data.store.parts
+from pertoken.data.files.records import BadRow, Record, read_records
+from pertoken.data.store.parts import part_bytes, scan
 from pertoken.errors import DataError
 
 LINES = st.sampled_from(
@@ -27,7 +27,7 @@ def _rows(files: list[Path]) -> list[tuple[object, ...]]:
     return [_row(row) for file in files for row in read_records(file)]
 
 
-def _rows_of_parts(files: list[Path], parts: list[pertoken.data.parts.Part]) -> list[tuple[object, ...]]:
+def _rows_of_parts(files: list[Path], parts: list[pertoken.data.store.parts.Part]) -> list[tuple[object, ...]]:
     return [_row(row) for part in parts for span in part for row in read_records(files[span.file], span)]
 
 
@@ -47,8 +47,8 @@ def _row(row: Record | BadRow) -> tuple[object, ...]:
 def test_parts_hold_every_row_of_every_jsonl_once_with_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: list[bytes], end: bytes, part: int, block: int
 ) -> None:
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (part, part))
-    monkeypatch.setattr(pertoken.data.parts, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(pertoken.data.store.parts, "_PART_BYTES", (part, part))
+    monkeypatch.setattr(pertoken.data.store.parts, "_BLOCK_BYTES", block)
     files = [tmp_path / f"{i}.jsonl" for i in range(len(contents))]
     for i, (file, content) in enumerate(zip(files, contents, strict=True)):
         file.write_bytes(b'\xef\xbb\xbf{"first": %d}\n' % i + content + end)
@@ -66,7 +66,7 @@ def test_parts_hold_every_row_of_every_jsonl_once_with_its_line(
 def test_row_groups_of_parquet_are_cut_into_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int, count: int
 ) -> None:
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (part, part))
+    monkeypatch.setattr(pertoken.data.store.parts, "_PART_BYTES", (part, part))
     files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
     for file, rows in zip(files, (1000, 40), strict=True):
         pq.write_table(pa.table({"text": [f"{file.name} row {i}" for i in range(rows)]}), file, row_group_size=100)
@@ -77,7 +77,7 @@ def test_row_groups_of_parquet_are_cut_into_parts(
 
 
 def test_a_text_file_is_never_cut_and_small_files_share_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (100, 100))
+    monkeypatch.setattr(pertoken.data.store.parts, "_PART_BYTES", (100, 100))
     files = [tmp_path / f"{i}.txt" for i in range(6)]
     for file, size in zip(files, (1000, 30, 30, 30, 30, 300), strict=True):
         file.write_text("a\n" * (size // 2))
@@ -100,7 +100,7 @@ def test_an_empty_file_is_an_error(tmp_path: Path, name: str, content: bytes, mo
 def test_parts_are_a_share_of_all_between_two_bounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, part: int
 ) -> None:
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (10, 200))
+    monkeypatch.setattr(pertoken.data.store.parts, "_PART_BYTES", (10, 200))
     (tmp_path / "a.jsonl").write_bytes(b"{}\n" * (size // 3 + 1))
     (whole, *_), *others = scan([tmp_path / "a.jsonl"])[1]
     assert not others or part <= whole.stop - whole.start < part + 3
@@ -111,8 +111,8 @@ def test_parts_are_a_share_of_all_between_two_bounds(
 def test_a_span_knows_the_hash_of_its_own_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int
 ) -> None:
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (size, size))
-    monkeypatch.setattr(pertoken.data.parts, "_BLOCK_BYTES", 7)
+    monkeypatch.setattr(pertoken.data.store.parts, "_PART_BYTES", (size, size))
+    monkeypatch.setattr(pertoken.data.store.parts, "_BLOCK_BYTES", 7)
     path = _file_of_rows(tmp_path / name, 30)
     (content_hash,), parts = scan([path])
     content = path.read_bytes()
@@ -137,7 +137,7 @@ def _file_of_rows(path: Path, count: int) -> Path:
 def test_rows_that_changed_since_they_were_hashed_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int
 ) -> None:
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (size, size))
+    monkeypatch.setattr(pertoken.data.store.parts, "_PART_BYTES", (size, size))
     path = _file_of_rows(tmp_path / name, 30)
     _, parts = scan([path])
     assert len(_rows_of_parts([path], parts)) == (1 if name == "a.txt" else 30)

@@ -14,23 +14,23 @@ from typing import Any
 
 import pytest
 
-import pertoken.data.columns
-import pertoken.data.parts
-import pertoken.data.prepare
 import pertoken.data.samples
-import pertoken.data.store
-import pertoken.data.workers
-from pertoken.config import DataConfig
-from pertoken.data.store import Store, build_store
+import pertoken.data.store.columns
+import pertoken.data.store.parts
+import pertoken.data.store.prepare
+import pertoken.data.store.store
+import pertoken.data.store.workers
+from pertoken.data.store.store import Store, build_store
 from pertoken.errors import DataError
+from pertoken.recipe.schema import DataConfig
 
 PART_BYTES = 2000
 
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (PART_BYTES, PART_BYTES))
-    monkeypatch.setattr(pertoken.data.prepare, "_LITTLE_BYTES", 0)
+    monkeypatch.setattr(pertoken.data.store.parts, "_PART_BYTES", (PART_BYTES, PART_BYTES))
+    monkeypatch.setattr(pertoken.data.store.prepare, "_LITTLE_BYTES", 0)
 
 
 def _build(files: list[Path], cache: Path, tokenizer: Any, stage: Any, on_progress: Any = None, **data: Any) -> Store:
@@ -86,13 +86,13 @@ def _write(folder: Path, stage: str, count: int = 150) -> list[Path]:
 def _made_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The parts that this process makes from now on."""
     made: list[int] = []
-    make_part = pertoken.data.prepare.make_part
+    make_part = pertoken.data.store.prepare.make_part
 
     def noted(folder: Path, index: int, *rest: Any) -> None:
         make_part(folder, index, *rest)
         made.append(index)
 
-    monkeypatch.setattr(pertoken.data.prepare, "make_part", noted)
+    monkeypatch.setattr(pertoken.data.store.prepare, "make_part", noted)
     return made
 
 
@@ -116,7 +116,7 @@ def test_any_number_of_processes_makes_the_same_store(
     assert told == sorted(told)
     assert told[-1] == (sum(file.stat().st_size for file in files),) * 2
 
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (10**9, 10**9))  # and cutting files changes no sample
+    monkeypatch.setattr(pertoken.data.store.parts, "_PART_BYTES", (10**9, 10**9))  # and cutting files changes no sample
     whole = _build(files, tmp_path / "whole", bpe_tokenizer, stage, workers=3, **options)
     assert [whole.where(i) for i in range(len(whole))] == [one.where(i) for i in range(len(one))]
     for i in range(len(whole)):
@@ -140,7 +140,7 @@ def test_bad_rows_of_any_part_are_named_as_without_parts(
 
     in_parts = error(3)
     assert error(1) == in_parts
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (10**9, 10**9))
+    monkeypatch.setattr(pertoken.data.store.parts, "_PART_BYTES", (10**9, 10**9))
     assert error(1) == in_parts
     assert f"{files[0]}:{13 + 20 + 2}: row: not valid JSON" in in_parts
     assert in_parts.endswith('more\ndata.on_bad_row="skip" trains on the other rows')
@@ -149,13 +149,13 @@ def test_bad_rows_of_any_part_are_named_as_without_parts(
 _KILLED = """\
 import os, signal, sys
 from pathlib import Path
-import pertoken.data.parts
-import pertoken.data.prepare
-pertoken.data.parts._PART_BYTES = ({part_bytes}, {part_bytes})
-pertoken.data.prepare._LITTLE_BYTES = 0
-from pertoken.config import DataConfig
-from pertoken.data.store import build_store
-from pertoken.data.tokenizer import load_tokenizer
+import pertoken.data.store.parts
+import pertoken.data.store.prepare
+pertoken.data.store.parts._PART_BYTES = ({part_bytes}, {part_bytes})
+pertoken.data.store.prepare._LITTLE_BYTES = 0
+from pertoken.recipe.schema import DataConfig
+from pertoken.data.store.store import build_store
+from pertoken.data.tokens.tokenizer import load_tokenizer
 
 def killed(done, total):
     if len(list(Path({cache!r}).glob(".building-*/part-*.json"))) >= 3:
@@ -245,9 +245,9 @@ def test_parts_of_other_data_settings_or_cuts_are_not_taken(
     assert everything_was_made()
     _build(files, cache, bpe_tokenizer, "sft", max_seq_len=100, **options)
     assert everything_was_made()
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (PART_BYTES + 500,) * 2)
-    cuts = pertoken.data.parts.scan(files)[1]
-    assert [pertoken.data.prepare._find(work, i, part) for i, part in enumerate(cuts)] == [None] * len(cuts)
+    monkeypatch.setattr(pertoken.data.store.parts, "_PART_BYTES", (PART_BYTES + 500,) * 2)
+    cuts = pertoken.data.store.parts.scan(files)[1]
+    assert [pertoken.data.store.prepare._find(work, i, part) for i, part in enumerate(cuts)] == [None] * len(cuts)
     files[0].write_text(files[0].read_text().replace("1?", "2?"))
     _build(files, cache, bpe_tokenizer, "sft", **options)
     assert everything_was_made()
@@ -259,7 +259,7 @@ def test_a_lost_worker_is_an_error_that_keeps_the_finished_parts(
 ) -> None:
     files, cache = _write(tmp_path / "data", "pretrain", count=600), tmp_path / "cache"
     processes: list[Any] = []
-    start = pertoken.data.workers._start
+    start = pertoken.data.store.workers._start
 
     def noted(said: Any) -> Any:
         connection, process = start(said)
@@ -270,7 +270,7 @@ def test_a_lost_worker_is_an_error_that_keeps_the_finished_parts(
         if list(cache.glob(".building-*/part-*.json")):
             os.kill(processes[0].pid, signal.SIGKILL)
 
-    monkeypatch.setattr(pertoken.data.workers, "_start", noted)
+    monkeypatch.setattr(pertoken.data.store.workers, "_start", noted)
     with pytest.raises(
         DataError, match=r"data\.workers: a worker process was killed \(code -9\), most often for lack of memory; "
     ):
@@ -308,9 +308,9 @@ def test_memory_does_not_grow_with_the_file(
     tmp_path: Path, bpe_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, write_jsonl: Callable[..., Path]
 ) -> None:
     monkeypatch.setattr(pertoken.data.samples, "_CHUNK_CHARS", 5_000)
-    monkeypatch.setattr(pertoken.data.columns, "_BATCH_TOKENS", 5_000)
-    monkeypatch.setattr(pertoken.data.parts, "_BLOCK_BYTES", 10_000)
-    monkeypatch.setattr(pertoken.data.parts, "_PART_BYTES", (10**9, 10**9))
+    monkeypatch.setattr(pertoken.data.store.columns, "_BATCH_TOKENS", 5_000)
+    monkeypatch.setattr(pertoken.data.store.parts, "_BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(pertoken.data.store.parts, "_PART_BYTES", (10**9, 10**9))
     peaks = []
     for name, rows in (("warm", 10), ("small", 200), ("large", 1600)):
         path = write_jsonl(f"{name}.jsonl", [{"text": f"{i} The quick brown fox " * 20} for i in range(rows)])
@@ -337,7 +337,7 @@ def test_a_file_that_changes_while_it_is_prepared_is_not_stored(
         pq.write_table(table, path, row_group_size=50, compression="none", use_dictionary=False)
     else:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    scan = pertoken.data.store.scan
+    scan = pertoken.data.store.store.scan
 
     def change(files: list[Path]) -> Any:
         found, before = scan(files), path.stat()
@@ -345,11 +345,11 @@ def test_a_file_that_changes_while_it_is_prepared_is_not_stored(
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         return found
 
-    monkeypatch.setattr(pertoken.data.store, "scan", change)
+    monkeypatch.setattr(pertoken.data.store.store, "scan", change)
     with pytest.raises(DataError, match=rf"{name}: changed while it was being prepared, so nothing was stored; run"):
         _build([path], tmp_path / "cache", bpe_tokenizer, "pretrain", workers=workers)
     assert not _in(tmp_path / "cache")
-    monkeypatch.setattr(pertoken.data.store, "scan", scan)
+    monkeypatch.setattr(pertoken.data.store.store, "scan", scan)
     store = _build([path], tmp_path / "cache", bpe_tokenizer, "pretrain", workers=workers)
     text = "".join(bpe_tokenizer.decode(store[i].tokens) for i in range(len(store)))
     assert "row 712" in text
@@ -358,9 +358,9 @@ def test_a_file_that_changes_while_it_is_prepared_is_not_stored(
 
 _HUNGRY = """
 import resource, sys
-import pertoken.data.prepare
-import pertoken.data.workers
-make_part = pertoken.data.workers.make_part
+import pertoken.data.store.prepare
+import pertoken.data.store.workers
+make_part = pertoken.data.store.workers.make_part
 
 def hungry(*args):
     from tokenizers import Tokenizer, models
@@ -368,13 +368,13 @@ def hungry(*args):
     resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20),) * 2)
     Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).encode("a" * 5_000_000)
 
-pertoken.data.workers.make_part = hungry
+pertoken.data.store.workers.make_part = hungry
 """
 
 
 _WITHOUT_MEMORY = """
 import pertoken.data.samples
-import pertoken.data.workers
+import pertoken.data.store.workers
 
 class Encoder(pertoken.data.samples.Encoder):
     def encode(self, *args, **options):
@@ -406,7 +406,7 @@ def test_memory_that_python_does_not_get_is_one_clear_line_and_no_bad_row(
 
 def _hooked_workers(folder: Path, monkeypatch: pytest.MonkeyPatch, hook: str) -> None:
     """Workers run `hook` before anything else."""
-    main = "\npertoken.data.workers.main(pertoken.data.workers.Connection(int(sys.argv[1])))\n"
+    main = "\npertoken.data.workers.main(pertoken.data.store.workers.Connection(int(sys.argv[1])))\n"
     (folder / "site").mkdir()
     (folder / "site" / "hooked.py").write_text("import sys\n" + hook + main)
     popen = subprocess.Popen
@@ -414,7 +414,7 @@ def _hooked_workers(folder: Path, monkeypatch: pytest.MonkeyPatch, hook: str) ->
     def start(command: list[str], **options: Any) -> Any:
         return popen([sys.executable, str(folder / "site" / "hooked.py"), *command[4:]], **options)
 
-    monkeypatch.setattr(pertoken.data.workers.subprocess, "Popen", start)
+    monkeypatch.setattr(pertoken.data.store.workers.subprocess, "Popen", start)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
@@ -443,7 +443,7 @@ def test_a_work_folder_that_its_owner_removes_just_then_gives_way_to_another(
             Path(path).parent.rmdir()
         return opened(path, *args, **options)
 
-    monkeypatch.setattr(pertoken.data.prepare.os, "open", late)
-    with pertoken.data.prepare.work_folder(tmp_path, "name") as folder:
+    monkeypatch.setattr(pertoken.data.store.prepare.os, "open", late)
+    with pertoken.data.store.prepare.work_folder(tmp_path, "name") as folder:
         assert folder.is_dir()
     assert not list(tmp_path.iterdir())

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pertoken.data import records
-from pertoken.data.json_text import parse_json
-from pertoken.data.records import BadRow, Problems, Record, read_records
+from pertoken.data.files import records
+from pertoken.data.files.json_text import parse_json
+from pertoken.data.files.records import BadRow, Problems, Record, read_records
 from pertoken.errors import DataError
 
 

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pertoken.config import DataConfig
-from pertoken.data.batch import Sample
-from pertoken.data.chat import ChatTemplate, chat_sample
-from pertoken.data.encode import Encoder
+from pertoken.data.batch.pack import Sample
+from pertoken.data.chat.render import ChatTemplate, chat_sample
 from pertoken.data.formats import Conversation
-from pertoken.data.store import Store, build_store
-from pertoken.data.tokenizer import load_tokenizer
+from pertoken.data.store.store import Store, build_store
+from pertoken.data.tokens.encode import Encoder
+from pertoken.data.tokens.tokenizer import load_tokenizer
 from pertoken.errors import DataError, RecipeError
+from pertoken.recipe.schema import DataConfig
 
 WriteJsonl = Callable[..., Path]
 
@@ -340,7 +340,7 @@ def test_record_batches_of_any_number_hold_the_same_samples(
 ) -> None:
     path = write_jsonl("a.jsonl", [_chat("a", "b" * i) for i in range(50)])
     one = _build(path, bpe_tokenizer)
-    monkeypatch.setattr("pertoken.data.columns._BATCH_TOKENS", 64)
+    monkeypatch.setattr("pertoken.data.store.columns._BATCH_TOKENS", 64)
     many = _build(path, bpe_tokenizer, store=str(path.parent / "other"))
     for a, b in zip(_samples(one), _samples(many), strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)

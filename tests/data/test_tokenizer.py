@@ -11,12 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pertoken.data.tokenizer import CHATML, SPECIAL_TOKENS, end_of_turn_id, load_tokenizer, render, train_tokenizer
+from pertoken.data.tokens.tokenizer import (
+    CHATML,
+    SPECIAL_TOKENS,
+    end_of_turn_id,
+    load_tokenizer,
+    render,
+    train_tokenizer,
+)
 from pertoken.errors import DataError, ModelError, RecipeError
 
 
 def test_importing_the_module_imports_no_transformers() -> None:
-    code = "import sys, pertoken.data.tokenizer, pertoken.data.chat; sys.exit('transformers' in sys.modules)"
+    code = (
+        "import sys, pertoken.data.tokens.tokenizer, pertoken.data.chat.render; sys.exit('transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

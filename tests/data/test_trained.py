@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pertoken.data.encode import Encoder
-from pertoken.data.store_key import _tokenizer_identity
-from pertoken.data.tokenizer import (
+from pertoken.data.store.key import _tokenizer_identity
+from pertoken.data.tokens.encode import Encoder
+from pertoken.data.tokens.tokenizer import (
     CHATML,
     as_transformers,
     end_of_turn_id,
@@ -18,11 +18,11 @@ from pertoken.data.tokenizer import (
     special_ids,
     train_tokenizer,
 )
-from pertoken.data.trained import TrainedTokenizer
+from pertoken.data.tokens.trained import TrainedTokenizer
 from pertoken.errors import ModelError
-from pertoken.model.hf import save_folder
-from pertoken.model.transformer import CausalLM
-from pertoken.model_config import ModelConfig
+from pertoken.folders.weights import save_folder
+from pertoken.model.decoder import CausalLM
+from pertoken.recipe.model import ModelConfig
 
 KINDS = ("bpe_folder", "char_folder")
 TEXTS = (

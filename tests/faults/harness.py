@@ -279,7 +279,7 @@ def problem_of(folder: Path) -> str | None:
         if needed not in listed:
             return f"{needed} is not in its manifest"
     if not any(name.startswith("optimizer") for name in listed):
-        return "no optimiser"
+        return "no optimizer"
     for name, expected in listed.items():
         content = (folder / name).read_bytes()
         if (folder / name).is_symlink() or len(content) != expected["bytes"]:
@@ -298,7 +298,7 @@ def tensors_of(folder: Path) -> dict[str, bytes]:
 
 
 def difference(run: Path, reference: Path) -> str | None:
-    """What tells `run` from the undisturbed one: weights, optimiser and rows; None if nothing does."""
+    """What tells `run` from the undisturbed one: weights, optimizer and rows; None if nothing does."""
     last = max(steps_saved(reference))
     folder = run / "checkpoints" / f"step-{last:08d}"
     problem = problem_of(folder) if folder.is_dir() else f"step {last} is not saved"

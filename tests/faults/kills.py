@@ -13,7 +13,7 @@ from typing import Any
 
 from faults.harness import PATIENCE_S, Desk, Process, Workshop, difference, whole_steps
 
-from pertoken.config import CheckpointConfig
+from pertoken.recipe.schema import CheckpointConfig
 
 STEPS, INTERVAL = 18, 3
 SAVE_S = 0.03  # about what a save takes

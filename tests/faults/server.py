@@ -29,10 +29,10 @@ def serve(tokenizer: str) -> None:
 
     import pyarrow
 
-    import pertoken.cli
+    import pertoken.cli.commands
     import pertoken.console
-    import pertoken.training.run
-    from pertoken.data.tokenizer import load_tokenizer
+    import pertoken.runs.setup
+    from pertoken.data.tokens.tokenizer import load_tokenizer
 
     end_with_the_parent()
     load_tokenizer(Path(tokenizer))  # this and the next line import what is imported late
@@ -44,7 +44,7 @@ def serve(tokenizer: str) -> None:
         pid = os.fork()
         if pid == 0:
             become(job)
-            end_as_python_would(pertoken.cli.main)
+            end_as_python_would(pertoken.cli.commands.main)
         say(pid=pid)
         end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         say(code=end.si_status if end.si_code == os.CLD_EXITED else -end.si_status)

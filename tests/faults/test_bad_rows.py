@@ -17,9 +17,9 @@ import pytest
 from tiny import World, pertoken
 
 from pertoken import Recipe
-from pertoken.data import records
-from pertoken.data.store import Store, build_store
-from pertoken.data.tokenizer import load_tokenizer
+from pertoken.data.files import records
+from pertoken.data.store.store import Store, build_store
+from pertoken.data.tokens.tokenizer import load_tokenizer
 
 MAX_LINE_BYTES = 200_000  # for these tests
 USER, REPLY = {"role": "user", "content": "red cat"}, {"role": "assistant", "content": "blue dog"}

@@ -9,7 +9,7 @@ import pytest
 from faults.conftest import Record
 from tiny import World, pertoken
 
-from pertoken.data import records
+from pertoken.data.files import records
 
 
 def problem_with(kind: Any, world: World, folder: Path) -> str | None:

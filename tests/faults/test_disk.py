@@ -27,8 +27,8 @@ from faults.disk import (
 from faults.failing_disk import Fault, calls_in
 from faults.harness import Desk, Workshop, difference, forget_after, steps_saved, whole_steps
 
-from pertoken.data.tokenizer import as_transformers, load_tokenizer
-from pertoken.model.files import save_tokenizer
+from pertoken.data.tokens.tokenizer import as_transformers, load_tokenizer
+from pertoken.folders.files import save_tokenizer
 
 QUICK = {every_call_once: (1, 40), for_ever: (4,), last_save: (1,), rows: (0,), full: (6, -1), old_ones_stay: (0,)}
 TORTURE = {

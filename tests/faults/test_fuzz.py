@@ -22,15 +22,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pertoken import Recipe
-from pertoken.data.chat import ChatTemplate, rendered_chat
+from pertoken.data.chat.render import ChatTemplate, rendered_chat
+from pertoken.data.files.records import BadRow, Record, read_records
 from pertoken.data.formats import FORMATS, to_conversation, to_text
-from pertoken.data.parts import scan
-from pertoken.data.records import BadRow, Record, read_records
-from pertoken.data.tokenizer import load_tokenizer
+from pertoken.data.store.parts import scan
+from pertoken.data.tokens.tokenizer import load_tokenizer
 from pertoken.errors import DataError, ModelError, RecipeError
-from pertoken.model.folder import load_folder, save_folder
-from pertoken.model.transformer import CausalLM
-from pertoken.model_config import ModelConfig
+from pertoken.folders.open import load_folder, save_folder
+from pertoken.model.decoder import CausalLM
+from pertoken.recipe.model import ModelConfig
 
 TIMES = int(os.environ.get("PERTOKEN_FUZZ", "1"))
 

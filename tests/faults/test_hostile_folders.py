@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from tiny import World, pertoken
 
 from pertoken import load_model, load_tokenizer
-from pertoken.chatting import Talker
-from pertoken.data.chat import ChatTemplate
-from pertoken.data.tokenizer import CHATML
+from pertoken.data.chat.render import ChatTemplate
+from pertoken.data.tokens.tokenizer import CHATML
 from pertoken.errors import ModelError, PertokenError, RecipeError
-from pertoken.model.folder import save_folder
-from pertoken.model.transformer import CausalLM
-from pertoken.model_config import ModelConfig
+from pertoken.folders.open import save_folder
+from pertoken.inference.chat import ChatSession
+from pertoken.model.decoder import CausalLM
+from pertoken.recipe.model import ModelConfig
 
 HUGE = 10**9
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -126,7 +126,7 @@ def test_code_in_a_folder_is_not_run(folder: Path, tmp_path: Path, case: str) ->
         _refused(load_model, folder, r"auto_map, is never run")
     else:
         load_model(folder)  # as the family it says it is, by code that is known
-    for load in (load_tokenizer, lambda path: Talker.load(str(path), "cpu")):
+    for load in (load_tokenizer, lambda path: ChatSession.load(str(path), "cpu")):
         with suppress(PertokenError):
             load(folder)
     assert not (tmp_path / "ran").exists()

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 import torch
 
+from pertoken.engines.choose import compile_model
 from pertoken.errors import CompilerError, RecipeError
 from pertoken.kernels import build
 from pertoken.kernels.ops import Kernels
-from pertoken.model.transformer import CausalLM
-from pertoken.model_config import ModelConfig
-from pertoken.training.compilation import compile_model
+from pertoken.model.decoder import CausalLM
+from pertoken.recipe.model import ModelConfig
 from pertoken.training.precision import Precision
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pertoken.kernels.ops import Kernels, Seats
+from pertoken.kernels.ops import Kernels, PaddedLayout
 
 pytestmark = pytest.mark.numeric
 
@@ -56,7 +56,7 @@ def test_norm_and_its_gradient(dtype, n, d):
 @pytest.mark.parametrize(("n", "d"), SIZES)
 def test_casts_and_transposes_are_exact(dtype, n, d):
     kernels, x = Kernels(dtype), values(n, d)
-    straight, turned = kernels.lower_both_ways(x)
+    straight, turned = kernels.cast_and_transpose(x)
     assert torch.equal(straight, x.to(dtype))
     assert torch.equal(turned, x.to(dtype).t())
     out = values(d, n, seed=5)
@@ -75,7 +75,7 @@ def test_bfloat16_is_rounded_as_torch_rounds_it():
     halfway = torch.tensor([1.00390625, 1.01171875, -1.00390625])  # between two: to the even one
     special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 3.4e38, 1e-40, 65504.0])
     x = torch.cat((halfway, special, values(500))).unsqueeze(1).contiguous()
-    straight, _ = kernels.lower_both_ways(x)
+    straight, _ = kernels.cast_and_transpose(x)
     torch.testing.assert_close(straight, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -150,7 +150,7 @@ def test_what_is_not_finite_stays_so(dtype, what):
     low = row.to(dtype)
     labels = torch.zeros(1, dtype=torch.int64)
     assert not kernels.norm_forward(row, torch.ones(48), EPS)[0].isfinite().all()
-    assert not kernels.lower_both_ways(row)[1].isfinite().all()
+    assert not kernels.cast_and_transpose(row)[1].isfinite().all()
     assert not kernels.swiglu_forward(torch.cat((low, low), 1)).isfinite().all()
     assert not kernels.cross_entropy(low.clone(), labels, None, gradient=True).isfinite().all()
     scores = low.clone().unsqueeze(0)
@@ -164,9 +164,9 @@ def test_heads_come_back_from_their_seats(dtype, share):
     """Two documents of 3 and 1 rows, padded to widths 4 and 2, the first one in two blocks."""
     kernels, heads, dim = Kernels(dtype), 2, 6
     table = [[0, 4, 2, 0, 0], [0, 4, 2, 1, 0], [0, 4, 2, 2, 1], [4, 2, 2, 0, 1]]
-    seats = Seats(torch.tensor(table, dtype=torch.int32), torch.tensor([0, 1, 2, 0], dtype=torch.int32), 6)
+    seats = PaddedLayout(torch.tensor(table, dtype=torch.int32), torch.tensor([0, 1, 2, 0], dtype=torch.int32), 6)
     x, norm = values(4, heads * dim + 2, dtype=dtype)[:, : heads * dim], values(dim, seed=1)
-    plain = kernels.seat_heads(x, seats, heads, share, dim)
+    plain = kernels.pad_heads(x, seats, heads, share, dim)
     # [document, group of heads, block, head of the group, row]
     first = x[:3].reshape(3, heads // share, share, dim)
     first = torch.cat((first, torch.zeros_like(first[:1]))).view(2, 2, heads // share, share, dim)
@@ -184,13 +184,13 @@ def test_heads_come_back_from_their_seats(dtype, share):
     a, b = normed.chunk(2, -1)
     cosine, sine = (t.double()[seats.positions.long()][:, None] for t in table_of_angles.chunk(2, 1))
     turned = torch.cat((a * cosine - b * sine, b * cosine + a * sine), -1)
-    seated = kernels.seat_heads(x, seats, heads, share, dim, norm=norm, angles=table_of_angles, eps=EPS)
+    seated = kernels.pad_heads(x, seats, heads, share, dim, norm=norm, angles=table_of_angles, eps=EPS)
     unseated = torch.empty(4, heads * dim, dtype=dtype)
     kernels.unseat_heads(seated, unseated, seats, heads, share, dim)
     close(unseated, turned.detach().flatten(1))
     d_out = values(4, heads * dim, seed=7, dtype=dtype)
     turned.backward(d_out.double().view_as(turned))
-    d_seated = kernels.seat_heads(d_out, seats, heads, share, dim)
+    d_seated = kernels.pad_heads(d_out, seats, heads, share, dim)
     d_x = torch.empty(4, heads * dim, dtype=dtype)
     settings = {"x": x, "norm": norm, "angles": table_of_angles, "eps": EPS}
     d_norm = kernels.unseat_heads(d_seated, d_x, seats, heads, share, dim, **settings)

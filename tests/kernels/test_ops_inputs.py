@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from pertoken.kernels.ops import MAX_HEAD_DIM, Kernels, Seats
+from pertoken.kernels.ops import MAX_HEAD_DIM, Kernels, PaddedLayout
 
 DTYPES = [torch.float32, torch.bfloat16]
 Call = Callable[..., Any]
 
 
-def seats() -> Seats:
+def seats() -> PaddedLayout:
     """Two documents of 3 and 1 rows, padded to widths 4 and 2, the first in two blocks."""
     table = [[0, 4, 2, 0, 0], [0, 4, 2, 1, 0], [0, 4, 2, 2, 1], [4, 2, 2, 0, 1]]
-    return Seats(torch.tensor(table, dtype=torch.int32), torch.tensor([0, 1, 2, 0], dtype=torch.int32), 6)
+    return PaddedLayout(torch.tensor(table, dtype=torch.int32), torch.tensor([0, 1, 2, 0], dtype=torch.int32), 6)
 
 
 def calls(dtype: torch.dtype) -> dict[str, tuple[Call, dict[str, Any]]]:
@@ -49,12 +49,12 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Call, dict[str, Any]]]:
                 "d_residual_ND": torch.randn(5, 7),
             },
         ),
-        "lower_both_ways": (k.lower_both_ways, {"x_ND": torch.randn(5, 7)}),
+        "cast_and_transpose": (k.cast_and_transpose, {"x_ND": torch.randn(5, 7)}),
         "widen_transposed": (k.widen_transposed, {"x_RC": act(5, 7), "out_CR": torch.zeros(7, 5)}),
         "add_residual": (k.add_residual, {"h_ND": torch.randn(5, 7), "delta_ND": act(5, 7)}),
         "swiglu_forward": (k.swiglu_forward, {"gate_up_NF": act(5, 14)}),
         "swiglu_backward": (k.swiglu_backward, {"gate_up_NF": act(5, 14), "d_out_NF": act(5, 7)}),
-        "seat_heads": (k.seat_heads, {"x": act(4, 12), **heads, "norm": torch.randn(6), "angles": angles}),
+        "pad_heads": (k.pad_heads, {"x": act(4, 12), **heads, "norm": torch.randn(6), "angles": angles}),
         "unseat_heads": (
             k.unseat_heads,
             {"d_out": act(12, 6), "to": act(4, 12), "x": act(4, 12), **heads, "norm": torch.randn(6), "angles": angles},
@@ -76,7 +76,7 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Call, dict[str, Any]]]:
 NAMES = list(calls(torch.float32))
 # Arguments of which any size of a dimension is right, as no other argument is measured by it.
 FREE = {
-    ("lower_both_ways", "x_ND"): {0, 1},
+    ("cast_and_transpose", "x_ND"): {0, 1},
     ("norm_forward", "h_ND"): {0},
     ("softmax_forward", "limits_SR"): {0},
     ("softmax_backward", "limits_SR"): {0},
@@ -181,11 +181,11 @@ def test_a_limit_beyond_the_columns_stays_within_them(limit, dtype):
 )
 def test_a_seat_outside_of_the_layout_is_an_error(row, why):
     with pytest.raises(ValueError, match="outside of the layout's 6 rows"):
-        Seats(torch.tensor([row], dtype=torch.int32), torch.zeros(1, dtype=torch.int32), 6)
+        PaddedLayout(torch.tensor([row], dtype=torch.int32), torch.zeros(1, dtype=torch.int32), 6)
 
 
 def test_heads_that_do_not_fit_their_seats_are_errors():
-    function, arguments = calls(torch.float32)["seat_heads"]
+    function, arguments = calls(torch.float32)["pad_heads"]
     for changes in ({"heads": 3}, {"share": 3}, {"share": 0}, {"head_dim": 5}, {"head_dim": 0}, {"heads": 0}):
         with pytest.raises(ValueError, match=r"must be|are seated"):
             function(**{**arguments, **changes})

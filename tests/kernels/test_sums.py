@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pertoken.kernels.ops import Kernels
-from pertoken.loss import linear_cross_entropy
+from pertoken.objective.cross_entropy import linear_cross_entropy
 
 ROUNDING = torch.finfo(torch.float32).eps  # of a result, and of the float32 terms that go into it
 

@@ -62,7 +62,7 @@ def test_no_documents_give_nothing_but_zero_gradients():
     ],
     ids=str,
 )
-def test_rectangles_hold_similar_neighbours(lengths, rectangles):
+def test_rectangles_hold_similar_neighbors(lengths, rectangles):
     layout = AttentionLayout.of(lengths, CPU)
     assert layout.rectangles == rectangles
     assert (layout.positions is None) == (sum(s * t for s, t in rectangles) == sum(lengths))

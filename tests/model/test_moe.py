@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pertoken.config import ModelConfig
-from pertoken.data.batch import Sample, collate
+from pertoken.data.batch.pack import Sample, collate
+from pertoken.model.decoder import CausalLM
 from pertoken.model.moe import MixtureOfExperts, _num_rows
-from pertoken.model.transformer import CausalLM
+from pertoken.recipe.schema import ModelConfig
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
 
@@ -48,15 +48,15 @@ def router_logits(model):
     return seen
 
 
-def gradients(model, *micro_batches, num_tokens=50.0, num_routed=144.0):
+def gradients(model, *micro_batches, num_tokens=50.0, num_input_tokens=144.0):
     model.zero_grad()
     for micro_batch in micro_batches:
-        model(micro_batch).objective(num_tokens, num_routed).backward()
+        model(micro_batch).objective(num_tokens, num_input_tokens).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 def step_gradients(model, micro_batches):
-    """Of one `train_step`, as the optimiser gets them."""
+    """Of one `train_step`, as the optimizer gets them."""
     precision = Precision("float64", torch.device("cpu"))
     state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.0), precision.new_scaler(), precision)
     kept = {}
@@ -64,7 +64,7 @@ def step_gradients(model, micro_batches):
         state,
         micro_batches,
         num_tokens=float(sum(m.loss_mask.sum() for m in micro_batches)),
-        num_routed=float(sum(len(m.input_ids) for m in micro_batches)),
+        num_input_tokens=float(sum(len(m.input_ids) for m in micro_batches)),
         lr=0.0,
         max_norm=0.0,
         on_gradients=lambda: kept.update({n: p.grad.clone() for n, p in model.named_parameters()}),
@@ -161,7 +161,7 @@ def test_without_a_balance_loss_every_parameter_still_has_a_gradient():
         model = small_model(5, chosen, aux_loss="none")
         found = gradients(model, collate(samples()))  # which would fail for a gradient of None
         routers = [norm for name, grad in found.items() if "mlp.gate" in name for norm in [float(grad.norm())]]
-        assert [norm > 0 for norm in routers] == [chosen > 1] * 3, "one renormalised choice has weight 1, a constant"
+        assert [norm > 0 for norm in routers] == [chosen > 1] * 3, "one renormalized choice has weight 1, a constant"
         assert float(model(collate(samples())).metrics["aux_loss"][0]) > 144
 
 

@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pertoken.config import ModelConfig
-from pertoken.data.batch import Sample, collate
-from pertoken.model import transformer
+from pertoken.data.batch.pack import Sample, collate
+from pertoken.model import decoder as transformer
+from pertoken.model.decoder import CausalLM
 from pertoken.model.operations import body_parameters
-from pertoken.model.transformer import CausalLM
+from pertoken.recipe.schema import ModelConfig
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 EXPERTS = {"use_moe": True, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}

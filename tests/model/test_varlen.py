@@ -10,11 +10,11 @@ from attention_reference import plain_gradients, plain_softmax_attention, qkv
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import varlen
 
-from pertoken.config import ModelConfig
-from pertoken.data.batch import Sample, collate
-from pertoken.model import transformer
+from pertoken.data.batch.pack import Sample, collate
+from pertoken.model import decoder as transformer
 from pertoken.model.attention import AttentionLayout, flash_capability, varlen_attention, which_attention
-from pertoken.model.transformer import CausalLM
+from pertoken.model.decoder import CausalLM
+from pertoken.recipe.schema import ModelConfig
 
 pytestmark = pytest.mark.numeric
 
@@ -73,7 +73,7 @@ def test_an_empty_micro_batch_never_reaches_the_kernel():
     assert AttentionLayout.of((), CPU, cu_seqlens=cu_seqlens_of(())).cu_seqlens is None
 
 
-# Autograd asks even a fake CUDA tensor's device for a stream, so gradients are asked of the meta device.
+# Autograd asks even a fake CUDA tensor's device for a stream, so gradients are output_rows of the meta device.
 @pytest.mark.parametrize(("device", "with_grad"), [("cuda", False), ("meta", True)])
 def test_the_operator_takes_our_arguments_forward_and_backward(device, with_grad):
     with FakeTensorMode(), torch.set_grad_enabled(with_grad):

@@ -14,16 +14,16 @@ import torch
 from tiny import pertoken
 
 from pertoken import Recipe, loss
-from pertoken.config import TrainConfig
+from pertoken.engines.cpu import attention as native_attention
 from pertoken.errors import RecipeError
-from pertoken.model import native_attention
 from pertoken.prove import paths, run
 from pertoken.prove.case import Case
 from pertoken.prove.plain_update import PlainOptimizer
 from pertoken.prove.report import Gradient, Result, compare
 from pertoken.prove.run import NAMES, prove
 from pertoken.prove.samples import LONG, choose
-from pertoken.training.run_data import prepare
+from pertoken.recipe.schema import TrainConfig
+from pertoken.runs.data import prepare
 
 pytestmark = pytest.mark.numeric
 
@@ -84,7 +84,7 @@ def test_a_crash_inside_of_a_class_is_its_failure(world, tmp_path, monkeypatch):
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no kernel for this shape")
 
-    monkeypatch.setattr("pertoken.model.transformer.attention", broken)
+    monkeypatch.setattr("pertoken.model.decoder.attention", broken)
     monkeypatch.setattr("pertoken.prove.run.reference_gradient", lambda model, samples, aux_loss_coef: zeros(model))
     proof = prove(world.recipe(tmp_path / "run"), only=["accumulation"])
     (result,) = proof.results
@@ -132,9 +132,9 @@ def test_pretraining_is_proved_too(tmp_path, text_file, bpe_folder):
 def test_a_text_that_is_read_in_blocks_is_compared_with_its_samples(
     tmp_path, text_file, bpe_folder, monkeypatch, mutant
 ):
-    monkeypatch.setattr("pertoken.data.records._LONG_BYTES", 0)
+    monkeypatch.setattr("pertoken.data.files.records._LONG_BYTES", 0)
     monkeypatch.setattr("pertoken.data.samples._CHUNK_CHARS", 1)
-    monkeypatch.setattr("pertoken.data.long_text._BLOCK_BYTES", 7)
+    monkeypatch.setattr("pertoken.data.files.long_text._BLOCK_BYTES", 7)
     if mutant:
         mutants.plant(mutant, monkeypatch)
     recipe = Recipe.parse(
@@ -230,7 +230,7 @@ def test_an_update_is_measured_by_what_rounding_of_its_gradient_can_do():
 def test_the_samples_are_the_first_steps_and_have_one_that_nobody_supervises(world, tmp_path):
     store, _ = prepare(world.recipe(tmp_path / "run"))
     chosen = choose(store, tokens=600, batch_size=16, seed=42)
-    from pertoken.data.order import step_at
+    from pertoken.data.batch.order import step_at
 
     first = step_at(1, num_samples=len(store), batch_size=16, seed=42).sample_ids.tolist()
     assert set(chosen.ids) <= set(first)

@@ -18,19 +18,19 @@ from tiny import World, pertoken, rows_of, untimed
 from torch import nn
 
 from pertoken import load_model, train
-from pertoken.config import ModelConfig
-from pertoken.data.batch import collate
-from pertoken.data.sample import Sample
+from pertoken.data.batch.pack import collate
+from pertoken.data.batch.sample import Sample
 from pertoken.errors import NonFiniteError, RecipeError
-from pertoken.model.foreign import ForeignLM
-from pertoken.model.transformer import CausalLM
-from pertoken.training import loop, spikes
+from pertoken.hf_fallback.model import FallbackLM
+from pertoken.model.decoder import CausalLM
+from pertoken.recipe.schema import ModelConfig
+from pertoken.runs import loop, spikes
+from pertoken.runs.replay import replay
+from pertoken.runs.spikes import Spikes, SpikeStep
+from pertoken.tracking.metrics import Listener
 from pertoken.training.faults import first_non_finite, is_finite, nearest_bad_gradient
-from pertoken.training.metrics import Listener
 from pertoken.training.parallel import World as Ranks
 from pertoken.training.precision import Precision
-from pertoken.training.replay import replay
-from pertoken.training.spikes import Spikes, SpikeStep
 from pertoken.training.step import TrainState
 
 pytestmark = pytest.mark.numeric
@@ -46,7 +46,7 @@ def model_of(kind: str) -> nn.Module:
         from transformers import GPT2Config, GPT2LMHeadModel
 
         torch.manual_seed(0)
-        return ForeignLM(GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=16, n_layer=2, n_head=2, n_positions=32)))
+        return FallbackLM(GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=16, n_layer=2, n_head=2, n_positions=32)))
     config = ModelConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, use_moe=kind == "experts")
     model = CausalLM(config.resolve(16), seed=1)
     if kind == "kernels":
@@ -135,15 +135,15 @@ def test_what_overflows_between_modules_is_named_by_the_module_that_computes_it(
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_found_and_cleared():
     model, precision = model_of("plain"), Precision("float32", torch.device("cpu"))
 
-    def take_back(out: Any) -> None:
+    def run_backward(out: Any) -> None:
         out.objective(1.0, 1.0).backward()
         taken.append(nearest_bad_gradient(model))
 
     taken: list[str | None] = []
-    assert is_finite(model, collate(SAMPLES), precision, take_back)
+    assert is_finite(model, collate(SAMPLES), precision, run_backward)
     spoil_gradient(model, f"{LAYER}.mlp.up_proj")
     assert is_finite(model, collate(SAMPLES), precision)
-    assert not is_finite(model, collate(SAMPLES), precision, take_back)
+    assert not is_finite(model, collate(SAMPLES), precision, run_backward)
     assert taken == [None, f"{LAYER}.mlp.up_proj.weight"]
     assert all(p.grad is None for p in model.parameters())
 
@@ -162,7 +162,7 @@ def spoil_gradient(model: nn.Module, name: str) -> None:
 
 def built_with(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Every model that a run builds goes through `change`."""
-    from pertoken.training import run
+    from pertoken.runs import setup as run
 
     real = run.build_model
 
@@ -199,7 +199,7 @@ def test_a_run_whose_gradient_is_not_finite_names_sample_and_parameter_and_repla
         model.model.embed_tokens.register_forward_pre_hook(look)
         up.register_forward_hook(back)
 
-    from pertoken.data.tokenizer import load_tokenizer
+    from pertoken.data.tokens.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(world.folder / "tokenizer")
     built_with(monkeypatch, spoil)
@@ -388,10 +388,11 @@ import math
 import sys
 from pathlib import Path
 import torch
-import pertoken.training.loop as loop
+import pertoken.runs.loop as loop
 from pertoken import Recipe, train
 from pertoken.errors import PertokenError
-from pertoken.training import run as building, spikes
+from pertoken.runs import spikes
+from pertoken.runs import setup as building
 from pertoken.training.parallel import end_process, join_world
 
 what = None

@@ -13,13 +13,15 @@ import torch
 from tiny import pertoken, rows_of
 
 from pertoken import train
+from pertoken.checkpoints import write as saving
 from pertoken.errors import CheckpointError, PertokenError, RecipeError
-from pertoken.generate import generate
-from pertoken.model.transformer import CausalLM
-from pertoken.model_config import ModelConfig
-from pertoken.training import loop, memory, saving, step
+from pertoken.inference.generate import generate
+from pertoken.model.decoder import CausalLM
+from pertoken.recipe.model import ModelConfig
+from pertoken.runs import loop
+from pertoken.tracking.metrics import Listener
+from pertoken.training import memory, step
 from pertoken.training.memory import machine_bytes, out_of_memory
-from pertoken.training.metrics import Listener
 
 ALLOCATOR = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -236,7 +238,7 @@ def test_a_run_that_the_system_gives_too_little_memory_ends_well_or_in_one_line(
         "import resource, sys\n"
         "from pathlib import Path\n"
         "from pertoken.training import loop\n"
-        "from pertoken.cli import main\n"
+        "from pertoken.cli.commands import main\n"
         "real = loop.update\n"
         "def update(*args, **kwargs):\n"
         "    used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"

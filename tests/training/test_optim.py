@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from pertoken.config import ModelConfig, TrainConfig
-from pertoken.model.transformer import CausalLM
+from pertoken.model.decoder import CausalLM
+from pertoken.recipe.schema import ModelConfig, TrainConfig
 from pertoken.training import optim
-from pertoken.training.optim import build_adamw, build_muon, build_optimizer, lr_at, orthogonalised, set_lr
+from pertoken.training.optim import build_adamw, build_muon, build_optimizer, lr_at, orthogonalized, set_lr
 
 pytestmark = pytest.mark.numeric
 
@@ -93,14 +93,14 @@ def test_the_schedule_scales_muon_and_adamw_alike():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (16, 16), (33, 16), (16, 33)])
-def test_orthogonalising_maps_each_singular_value_by_the_iteration(shape):
+def test_orthogonalizing_maps_each_singular_value_by_the_iteration(shape):
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     s = s / s.norm(dim=-1, keepdim=True)
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    assert (orthogonalised(x) - (u * s[:, None]) @ vh).abs().max() < 1e-12
-    assert torch.equal(orthogonalised(torch.zeros_like(x)), torch.zeros_like(x))
+    assert (orthogonalized(x) - (u * s[:, None]) @ vh).abs().max() < 1e-12
+    assert torch.equal(orthogonalized(torch.zeros_like(x)), torch.zeros_like(x))
 
 
 def steps_of(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:

@@ -88,7 +88,7 @@ def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def alone(runs: Path, way: str) -> Path:
-    """The run on one rank with the same optimiser."""
+    """The run on one rank with the same optimizer."""
     return runs / ("alone-muon" if way.endswith("muon") else "alone")
 
 
@@ -223,8 +223,8 @@ def test_an_error_that_only_one_rank_meets_is_the_one_shown(world, tmp_path):
     script = tmp_path / "one_bad_rank.py"
     script.write_text(
         "import os, sys\n"
-        "import pertoken.training.loop as loop\n"
-        "from pertoken.cli import main\n"
+        "import pertoken.runs.loop as loop\n"
+        "from pertoken.cli.commands import main\n"
         "from pertoken.errors import DataError\n"
         "share_of = loop.share_of\n"
         "def bad(*args, **kwargs):\n"
@@ -278,11 +278,11 @@ OVERFLOW = """
 import sys
 import torch
 import torch.distributed as dist
-from pertoken.config import ModelConfig
-from pertoken.data.batch import MicroBatch, collate
-from pertoken.model.transformer import CausalLM
+from pertoken.recipe.schema import ModelConfig
+from pertoken.data.batch.pack import MicroBatch, collate
+from pertoken.model.decoder import CausalLM
 from pertoken.training.optim import build_adamw
-from pertoken.training.parallel import end_process, join_world, parallelise, whole
+from pertoken.training.parallel import end_process, join_world, parallelize, whole
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
 
@@ -290,7 +290,7 @@ with join_world("cpu") as world:
     config = ModelConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).resolve(64)
     model = CausalLM(config)
     precision = Precision("float16", torch.device("cpu"))
-    wrapped = parallelise(model, sys.argv[1], world, device=precision.device, layers=model.layers)
+    wrapped = parallelize(model, sys.argv[1], world, device=precision.device, layers=model.layers)
     state = TrainState(wrapped, build_adamw(model, weight_decay=0.1, betas=(0.9, 0.95)), precision.new_scaler(),
                        precision, world)
     unscale = state.scaler.unscale_
@@ -305,7 +305,7 @@ with join_world("cpu") as world:
     seen = []
     for step in range(3):
         state.scaler.unscale_ = overflow if step == 1 and sys.argv[1] == "fsdp" else unscale
-        metrics = train_step(state, [batch], num_tokens=16.0, num_routed=16.0, lr=1e-3, max_norm=1.0)
+        metrics = train_step(state, [batch], num_tokens=16.0, num_input_tokens=16.0, lr=1e-3, max_norm=1.0)
         total = float(sum(whole(p.detach()).double().sum() for p in model.parameters()))
         seen.append((metrics.skipped, state.scaler.get_scale(), total))
     everyone = world.gather(seen)
@@ -330,10 +330,10 @@ GATHERED = """
 import sys
 import numpy as np
 import torch
-from pertoken.config import ModelConfig
-from pertoken.data.batch import Sample, collate
-from pertoken.model.transformer import CausalLM
-from pertoken.training.parallel import end_process, join_world, parallelise, synchronised, whole
+from pertoken.recipe.schema import ModelConfig
+from pertoken.data.batch.pack import Sample, collate
+from pertoken.model.decoder import CausalLM
+from pertoken.training.parallel import end_process, join_world, parallelize, synchronized, whole
 
 experts = {"use_moe": True, "num_experts_per_tok": 2} if sys.argv[1] == "experts" else {}
 LOW = getattr(torch, sys.argv[2])
@@ -343,7 +343,7 @@ with join_world("cpu") as world:
     for low in (None, LOW):
         model = CausalLM(config, seed=1)
         model.activation_checkpointing = sys.argv[3] == "again"
-        wrapped = parallelise(model, "fsdp", world, device=torch.device("cpu"), layers=model.layers, low=low,
+        wrapped = parallelize(model, "fsdp", world, device=torch.device("cpu"), layers=model.layers, low=low,
                               wide=model.wide_modules)
         layer = model.layers[0]  # looked at while it runs; before and after, what it has is its shards
         layer.mlp.register_forward_pre_hook(
@@ -352,7 +352,7 @@ with join_world("cpu") as world:
         for i in range(3):  # one of them empty on each rank
             lengths = [9, 5, 3] if i != world.rank else []
             batch = collate([Sample(rng.integers(0, 64, n + 1), rng.random(n) < 0.6) for n in lengths])
-            with synchronised(wrapped, now=i == 2):
+            with synchronized(wrapped, now=i == 2):
                 with torch.autocast("cpu", LOW):
                     out = wrapped(batch)
                 out.objective(10.0, 30.0).backward()

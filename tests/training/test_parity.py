@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from tiny import rows_of
 
 from pertoken import train
-from pertoken.data.order import step_at
-from pertoken.data.tokenizer import load_tokenizer
-from pertoken.model.hf import save_folder
-from pertoken.model.transformer import CausalLM
-from pertoken.training.run_data import prepare
+from pertoken.data.batch.order import step_at
+from pertoken.data.tokens.tokenizer import load_tokenizer
+from pertoken.folders.weights import save_folder
+from pertoken.model.decoder import CausalLM
+from pertoken.runs.data import prepare
 
 pytestmark = pytest.mark.numeric
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from tiny import World, pertoken, rows_of
 
 from pertoken import load_model
-from pertoken.data.batch import collate, plan
-from pertoken.data.order import step_at
+from pertoken.data.batch.order import step_at
+from pertoken.data.batch.pack import collate, pack_micro_batches
+from pertoken.runs.data import prepare
 from pertoken.training.precision import Precision
-from pertoken.training.run_data import prepare
 from pertoken.training.step import TrainState, train_step
 
 pytestmark = pytest.mark.numeric
@@ -76,7 +76,7 @@ def gradients(world: World, run: Path, budget: int) -> tuple[dict[str, torch.Ten
     precision = Precision("float64", torch.device("cpu"))
     state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.0), precision.new_scaler(), precision)
     ids = step_at(1, num_samples=len(store), batch_size=16, seed=42).sample_ids
-    cut = plan(store.lengths[ids].tolist(), world_size=1, token_budget=budget)[0]
+    cut = pack_micro_batches(store.lengths[ids].tolist(), world_size=1, token_budget=budget)[0]
     micro_batches = [collate([store[int(i)] for i in ids[c]]) for c in cut]
     kept: dict[str, torch.Tensor] = {}
 
@@ -87,7 +87,7 @@ def gradients(world: World, run: Path, budget: int) -> tuple[dict[str, torch.Ten
         state,
         micro_batches,
         num_tokens=float(store.num_tokens[ids].sum()),
-        num_routed=float(store.lengths[ids].sum()),
+        num_input_tokens=float(store.lengths[ids].sum()),
         lr=0.0,
         max_norm=0.0,
         on_gradients=keep,

@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 from tiny import World, pertoken, rows_of
 
 from pertoken import train
-from pertoken.data.tokenizer import load_tokenizer
+from pertoken.checkpoints import read as checkpoint_module
+from pertoken.data.tokens.tokenizer import load_tokenizer
 from pertoken.errors import PertokenError
-from pertoken.model.hf import save_folder
-from pertoken.model.transformer import CausalLM
-from pertoken.training import checkpoint as checkpoint_module
+from pertoken.folders.weights import save_folder
+from pertoken.model.decoder import CausalLM
+from pertoken.runs.data import prepare
+from pertoken.tracking.metrics import Listener
 from pertoken.training.evaluate import Evaluation, evaluate
-from pertoken.training.metrics import Listener
 from pertoken.training.precision import Precision
-from pertoken.training.run_data import prepare
 
 pytestmark = pytest.mark.numeric
 
@@ -171,7 +171,7 @@ def test_gradient_statistics_are_of_the_true_gradients_and_name_what_has_none(wo
     norm = math.sqrt(sum(s.norm**2 for s in stats))
     assert norm == pytest.approx(rows_of(tmp_path / "run")[0]["grad_norm"], rel=1e-6)
 
-    from pertoken.training.metrics import gradient_stats
+    from pertoken.tracking.metrics import gradient_stats
 
     model = torch.nn.Linear(2, 2)
     model.weight.grad = torch.tensor([[1.0, 3.0], [1.0, 3.0]])
@@ -235,7 +235,7 @@ def evaluations_of(monkeypatch, *losses):
     def evaluated(model, store, precision, *, token_budget, world):
         return Evaluation(100.0 * next(coming), 100.0, 100)
 
-    monkeypatch.setattr("pertoken.training.loop.evaluate", evaluated)
+    monkeypatch.setattr("pertoken.runs.loop.evaluate", evaluated)
 
 
 def kept_by(run):

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pertoken.errors import ModelError, RecipeError
-from pertoken.loss import linear_cross_entropy
-from pertoken.model.head import check_logits, linear_head
+from pertoken.hf_fallback.head import check_logits, linear_head
+from pertoken.objective.cross_entropy import linear_cross_entropy
 
 __all__ = ["PerTokenLoss", "fuse_loss"]
 
@@ -140,7 +140,7 @@ class PerTokenLoss:
         elif model is self.model and _needs_ddp(self):
             raise RecipeError(
                 "evaluate: was called before train on several processes, after which transformers trains each on its "
-                "own, gradients unsynchronised; call train first, or make a new trainer"
+                "own, gradients unsynchronized; call train first, or make a new trainer"
             )
         # Trainer's own, past SFTTrainer's, which has a fused loss too and would not see this model's
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pertoken.data.json_text import parse_json
-from pertoken.data.long_text import LongText
-from pertoken.data.records import BadRow, Record
+from pertoken.data.files.json_text import parse_json
+from pertoken.data.files.long_text import LongText
+from pertoken.data.files.records import BadRow, Record
 from pertoken.text import names, shown
 
 __all__ = ["FORMATS", "ROLES", "Conversation", "detect_format", "to_conversation", "to_text"]

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from pertoken.config import DataConfig
-from pertoken.data.chat import ChatTemplate, rendered_chat
-from pertoken.data.cuts import NoCut
-from pertoken.data.encode import Encoded, Encoder, Marked
+from pertoken.data.chat.render import ChatTemplate, rendered_chat
+from pertoken.data.files.long_text import LongText
+from pertoken.data.files.records import BadRow, Problems, Record, Span, read_records
 from pertoken.data.formats import to_conversation, to_text
-from pertoken.data.long_text import LongText
-from pertoken.data.records import BadRow, Problems, Record, Span, read_records
+from pertoken.data.tokens.cuts import NoCut
+from pertoken.data.tokens.encode import Encoded, Encoder, TextWithSpans
 from pertoken.errors import DataError, RecipeError
+from pertoken.recipe.schema import DataConfig
 from pertoken.text import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Counts", "Making", "Outcome", "Row"]
+__all__ = ["Counts", "Outcome", "Row", "SampleBuilder"]
 
 # Encoded at a time, by all threads at once: enough to keep them busy, little enough to hold in memory, where a token
 # takes over a hundred bytes until it is a number.
@@ -81,15 +81,15 @@ class _Document:
     line: int
     digest: int
     is_tail: bool
-    text: Marked | LongText
+    text: TextWithSpans | LongText
 
     @property
     def num_chars(self) -> int:
-        return len(self.text.text if isinstance(self.text, Marked) else self.text)
+        return len(self.text.text if isinstance(self.text, TextWithSpans) else self.text)
 
 
 @dataclass(frozen=True)
-class Making:
+class SampleBuilder:
     """How rows become samples: everything a worker has to know. Can be pickled."""
 
     files: tuple[Path, ...]
@@ -107,7 +107,7 @@ class Making:
         stage: Literal["sft", "pretrain"],
         tokenizer: PreTrainedTokenizerBase,
         encoder: Encoder,
-    ) -> Making:
+    ) -> SampleBuilder:
         """Raises RecipeError where the tokenizer lacks the template or the eos token that the stage needs."""
         template = ChatTemplate(tokenizer, data.template_kwargs) if stage == "sft" else None
         return cls(tuple(files), data, encoder, template, _eos(tokenizer) if stage == "pretrain" else None)
@@ -142,7 +142,7 @@ class Making:
                 pieces = self.encoder.pieces(chunk[0].text, append=self.eos_token_id)
                 yield chunk[0], self._guarded(chunk[0], pieces)
                 return
-            marked = [document.text for document in chunk if isinstance(document.text, Marked)]
+            marked = [document.text for document in chunk if isinstance(document.text, TextWithSpans)]
             assert len(marked) == len(chunk), "a LongText is a chunk by itself"
             encoded = list(self.encoder.encode(marked, append=self.eos_token_id))
         except (DataError, MemoryError):
@@ -183,7 +183,7 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
 class _Rows:
     """Reads rows, keeps count of them, and makes documents of the good ones."""
 
-    def __init__(self, making: Making, outcome: Outcome, skip: Callable[[BadRow], object]) -> None:
+    def __init__(self, making: SampleBuilder, outcome: Outcome, skip: Callable[[BadRow], object]) -> None:
         self._making = making
         self._outcome = outcome
         self._skip = skip
@@ -205,7 +205,7 @@ class _Rows:
                     yield _Document(span.file, row.line, row.digest, is_tail, text)
             before += span.stop - span.start
 
-    def _texts(self, row: Record) -> Sequence[tuple[Marked | LongText, bool]] | BadRow:
+    def _texts(self, row: Record) -> Sequence[tuple[TextWithSpans | LongText, bool]] | BadRow:
         if self._making.template is not None:
             return _rendered(row, self._making.template, self._making.data)
         return _texts(row, self._making.data)
@@ -219,7 +219,7 @@ class _Rows:
             self._outcome.skippable = True
 
 
-def _texts(row: Record, data: DataConfig) -> list[tuple[Marked | LongText, bool]] | BadRow:
+def _texts(row: Record, data: DataConfig) -> list[tuple[TextWithSpans | LongText, bool]] | BadRow:
     text = to_text(row, data.text_key)
     if isinstance(text, BadRow):
         return text
@@ -232,15 +232,15 @@ def _texts(row: Record, data: DataConfig) -> list[tuple[Marked | LongText, bool]
     ]
 
 
-def _part(text: str | LongText, start: int, stop: int) -> Marked | LongText:
+def _part(text: str | LongText, start: int, stop: int) -> TextWithSpans | LongText:
     """The characters [start, stop), all of them learned."""
     if isinstance(text, LongText) and stop - start >= _CHUNK_CHARS:
         return text.part(start, stop)
     part = text[start:stop] if isinstance(text, str) else str(text.part(start, stop))
-    return Marked(part, [(0, len(part))])
+    return TextWithSpans(part, [(0, len(part))])
 
 
-def _rendered(row: Record, template: ChatTemplate, data: DataConfig) -> Sequence[tuple[Marked, bool]] | BadRow:
+def _rendered(row: Record, template: ChatTemplate, data: DataConfig) -> Sequence[tuple[TextWithSpans, bool]] | BadRow:
     chat = to_conversation(row, data.format, prompt_key=data.prompt_key, completion_key=data.completion_key)
     if isinstance(chat, BadRow):
         return chat

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pertoken.data.sample import Sample
+from pertoken.data.batch.sample import Sample
 
 __all__ = ["supervised_pieces"]
 

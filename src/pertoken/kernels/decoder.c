@@ -1,6 +1,6 @@
 /* The element-wise parts of a decoder, fused: one pass over memory where a chain of tensor operations takes several.
  *
- * Plain C that a compiler vectorises for the processor it runs on; matrix products are not here (oneDNN and MKL do them).
+ * Plain C that a compiler vectorizes for the processor it runs on; matrix products are not here (oneDNN and MKL do them).
  * Compiled twice: activations are bfloat16 with -DBFLOAT16, else float32. Everything is computed in float32.
  * No -ffast-math: NaN and infinity must come through, since the trainer looks for them.
  *
@@ -189,7 +189,7 @@ void norm_backward(const act *d_out, const float *h, const float *w, const float
 }
 
 /* x [N, D] float32 -> low [N, D] and its transpose [D, N]. */
-void lower_both_ways(const float *x, act *straight, act *turned, int64_t N, int64_t D, int threads) {
+void cast_and_transpose(const float *x, act *straight, act *turned, int64_t N, int64_t D, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t start = 0; start < N; start += ROWS) {
         int64_t rows = N - start < ROWS ? N - start : ROWS;
@@ -358,10 +358,10 @@ INLINE void unseat_head(const act *g, const act *from, act *to, const float *w, 
     else if (Dh == 128 && w) CALL(128, w, cosine);                           \
     else CALL(Dh, w, cosine)
 
-/* x [N, ...] -> out [heads * rows, Dh], rows as seats say, padding zero. With `w` [Dh] each head is normalised; with
+/* x [N, ...] -> out [heads * rows, Dh], rows as seats say, padding zero. With `w` [Dh] each head is normalized; with
  * `angles` (cos and sin, [positions, Dh]: cos first half, sin second) turned by the angle of its position. `w` is not used
  * without `angles`. */
-void seat_heads(const act *x, int64_t stride, act *out, const seat *seats, const int32_t *positions, const float *w,
+void pad_heads(const act *x, int64_t stride, act *out, const seat *seats, const int32_t *positions, const float *w,
                 const float *angles, int64_t N, int64_t heads, int64_t share, int64_t Dh, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < N; i++) {
@@ -380,7 +380,7 @@ void seat_heads(const act *x, int64_t stride, act *out, const seat *seats, const
     }
 }
 
-/* The gradient of seat_heads: d_out in the padded layout -> d_x [N, ...] with `stride`; d_w [Dh] where normalised, summed
+/* The gradient of pad_heads: d_out in the padded layout -> d_x [N, ...] with `stride`; d_w [Dh] where normalized, summed
  * in float64. `x` is the forward pass's input, `partial` [threads, Dh] scratch. Without `angles` it brings rows back. */
 void unseat_heads(const act *d_out, const act *x, int64_t x_stride, act *d_x, int64_t stride, const seat *seats,
                   const int32_t *positions, const float *w, const float *angles, float *d_w, double *partial, int64_t N,

@@ -14,7 +14,7 @@ __all__ = ["empty", "forget_blocks"]
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised, on the CPU, in memory that an earlier tensor of about this size no longer uses, if there is any.
+    """Uninitialized, on the CPU, in memory that an earlier tensor of about this size no longer uses, if there is any.
 
     malloc returns large blocks to the system, which clears their pages when they are next asked for: for the logits of
     a step that takes longer than computing them. Told to keep them, glibc before 2.38 cannot give the same aligned

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from pertoken.kernels.build import load_library
 from pertoken.kernels.memory import empty
 
-__all__ = ["MAX_HEAD_DIM", "Kernels", "Seats"]
+__all__ = ["MAX_HEAD_DIM", "Kernels", "PaddedLayout"]
 
 MAX_HEAD_DIM = 1024  # a buffer of decoder.c
 _BLOCK = 65536  # decoder.c's
 
 
 @dataclass(frozen=True)
-class Seats:
+class PaddedLayout:
     """Where the rows of a micro-batch sit in attention's padded layout; made by model/native_attention.py."""
 
     table: Tensor  # [N, 5] int32, struct seat of decoder.c
@@ -114,12 +114,12 @@ class Kernels:
         )
         return d_h, d_weight
 
-    def lower_both_ways(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def cast_and_transpose(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """float32 [N, D] in the dtype of activations: as it is, and transposed [D, N]."""
         _expect("x", x_ND, torch.float32, -1, -1)
         n, d = x_ND.shape
         straight, turned = empty(n, d, dtype=self.dtype), empty(d, n, dtype=self.dtype)
-        self._call("lower_both_ways", x_ND, straight, turned, n, d)
+        self._call("cast_and_transpose", x_ND, straight, turned, n, d)
         return straight, turned
 
     def widen_transposed(self, x_RC: Tensor, out_CR: Tensor, *, add: bool = False) -> Tensor:
@@ -156,10 +156,10 @@ class Kernels:
         self._call("swiglu_backward", gate_up_NF, d_out_NF, again, n, f)
         return again
 
-    def seat_heads(
+    def pad_heads(
         self,
         x: Tensor,
-        seats: Seats,
+        seats: PaddedLayout,
         heads: int,
         share: int,
         head_dim: int,
@@ -170,13 +170,13 @@ class Kernels:
     ) -> Tensor:
         """Rows x [N, heads * head_dim], which may lie apart, to their seats [heads * seats.num_rows, head_dim].
 
-        Heads are normalised with `norm` [head_dim] where given, and turned by their position's row of `angles`
+        Heads are normalized with `norm` [head_dim] where given, and turned by their position's row of `angles`
         [positions, head_dim] (cosines, then sines), where given.
         """
         self._expect_heads(x, seats, heads, share, head_dim, norm, angles)
         out = empty(heads * seats.num_rows, head_dim, dtype=self.dtype)
         self._call(
-            "seat_heads",
+            "pad_heads",
             *(x, x.stride(0), out, seats.table, seats.positions, norm, angles),
             *(seats.num_tokens, heads, share, head_dim, _F(eps)),
         )
@@ -186,7 +186,7 @@ class Kernels:
         self,
         d_out: Tensor,
         to: Tensor,
-        seats: Seats,
+        seats: PaddedLayout,
         heads: int,
         share: int,
         head_dim: int,
@@ -196,7 +196,7 @@ class Kernels:
         angles: Tensor | None = None,
         eps: float = 0.0,
     ) -> Tensor | None:
-        """The gradient of `seat_heads` for its input, into the rows of `to`; returns that of `norm`.
+        """The gradient of `pad_heads` for its input, into the rows of `to`; returns that of `norm`.
 
         `x` is that input, needed with `norm`. Without `angles`, rows are brought back and nothing else.
         """
@@ -220,7 +220,7 @@ class Kernels:
     def _expect_heads(
         self,
         x: Tensor,
-        seats: Seats,
+        seats: PaddedLayout,
         heads: int,
         share: int,
         head_dim: int,
@@ -246,7 +246,7 @@ class Kernels:
 
     def softmax_forward(self, scores_BRC: Tensor, log_z_BR: Tensor, limits_SR: Tensor, scale: float) -> None:
         """In place: scores [S * copies, R, C] times `scale` to probabilities, over the first `limits` [S, R] int32
-        columns of each row, zero after them; `log_z` [S * copies, R] gets the logarithm of the normaliser. C must be a
+        columns of each row, zero after them; `log_z` [S * copies, R] gets the logarithm of the normalizer. C must be a
         multiple of 16."""
         documents, copies, r, c = self._expect_scores(scores_BRC, log_z_BR, limits_SR)
         self._call("softmax_forward", scores_BRC, log_z_BR, limits_SR, documents, copies, r, c, _F(scale))

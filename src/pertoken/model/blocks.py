@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pertoken.engines.cpu.blocks import attention_block, mlp_block
+from pertoken.engines.cpu.runner import NativeBatch
 from pertoken.model.mlp import MLP
-from pertoken.model.moe import Documents, Load, MixtureOfExperts
-from pertoken.model.native import NativeBatch
-from pertoken.model.native_blocks import attention_block, mlp_block
-from pertoken.model_config import ResolvedModelConfig
+from pertoken.model.moe import Documents, ExpertLoad, MixtureOfExperts
+from pertoken.recipe.model import ResolvedModelConfig
 
 __all__ = ["Attend", "Attention", "Decoder", "Layer", "Rope", "call", "compute_dtype", "rope_angles"]
 
@@ -28,7 +28,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ResolvedModelConfig) -> None:
         super().__init__()
-        # Not `nn.Embedding(...)`, whose initialisation imports torch's compiler where the device is "meta".
+        # Not `nn.Embedding(...)`, whose initialization imports torch's compiler where the device is "meta".
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(table, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -44,7 +44,7 @@ class Layer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MixtureOfExperts(config) if config.use_moe else MLP(config.hidden_size, config.intermediate_size)
-        self.call_experts: Callable[..., tuple[Tensor, Load | None]] = call
+        self.call_experts: Callable[..., tuple[Tensor, ExpertLoad | None]] = call
 
     def forward(
         self,
@@ -52,9 +52,9 @@ class Layer(nn.Module):
         rope: Rope | None,
         attend: Attend | NativeBatch,
         documents: Documents | None,
-        asked: Tensor | None,
-    ) -> Tensor | tuple[Tensor, Load]:
-        """The hidden states, of the rows `asked` if given; with `documents` the load of the experts, if any."""
+        output_rows: Tensor | None,
+    ) -> Tensor | tuple[Tensor, ExpertLoad]:
+        """The hidden states, of the rows `output_rows` if given; with `documents` the load of the experts, if any."""
         dtype = compute_dtype(hidden)
         if isinstance(attend, NativeBatch):
             hidden = self._native_attention(hidden, attend)
@@ -64,7 +64,9 @@ class Layer(nn.Module):
         else:
             # Cast once here, not once in every linear layer that reads it.
             normed = self.input_layernorm(hidden).to(dtype)
-            hidden = (hidden if asked is None else hidden[asked]) + self.self_attn(normed, rope, attend, asked)
+            hidden = (hidden if output_rows is None else hidden[output_rows]) + self.self_attn(
+                normed, rope, attend, output_rows
+            )
         normed = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, MixtureOfExperts):
             update, load = self.call_experts(self.mlp, normed, dtype, documents)
@@ -96,23 +98,23 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if has_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if has_norm else None
 
-    def forward(self, x: Tensor, rope: Rope, attend: Attend, asked: Tensor | None) -> Tensor:
-        """Of the rows `asked`, if given; the others have keys and values, and queries of zeros that nobody reads."""
+    def forward(self, x: Tensor, rope: Rope, attend: Attend, output_rows: Tensor | None) -> Tensor:
+        """Of `output_rows`, if given; the others have keys and values, and queries of zeros that nobody reads."""
         k_NKD, v_NKD = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.k_proj, self.v_proj))
         k_NKD = self._turn(k_NKD, self.k_norm, rope)
-        if asked is not None:
-            x, rope = x[asked], (rope[0][asked], rope[1][asked])
+        if output_rows is not None:
+            x, rope = x[output_rows], (rope[0][output_rows], rope[1][output_rows])
         q_NHD = self._turn(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), self.q_norm, rope)
-        if asked is not None:
-            q_NHD = q_NHD.new_zeros(len(k_NKD), *q_NHD.shape[1:]).index_copy(0, asked, q_NHD)
+        if output_rows is not None:
+            q_NHD = q_NHD.new_zeros(len(k_NKD), *q_NHD.shape[1:]).index_copy(0, output_rows, q_NHD)
         out_NHD = attend(q_NHD, k_NKD, v_NKD)
-        if asked is not None:
-            out_NHD = out_NHD[asked]
+        if output_rows is not None:
+            out_NHD = out_NHD[output_rows]
         out: Tensor = self.o_proj(out_NHD.flatten(1))
         return out
 
     def _turn(self, x_NHD: Tensor, norm: nn.RMSNorm | None, rope: Rope) -> Tensor:
-        """Normalised and rotated in the width of `rope`, returned in the dtype it came in."""
+        """Normalized and rotated in the width of `rope`, returned in the dtype it came in."""
         wide = x_NHD.to(rope[0].dtype)
         if norm is not None:
             wide = norm(wide)

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pertoken.loss import LossOutput
 from pertoken.model.mlp import MLP
-from pertoken.model_config import ResolvedModelConfig
+from pertoken.objective.cross_entropy import LossOutput
+from pertoken.recipe.model import ResolvedModelConfig
 
-__all__ = ["Documents", "Load", "MixtureOfExperts", "with_balance_loss"]
+__all__ = ["Documents", "ExpertLoad", "MixtureOfExperts", "with_balance_loss"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Documents:
         return cls(of_token_N.to(device, non_blocking=True), lengths_S.to(device, non_blocking=True))
 
 
-class Load(NamedTuple):
+class ExpertLoad(NamedTuple):
     """How one layer spread its tokens. A tuple, so that what wraps a layer finds the tensors in its output."""
 
     aux_sum: Tensor  # 0-d, the sum over documents of T_s * aux_s; carries the gradient
@@ -66,17 +66,19 @@ class MixtureOfExperts(nn.Module):
             MLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
         )
 
-    def forward(self, x_ND: Tensor, dtype: torch.dtype, documents: Documents | None) -> tuple[Tensor, Load | None]:
+    def forward(
+        self, x_ND: Tensor, dtype: torch.dtype, documents: Documents | None
+    ) -> tuple[Tensor, ExpertLoad | None]:
         """y [N, D] in the dtype of `x_ND`, the residual stream's; `dtype` is what the experts are given.
 
-        Without `documents` there is no `Load`.
+        Without `documents` there is no `ExpertLoad`.
         """
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = self.gate(x_ND)
         logits_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
         probs_NE = logits_NE.softmax(-1)
         top_Nk, chosen_Nk = logits_NE.topk(self.num_chosen)
-        # A softmax over the chosen ones alone is their renormalised probability.
+        # A softmax over the chosen ones alone is their renormalized probability.
         weights_Nk = top_Nk.softmax(-1) if self.norm_topk_prob else probs_NE.gather(1, chosen_Nk)
         counts_SE = self._count(chosen_Nk, documents)
         num_choices_E = counts_SE.sum(0)
@@ -87,7 +89,7 @@ class MixtureOfExperts(nn.Module):
         f_SE = scale * counts_SE.to(probs_NE.dtype) / documents.lengths[:, None]
         # T_s P_i is a sum over tokens, so T_s aux_s is one too: no sum over documents has to be formed.
         aux_sum = (f_SE.index_select(0, documents.of_token) * probs_NE).sum()
-        return out_ND, Load(aux_sum, num_choices_E)
+        return out_ND, ExpertLoad(aux_sum, num_choices_E)
 
     def _count(self, chosen_Nk: Tensor, documents: Documents | None) -> Tensor:
         """[S, E] int64, how many tokens of each document chose each expert; one document if there is nothing to tell.
@@ -172,7 +174,7 @@ class _Combine(torch.autograd.Function):
 
 
 def with_balance_loss(
-    out: LossOutput, loads: Sequence[Load], config: ResolvedModelConfig, num_tokens: int
+    out: LossOutput, loads: Sequence[ExpertLoad], config: ResolvedModelConfig, num_tokens: int
 ) -> LossOutput:
     """`out` with the balance loss of all layers over `num_tokens` input tokens, and with two more metrics:
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pertoken.model_config import ResolvedModelConfig
+from pertoken.recipe.model import ResolvedModelConfig
 
 __all__ = ["attention_operations", "body_parameters", "padding_metric"]
 

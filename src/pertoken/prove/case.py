@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from pertoken.config import Recipe, TrainConfig
-from pertoken.data.sample import Sample
-from pertoken.data.share import Share, share_of
-from pertoken.model.transformer import CausalLM
+from pertoken.data.batch.sample import Sample
+from pertoken.data.batch.share import Share, share_of
+from pertoken.model.decoder import CausalLM
 from pertoken.prove.report import Gradient
 from pertoken.prove.samples import Chosen, InMemory
+from pertoken.recipe.schema import Recipe, TrainConfig
 from pertoken.training.parallel import World, whole
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
@@ -107,7 +107,7 @@ def gradient_of_step(
         state,
         share.micro_batches,
         num_tokens=share.num_tokens,
-        num_routed=share.num_routed,
+        num_input_tokens=share.num_input_tokens,
         lr=0.0,
         max_norm=0.0,
         on_gradients=keep,

@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from pertoken.config import Recipe
-from pertoken.data.batch import plan
+from pertoken.data.batch.order import step_at, steps_per_epoch
+from pertoken.data.batch.pack import pack_micro_batches
+from pertoken.data.files.long_text import one_of
+from pertoken.data.files.records import BadRow, Record
 from pertoken.data.formats import Conversation, to_conversation
-from pertoken.data.long_text import one_of
-from pertoken.data.order import step_at, steps_per_epoch
-from pertoken.data.records import BadRow, Record
-from pertoken.data.store import Store
+from pertoken.data.store.store import Store
 from pertoken.prove.report import Result
 from pertoken.prove.rows import records_at
 from pertoken.prove.samples import Chosen
+from pertoken.recipe.schema import Recipe
 
 __all__ = ["every_sample_once", "who_is_supervised"]
 
@@ -87,7 +87,9 @@ def _not_a_partition(store: Store, recipe: Recipe, numbers: list[int]) -> str | 
     for number in numbers:
         ids = _order(recipe, len(store), [number])
         for ranks in (1, 2, 3):
-            cut = plan(store.lengths[ids].tolist(), world_size=ranks, token_budget=recipe.train.micro_batch_tokens)
+            cut = pack_micro_batches(
+                store.lengths[ids].tolist(), world_size=ranks, token_budget=recipe.train.micro_batch_tokens
+            )
             handed_out = sorted(i for rank in cut for micro_batch in rank for i in micro_batch)
             if handed_out != list(range(len(ids))) or len({len(rank) for rank in cut}) > 1:
                 return f"the plan of step {number} on {ranks} ranks is not a partition"

@@ -12,21 +12,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from pertoken.data.batch import MicroBatch, collate
-from pertoken.data.order import step_at, steps_per_epoch
-from pertoken.data.share import Share, share_of
+from pertoken.checkpoints.read import Checkpoint, load_model, load_optimizer
+from pertoken.checkpoints.write import save_checkpoint
+from pertoken.data.batch.order import step_at, steps_per_epoch
+from pertoken.data.batch.pack import MicroBatch, collate
+from pertoken.data.batch.share import Share, share_of
+from pertoken.engines.choose import has_compiler
 from pertoken.errors import CompilerError, RecipeError
-from pertoken.loss import LossOutput
-from pertoken.model.transformer import CausalLM
+from pertoken.model.decoder import CausalLM
+from pertoken.objective.cross_entropy import LossOutput
 from pertoken.prove.case import EXACT, FLOAT64, Case, balance_loss_of, gradient_of_step, set_balance_loss
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient, Result, compare
 from pertoken.prove.samples import Chosen
-from pertoken.training.checkpoint import Checkpoint, load_model, load_optimizer
-from pertoken.training.compilation import has_compiler
 from pertoken.training.optim import build_optimizer
 from pertoken.training.precision import Precision
-from pertoken.training.saving import save_checkpoint
 from pertoken.training.step import TrainState, train_step
 
 __all__ = ["CLASSES", "split_of_balance"]
@@ -48,13 +48,13 @@ def all_at_once(name: str, case: Case) -> Result:
 
 
 def shuffled(name: str, case: Case) -> Result:
-    """Other neighbours in every micro-batch, in an order that `plan` would not choose."""
+    """Other neighbors in every micro-batch, in an order that `pack_micro_batches` would not choose."""
     order = np.random.default_rng(0).permutation(case.all_ids)
     parts = np.array_split(order, 2)
     samples = case.chosen.samples
     share = case.split()
     micro_batches = tuple(collate([samples[int(i)] for i in part]) for part in parts)
-    return _exact(name, case, Share(micro_batches, tuple(parts), share.num_tokens, share.num_routed))
+    return _exact(name, case, Share(micro_batches, tuple(parts), share.num_tokens, share.num_input_tokens))
 
 
 def accumulation(name: str, case: Case) -> Result:
@@ -158,7 +158,7 @@ def resume(name: str, case: Case) -> Result:
             TrainState(model, optimizer, precision.new_scaler(), precision),
             share.micro_batches,
             num_tokens=share.num_tokens,
-            num_routed=share.num_routed,
+            num_input_tokens=share.num_input_tokens,
             lr=1e-3,
             max_norm=1.0,
             on_gradients=lambda: kept.update(

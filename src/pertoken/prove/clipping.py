@@ -11,14 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pertoken.data.share import Share
+from pertoken.data.batch.share import Share
+from pertoken.engines.choose import compile_model
 from pertoken.kernels.ops import Kernels
-from pertoken.model.transformer import CausalLM
+from pertoken.model.decoder import CausalLM
 from pertoken.prove.case import EXACT, FLOAT64, Case
 from pertoken.prove.plain_update import clip_factor
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Comparison, Gradient, Result, compare, largest_error
-from pertoken.training.compilation import compile_model
 from pertoken.training.precision import Precision
 from pertoken.training.step import StepMetrics, TrainState, train_step
 
@@ -62,7 +62,7 @@ def _step(
         state,
         share.micro_batches,
         num_tokens=share.num_tokens,
-        num_routed=share.num_routed,
+        num_input_tokens=share.num_input_tokens,
         lr=0.0,
         max_norm=max_norm,
         on_gradients=keep,

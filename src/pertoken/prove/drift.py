@@ -7,10 +7,10 @@ import copy
 import numpy as np
 import torch
 
-from pertoken.data.share import share_of
+from pertoken.data.batch.share import share_of
+from pertoken.engines.choose import compile_model
 from pertoken.prove.case import Case
 from pertoken.prove.report import Result
-from pertoken.training.compilation import compile_model
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
 
@@ -64,7 +64,7 @@ def _curve(case: Case, *, in_one: bool) -> np.ndarray:
             state,
             share.micro_batches,
             num_tokens=share.num_tokens,
-            num_routed=share.num_routed,
+            num_input_tokens=share.num_input_tokens,
             lr=learning_rate,
             max_norm=0.0,
         )

@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import nn
 
-from pertoken.data.store import Store
+from pertoken.data.store.store import Store
 from pertoken.prove.case import EXACT, FLOAT64, Case
 from pertoken.prove.report import Result, Verdict
 from pertoken.prove.samples import InMemory

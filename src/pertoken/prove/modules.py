@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pertoken.errors import CompilerError
-from pertoken.model.transformer import CausalLM
+from pertoken.model.decoder import CausalLM
 from pertoken.prove.case import Case, gradient_of_step
 from pertoken.prove.report import Comparison, Gradient, Result, compare, largest_error
 from pertoken.training.precision import Precision

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pertoken.data.batch import Sample
-from pertoken.model.folder import save_folder
-from pertoken.model.foreign import ForeignLM, quiet
+from pertoken.data.batch.pack import Sample
+from pertoken.folders.open import save_folder
+from pertoken.hf_fallback.model import FallbackLM, quiet
 from pertoken.prove.case import Case
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient, Result, compare
@@ -45,7 +45,7 @@ def transformers_padded(name: str, case: Case) -> Result:
         torch.autograd.backward(loss_sum / num_tokens)
         loss += float(loss_sum.detach()) / num_tokens
     gradients = _under_our_names({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    if isinstance(case.model, ForeignLM):  # which holds the model that this is a second copy of
+    if isinstance(case.model, FallbackLM):  # which holds the model that this is a second copy of
         gradients = {f"hf.{name}": gradient for name, gradient in gradients.items()}
     if case.aux_loss_coef:  # a router that sends every token to one expert has no gradient but the balance loss's
         gradients = {n: torch.zeros_like(g) for n, g in reference.gradients.items() if ".mlp.gate." in n} | gradients

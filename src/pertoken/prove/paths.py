@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pertoken.data.share import share_of
+from pertoken.data.batch.share import share_of
 from pertoken.errors import CompilerError
 from pertoken.kernels.ops import Kernels
-from pertoken.loss import LossImpl, linear_cross_entropy
-from pertoken.model.transformer import CausalLM
+from pertoken.model.decoder import CausalLM
+from pertoken.objective.cross_entropy import LossImpl, linear_cross_entropy
 from pertoken.prove.case import EXACT, FLOAT32_FACTOR, FLOAT64, Case, gradient_of_step
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient, Result, compare, largest_error

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pertoken.config import TrainConfig
-from pertoken.model.transformer import CausalLM
+from pertoken.model.decoder import CausalLM
 from pertoken.prove.case import EXACT
+from pertoken.recipe.schema import TrainConfig
 
 __all__ = [
     "UPDATE_ERROR",

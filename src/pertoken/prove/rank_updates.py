@@ -10,17 +10,17 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from pertoken.config import Recipe
-from pertoken.model.transformer import CausalLM
+from pertoken.checkpoints.read import Checkpoint, load_model, load_optimizer
+from pertoken.checkpoints.write import save_checkpoint
+from pertoken.model.decoder import CausalLM
 from pertoken.prove.case import FLOAT64, Case, balance_loss_of, set_balance_loss
 from pertoken.prove.plain_update import Expected
 from pertoken.prove.report import Result
 from pertoken.prove.samples import InMemory
 from pertoken.prove.update import Planned, judge_updates, plan_updates, updates_of, with_settings
-from pertoken.training.checkpoint import Checkpoint, load_model, load_optimizer
+from pertoken.recipe.schema import Recipe
 from pertoken.training.optim import build_optimizer
-from pertoken.training.parallel import World, parallelise
-from pertoken.training.saving import save_checkpoint
+from pertoken.training.parallel import World, parallelize
 from pertoken.training.step import TrainState
 
 __all__ = ["update_of_ranks", "write_plan"]
@@ -65,7 +65,7 @@ def update_of_ranks(
     balance_loss, scratch = balance_loss_of(model), folder / name.replace(" ", "-")
 
     def state_of(model: CausalLM) -> TrainState:
-        wrapped = parallelise(model, how, world, device=FLOAT64.device, layers=model.layers)
+        wrapped = parallelize(model, how, world, device=FLOAT64.device, layers=model.layers)
         optimizer = build_optimizer(model, with_settings(recipe, dtype="float64").train)
         return TrainState(wrapped, optimizer, torch.amp.GradScaler("cpu", enabled=False), FLOAT64, world)
 

@@ -24,17 +24,17 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from pertoken.data.batch import Sample, collate
-from pertoken.data.share import Share, share_of
-from pertoken.model.folder import save_folder
-from pertoken.model.transformer import CausalLM
+from pertoken.checkpoints.read import load_model
+from pertoken.data.batch.pack import Sample, collate
+from pertoken.data.batch.share import Share, share_of
+from pertoken.folders.open import save_folder
+from pertoken.model.decoder import CausalLM
 from pertoken.prove.case import EXACT, Case, balance_loss_of, gradient_of_step, set_balance_loss
 from pertoken.prove.evaluation import evaluated
 from pertoken.prove.rank_updates import update_of_ranks, write_plan
 from pertoken.prove.report import Comparison, Gradient, Result, compare
 from pertoken.prove.samples import InMemory
-from pertoken.training.checkpoint import load_model
-from pertoken.training.parallel import World, end_process, leave, parallelise
+from pertoken.training.parallel import World, end_process, leave, parallelize
 from pertoken.training.precision import Precision
 
 __all__ = ["RANK_CLASSES", "run_ranks"]
@@ -139,7 +139,7 @@ def _gradient(
 ) -> Result | None:
     """Dealt by the plan, and dealt as unevenly as can be; the worse of the two. None but on rank 0."""
     device = torch.device("cpu")
-    wrapped = parallelise(model, how, world, device=device, layers=model.layers)
+    wrapped = parallelize(model, how, world, device=device, layers=model.layers)
     shares = [
         share_of(
             samples,
@@ -184,7 +184,7 @@ def _unevenly(samples: InMemory, world: World) -> Share:
         micro_batches=tuple(collate([samples[i] for i in part]) for part in parts),
         sample_ids=tuple(np.array(part, dtype=np.int64) for part in parts),
         num_tokens=float(samples.num_tokens.sum()),
-        num_routed=float(samples.lengths.sum()),
+        num_input_tokens=float(samples.lengths.sum()),
     )
 
 

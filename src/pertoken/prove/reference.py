@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pertoken.data.batch import MicroBatch, Sample
-from pertoken.model.transformer import CausalLM
+from pertoken.data.batch.pack import MicroBatch, Sample
+from pertoken.model.decoder import CausalLM
 from pertoken.prove.report import Gradient
 
 __all__ = ["reference_gradient"]
@@ -27,7 +27,7 @@ def reference_gradient(
     Its backward passes are those of `scale` times the objective, for float16; the gradient is the objective's own.
     """
     num_tokens = sum(float(sample.loss_mask.sum()) for sample in samples)
-    num_routed = sum(len(sample.tokens) - 1 for sample in samples)
+    num_input_tokens = sum(len(sample.tokens) - 1 for sample in samples)
     model.zero_grad(set_to_none=True)
     loss_sum = 0.0
     for sample in samples:
@@ -41,7 +41,7 @@ def reference_gradient(
         objective = nll_sum / num_tokens
         if aux_loss_coef:
             balance = torch.stack([_balance(router, model.config.num_experts_per_tok) for router in routers]).sum()
-            objective = objective + aux_loss_coef * len(inputs) * balance / num_routed
+            objective = objective + aux_loss_coef * len(inputs) * balance / num_input_tokens
         torch.autograd.backward(objective * scale)
         loss_sum += float(nll_sum.detach())
     gradients = {name: p.grad / scale for name, p in model.named_parameters() if p.grad is not None}

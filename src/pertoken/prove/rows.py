@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from pertoken.config import DataConfig, Recipe
+from pertoken.data.files.long_text import LongText
+from pertoken.data.files.records import BadRow, Record, read_records
 from pertoken.data.formats import to_conversation, to_text
-from pertoken.data.long_text import LongText
-from pertoken.data.records import BadRow, Record, read_records
-from pertoken.data.store import Store
+from pertoken.data.store.store import Store
 from pertoken.prove.report import Result
 from pertoken.prove.samples import Chosen
+from pertoken.recipe.schema import DataConfig, Recipe
 
 __all__ = ["records_at", "token_by_token"]
 

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from pertoken.config import Recipe
-from pertoken.data.tokenizer import as_transformers
+from pertoken.data.tokens.tokenizer import as_transformers
 from pertoken.errors import RecipeError
-from pertoken.model.transformer import CausalLM
+from pertoken.model.decoder import CausalLM
 from pertoken.prove.case import Case
 from pertoken.prove.checks import every_sample_once, who_is_supervised
 from pertoken.prove.classes import CLASSES, split_of_balance
@@ -28,11 +27,12 @@ from pertoken.prove.report import Proof, Result, largest_error
 from pertoken.prove.rows import token_by_token
 from pertoken.prove.samples import Chosen, choose, choose_long
 from pertoken.prove.update import UPDATE_CLASSES
-from pertoken.training.metrics import Listener
+from pertoken.recipe.schema import Recipe
+from pertoken.runs.data import RunData, load_data
+from pertoken.runs.model import build_model
+from pertoken.tracking.metrics import Listener
 from pertoken.training.parallel import World
 from pertoken.training.precision import Precision
-from pertoken.training.run_data import RunData, load_data
-from pertoken.training.run_model import build_model
 
 __all__ = ["NAMES", "prove"]
 

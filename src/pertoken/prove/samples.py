@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pertoken.data.batch import Sample
-from pertoken.data.order import step_at, steps_per_epoch
-from pertoken.data.store import Store
+from pertoken.data.batch.order import step_at, steps_per_epoch
+from pertoken.data.batch.pack import Sample
+from pertoken.data.store.store import Store
 
 __all__ = ["LONG", "Chosen", "InMemory", "choose", "choose_long"]
 

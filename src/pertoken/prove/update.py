@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pertoken.config import Recipe
-from pertoken.data.order import Step
-from pertoken.data.store import Store
-from pertoken.model.transformer import CausalLM
+from pertoken.checkpoints.write import Saver
+from pertoken.data.batch.order import Step
+from pertoken.data.store.store import Store
+from pertoken.model.decoder import CausalLM
 from pertoken.prove.case import EXACT, FLOAT64, Case
 from pertoken.prove.plain_update import (
     UPDATE_ERROR,
@@ -33,15 +33,15 @@ from pertoken.prove.plain_update import (
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Result, Verdict
 from pertoken.prove.samples import InMemory
-from pertoken.training.loop import Run, update
-from pertoken.training.metrics import Listener
+from pertoken.recipe.schema import Recipe
+from pertoken.runs.loop import Run, update
+from pertoken.runs.probe import Probe
+from pertoken.runs.spikes import Spikes
+from pertoken.runs.summary import Summary
+from pertoken.tracking.metrics import Listener
 from pertoken.training.optim import build_optimizer, lr_at
 from pertoken.training.parallel import whole
-from pertoken.training.probe import Probe
-from pertoken.training.saving import Saver
-from pertoken.training.spikes import Spikes
 from pertoken.training.step import TrainState
-from pertoken.training.summary import Summary
 
 __all__ = ["UPDATE_CLASSES", "Planned", "judge_updates", "plan_updates", "updates_of", "with_settings"]
 
@@ -170,7 +170,7 @@ def _run(
         saver=Saver(state.world),
         probe=cast(Probe, None),  # a save's, as the summary is the console's: no step reads them
         spikes=Spikes("warn", 0.0, ()),
-        carried={},
+        checkpoint_meta={},
         metrics=None,
         trackers={},
         summary=cast(Summary, None),

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from pertoken.config import Recipe, apply_override
-from pertoken.data.batch import collate, plan
-from pertoken.data.find import find_files
-from pertoken.data.records import Record, read_records
-from pertoken.data.store import Store, build_store
-from pertoken.data.tokenizer import open_tokenizer
+from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folder
+from pertoken.data.batch.pack import collate, pack_micro_batches
+from pertoken.data.files.find import find_files
+from pertoken.data.files.records import Record, read_records
+from pertoken.data.store.store import Store, build_store
+from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import PertokenError
 from pertoken.kernels.memory import forget_blocks
-from pertoken.model.transformer import CausalLM
-from pertoken.training.checkpoint import load_model, recipe_of, resolve_model_folder
+from pertoken.model.decoder import CausalLM
+from pertoken.recipe.schema import Recipe, apply_override
 from pertoken.training.memory import out_of_memory
 from pertoken.training.parallel import World
 from pertoken.training.precision import Precision, keeping_casts
@@ -66,7 +66,9 @@ def evaluate(
     loss_sum: float | None = None
     try:
         while loss_sum is None:
-            micro_batches = plan(store.lengths.tolist(), world_size=world.size, token_budget=token_budget)[world.rank]
+            micro_batches = pack_micro_batches(
+                store.lengths.tolist(), world_size=world.size, token_budget=token_budget
+            )[world.rank]
             loss_sum = _loss_sum(model, store, precision, micro_batches)
             if loss_sum is None and (world.size > 1 or len(micro_batches) >= len(store)):
                 raise PertokenError(

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pertoken.data.batch import MicroBatch
-from pertoken.data.store import Store
-from pertoken.model.transformer import CausalLM
+from pertoken.data.batch.pack import MicroBatch
+from pertoken.data.store.store import Store
+from pertoken.model.decoder import CausalLM
 from pertoken.training.norms import sum_of_squares
 from pertoken.training.parallel import whole
 from pertoken.training.precision import Precision

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from pertoken.config import Recipe
 from pertoken.errors import RecipeError
+from pertoken.recipe.schema import Recipe
 from pertoken.text import shown
 from pertoken.training.parallel import World
 

@@ -1,4 +1,4 @@
-"""The optimiser, who decays, and the learning rate of every step."""
+"""The optimizer, who decays, and the learning rate of every step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from pertoken.config import TrainConfig
 from pertoken.model.moe import MixtureOfExperts
+from pertoken.recipe.schema import TrainConfig
 from pertoken.training.norms import matrix_norms
 from pertoken.training.parallel import shard_like, whole
 
-__all__ = ["AdamW", "MuonAdamW", "build_adamw", "build_muon", "build_optimizer", "lr_at", "orthogonalised", "set_lr"]
+__all__ = ["AdamW", "MuonAdamW", "build_adamw", "build_muon", "build_optimizer", "lr_at", "orthogonalized", "set_lr"]
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al., "Muon", 2024
 _NEWTON_SCHULZ_STEPS = 5
@@ -121,7 +121,7 @@ def _matrices_of_blocks(model: nn.Module) -> list[nn.Parameter]:
 
 
 class _WithoutCompiler(torch.optim.Optimizer):
-    """The two methods of every optimiser in torch that import its compiler, a second's work, only to keep it away."""
+    """The two methods of every optimizer in torch that import its compiler, a second's work, only to keep it away."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         for key, value in self.defaults.items():
@@ -172,14 +172,14 @@ class AdamW(_WithoutCompiler, torch.optim.AdamW):
 
 
 class MuonAdamW(_WithoutCompiler):
-    """Muon for `matrices` and AdamW for `others`, as one optimiser with one state: one norm, one decision to skip.
+    """Muon for `matrices` and AdamW for `others`, as one optimizer with one state: one norm, one decision to skip.
 
     For a matrix W [A, B] with gradient G, momentum mu = 0.95 and learning rate eta (Jordan et al., "Muon", 2024; decay
     and scale from Liu et al., "Muon is Scalable for LLM Training", 2025, section 2.2, so that one learning rate and one
-    weight decay suit both optimisers):
+    weight decay suit both optimizers):
 
         M <- mu M + (1 - mu) G
-        W <- (1 - eta * weight_decay) W - 0.2 sqrt(max(A, B)) * eta * orthogonalised(mu M + (1 - mu) G)
+        W <- (1 - eta * weight_decay) W - 0.2 sqrt(max(A, B)) * eta * orthogonalized(mu M + (1 - mu) G)
 
     This is `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, its reference in the tests. That one works matrix
     by matrix, in bfloat16 whatever the model computes in; there, a gradient summed in another order becomes another
@@ -209,7 +209,7 @@ class MuonAdamW(_WithoutCompiler):
         ours = self.param_groups[-1]
         lr, weight_decay = ours["lr"], ours["weight_decay"]
         for matrices in _of_one_shape([p for p in ours["params"] if p.grad is not None]):
-            updates = orthogonalised(torch.stack([self._momentum(p) for p in matrices]).to(self._dtype))
+            updates = orthogonalized(torch.stack([self._momentum(p) for p in matrices]).to(self._dtype))
             scale = 0.2 * math.sqrt(max(matrices[0].shape))
             for matrix, update in zip(matrices, updates, strict=True):
                 matrix.mul_(1 - lr * weight_decay)
@@ -235,7 +235,7 @@ def _of_one_shape(matrices: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
-def orthogonalised(x: Tensor) -> Tensor:
+def orthogonalized(x: Tensor) -> Tensor:
     """About U V^T for each matrix U S V^T of [K, A, B], by five steps of a Newton-Schulz iteration.
 
     Singular values of at least about 1/500 of the matrix's Frobenius norm come out between 0.7 and 1.2, smaller ones

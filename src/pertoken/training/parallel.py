@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pertoken.errors import PertokenError
-from pertoken.loss import LossOutput
+from pertoken.objective.cross_entropy import LossOutput
 
 __all__ = [
     "World",
@@ -29,9 +29,9 @@ __all__ = [
     "first_to_fail",
     "join_world",
     "leave",
-    "parallelise",
+    "parallelize",
     "shard_like",
-    "synchronised",
+    "synchronized",
     "whole",
 ]
 
@@ -172,7 +172,7 @@ def first_to_fail() -> bool:
         return True
 
 
-def parallelise(
+def parallelize(
     model: nn.Module,
     how: Literal["ddp", "fsdp"],
     world: World,
@@ -224,7 +224,7 @@ def _show_fsdp_what_is_in_a_loss_output() -> None:
 
 
 @contextmanager
-def synchronised(model: nn.Module, now: bool) -> Iterator[None]:
+def synchronized(model: nn.Module, now: bool) -> Iterator[None]:
     """Forward and backward inside; gradients are averaged over ranks at its end if `now`, and only added up if not."""
     if isinstance(model, nn.parallel.DistributedDataParallel) and not now:
         with model.no_sync():

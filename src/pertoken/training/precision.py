@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pertoken.errors import RecipeError
-from pertoken.model.transformer import CausalLM
+from pertoken.model.decoder import CausalLM
 
 __all__ = ["Precision", "keeping_casts", "resolve_device"]
 
@@ -19,7 +19,7 @@ __all__ = ["Precision", "keeping_casts", "resolve_device"]
 @dataclass(frozen=True)
 class Precision:
     """`float32` and `float64` compute in that type. `bfloat16` and `float16` are automatic mixed precision: parameters,
-    gradients and optimiser state stay float32, and float16 scales the loss with a `GradScaler`."""
+    gradients and optimizer state stay float32, and float16 scales the loss with a `GradScaler`."""
 
     dtype: str  # float64 | float32 | bfloat16 | float16
     device: torch.device

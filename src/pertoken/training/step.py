@@ -1,6 +1,6 @@
-"""One optimiser step. Read this first.
+"""One optimizer step. Read this first.
 
-    L = (1 / N) * sum over the step's tokens of loss_mask * nll  (+ a mixture's balance loss, normalised by all tokens)
+    L = (1 / N) * sum over the step's tokens of loss_mask * nll  (+ a mixture's balance loss, normalized by all tokens)
 
 N, the step's supervised tokens over all ranks, is known before any forward pass (the store keeps the counts), so every
 micro-batch on every rank adds its share of one and the same mean, and how the step is split cannot matter.
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pertoken.data.batch import MicroBatch
+from pertoken.data.batch.pack import MicroBatch
 from pertoken.kernels.ops import Kernels
 from pertoken.training.faults import nearest_bad_gradient
 from pertoken.training.norms import clip, total_norm
 from pertoken.training.optim import set_lr
-from pertoken.training.parallel import World, synchronised
+from pertoken.training.parallel import World, synchronized
 from pertoken.training.precision import Precision, keeping_casts
 
 __all__ = ["NonFiniteStep", "StepMetrics", "TrainState", "train_step"]
@@ -58,7 +58,7 @@ class TrainState:
     precision: Precision
     world: World = field(default_factory=World)
     kernels: Kernels | None = None  # for the norm, where the run has them
-    changed: bool = False  # weights, optimiser or scaler, since the loop has last cleared it
+    changed: bool = False  # weights, optimizer or scaler, since the loop has last cleared it
 
     def backward(self, objective: torch.Tensor) -> None:
         """Add the gradient of one micro-batch's share, times the loss scale, in float32 (float64) to `.grad`."""
@@ -106,7 +106,7 @@ def train_step(
     micro_batches: Sequence[MicroBatch],
     *,
     num_tokens: float,
-    num_routed: float,
+    num_input_tokens: float,
     lr: float,
     max_norm: float,
     on_gradients: Callable[[], None] | None = None,
@@ -114,8 +114,8 @@ def train_step(
 ) -> StepMetrics:
     """Update the weights once from `micro_batches`, this rank's share of the step; every rank has equally many.
 
-    `num_tokens` (supervised, or the sum of weights) and `num_routed` (all inputs, which is what a mixture's balance
-    loss is divided by) are the whole step's, over all ranks. Gradients travel once, with the last micro-batch.
+    `num_tokens` (supervised, or the sum of weights) and `num_input_tokens` (which a mixture's balance loss is divided
+    by) are the whole step's, over all ranks. Gradients travel once, with the last micro-batch.
     `skips`, told a finite norm, may leave the update out; it must answer alike on all ranks.
 
     Raises NonFiniteStep, on all ranks and with weights untouched; whatever else escapes (out of memory, say) leaves
@@ -128,11 +128,11 @@ def train_step(
     try:
         with keeping_casts(state.model):
             for i, micro_batch in enumerate(micro_batches, start=1):
-                with synchronised(state.model, now=i == len(micro_batches)):
+                with synchronized(state.model, now=i == len(micro_batches)):
                     with state.precision.autocast():
                         out = state.model(micro_batch.to(state.precision.device))
                     # What wraps the model averages gradients over ranks; this makes it a sum.
-                    state.backward(out.objective(num_tokens, num_routed) * state.world.size)
+                    state.backward(out.objective(num_tokens, num_input_tokens) * state.world.size)
                 metrics.append(out.metrics)
         sums = _add_up(metrics, state.world)
         loss_sum, seen = float(sums["loss"][0]), sums["loss"][1]

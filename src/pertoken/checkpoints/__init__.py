@@ -1,0 +1,1 @@
+"""Checkpoints: read, write, export."""

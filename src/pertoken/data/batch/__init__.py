@@ -1,0 +1,1 @@
+"""Samples to micro-batches: order, packing, the share of a rank."""

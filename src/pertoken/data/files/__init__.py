@@ -1,0 +1,1 @@
+"""Files to rows: finding, hashing, reading, and where each row is."""

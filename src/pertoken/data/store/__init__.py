@@ -1,0 +1,1 @@
+"""Samples on disk: parts, workers, columns, checksums."""

@@ -1,0 +1,346 @@
+"""Tokenized samples on disk: made once, memory-mapped ever after.
+
+A store is a folder of the cache (`store_folder.py`), named by a hash over everything that decides its contents.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+
+import numpy as np
+
+from pertoken.data.batch.sample import Sample
+from pertoken.data.files.find import find_files
+from pertoken.data.files.hashes import recall, remember, see
+from pertoken.data.files.records import BadRow, Problems
+from pertoken.data.samples import Outcome, SampleBuilder
+from pertoken.data.store.columns import Columns
+from pertoken.data.store.folder import SKIPPED, Check, Damaged, open_folder, put_in_place, write_folder
+from pertoken.data.store.key import StoreKey
+from pertoken.data.store.parts import part_bytes, scan
+from pertoken.data.store.prepare import MadePart, make_parts, work_folder
+from pertoken.data.tokens.encode import Encoder
+from pertoken.errors import DataError
+from pertoken.recipe.schema import DataConfig
+from pertoken.text import reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Store", "StoreReport", "build_store", "open_store"]
+
+
+@dataclass(frozen=True)
+class StoreReport:
+    """What became of the rows of a store's files."""
+
+    rows: int  # rows read, bad ones included
+    samples: int
+    tokens: int  # inputs, over all samples
+    num_tokens: int  # supervised tokens
+    skipped: int  # bad rows passed over, listed in skipped_file
+    overlong: int  # conversations dropped for being longer than data.max_seq_len
+    truncated: int  # conversations cut to data.max_seq_len
+    unsupervised: int  # conversations dropped for having no supervised token (left)
+    too_short: int  # documents of one token, which predict nothing
+    skipped_file: str | None
+    hit: bool  # the store was there already
+
+    def notes(self) -> list[str]:
+        """One line for each way in which rows were lost or cut."""
+        return [
+            note.format(count=count)
+            for count, note in (
+                (self.skipped, f"{{count}} bad rows skipped, listed in {self.skipped_file}"),
+                (self.overlong, "{count} conversations longer than data.max_seq_len dropped"),
+                (self.truncated, "{count} conversations cut to data.max_seq_len"),
+                (self.unsupervised, "{count} conversations without a supervised token dropped"),
+                (self.too_short, "{count} documents of a single token dropped"),
+            )
+            if count
+        ]
+
+
+class Store:
+    """A sequence of samples. `store[i]` costs the same for every i and copies nothing."""
+
+    def __init__(
+        self,
+        columns: Columns,
+        *,
+        name: str,
+        fingerprint: str,
+        files: tuple[str, ...],
+        contents: tuple[str, ...],
+        report: StoreReport,
+        ids: np.ndarray | None = None,
+    ) -> None:
+        self.name = name  # of the folder in the cache
+        self.fingerprint = fingerprint  # hash over contents of files, tokenizer and settings
+        self.files = files
+        self._contents = contents  # the SHA-256 of each file
+        self.report = report  # of the whole build, in both halves of a split
+        self._columns = columns
+        self._ids = ids  # [len] int64, rows of `columns`; None: all of them
+
+    def __len__(self) -> int:
+        return len(self._columns) if self._ids is None else len(self._ids)
+
+    def __getitem__(self, i: SupportsIndex) -> Sample:
+        return self._columns.sample(self._row(i))
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """The SHA-256 of each file, by its name as it was given."""
+        return dict(zip(self.files, self._contents, strict=True))
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[len] int32, T of each sample."""
+        return self._column("length")
+
+    @cached_property
+    def num_tokens(self) -> np.ndarray:
+        """[len] int64, supervised tokens of each sample."""
+        return self._column("num_tokens")
+
+    @cached_property
+    def num_bytes(self) -> np.ndarray:
+        """[len] int64, UTF-8 bytes of each sample's supervised text; special tokens have none."""
+        return self._column("num_bytes")
+
+    @cached_property
+    def lines(self) -> np.ndarray:
+        """[len] int64, the line of its file that each sample comes from, from 1."""
+        return self._column("line")
+
+    def where(self, i: SupportsIndex) -> str:
+        """`file:line` of sample i."""
+        row = self._row(i)
+        return f"{self.files[self._columns.value('file', row)]}:{self._columns.value('line', row)}"
+
+    def split(self, eval_fraction: float, eval_split: Literal["rows", "tail"]) -> tuple[Store, Store]:
+        """(train, eval), together every sample once; the same in every run.
+
+        "rows" holds out the given share of the distinct rows, at least one, chosen by their content: all samples of a
+        row and of its duplicates are on one side. "tail" holds out what was built as the end of each document.
+        Raises DataError where either side would be empty.
+        """
+        assert 0 < eval_fraction < 1, eval_fraction
+        if eval_split == "tail":
+            held_out, distinct = self._column("is_tail").astype(np.bool_), None
+        else:
+            digests = self._column("row_digest")
+            rows = np.unique(digests)
+            distinct = len(rows)
+            held_out = digests <= rows[min(max(1, round(eval_fraction * distinct)), distinct) - 1]
+        if held_out.all() or not held_out.any():
+            seen = "one side would be empty" if distinct is None else f"cannot split {distinct} distinct row(s)"
+            raise DataError(
+                f"data.eval_fraction={eval_fraction}: {seen}; change it, give data.eval_path instead, "
+                'or set data.eval_split="tail" for raw text'
+            )
+        train, evaluation = self._select(~held_out), self._select(held_out)
+        return train, evaluation
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raise DataError, naming the first 20 samples, where a token id is not below `vocab_size`."""
+        largest = self._column("max_token_id")
+        outside = np.flatnonzero(largest >= vocab_size)
+        problems = Problems()
+        for i in outside[:20].tolist():  # to look up where all of them are may take minutes
+            row = self._row(i)
+            file, line = self.files[self._columns.value("file", row)], self._columns.value("line", row)
+            what = f"token id {largest[i]} is outside the model's vocabulary of {vocab_size}"
+            problems.add(
+                BadRow(file, line, "tokens", f"{what}; use the model's own tokenizer or raise model.vocab_size")
+            )
+        problems.count = len(outside)
+        problems.raise_if_any()
+
+    def _row(self, i: SupportsIndex) -> int:
+        i = i.__index__()
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return i if self._ids is None else int(self._ids[i])
+
+    def _column(self, name: str) -> np.ndarray:
+        column = self._columns.column(name)
+        return column if self._ids is None else column[self._ids]
+
+    def _select(self, chosen: np.ndarray) -> Store:
+        ids = np.flatnonzero(chosen) if self._ids is None else self._ids[chosen]
+        return Store(
+            self._columns,
+            name=self.name,
+            fingerprint=self.fingerprint,
+            files=self.files,
+            contents=self._contents,
+            report=self.report,
+            ids=ids,
+        )
+
+
+def build_store(
+    paths: Sequence[str],
+    *,
+    stage: Literal["sft", "pretrain"],
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
+    verify_data: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_message: Callable[[str], None] = lambda text: None,
+) -> Store:
+    """The samples of `paths`, opened from the cache where the same files and settings were built before.
+
+    The files are read only where no run has read them before, as they are now. A store is checked in part when it is
+    opened, and made again, with a message, where it is damaged; with `verify_data` the files are read in any case, and
+    the store is checked in full. `on_progress` is told (bytes done, bytes in all) during a build. The cache is
+    `data.store`, else $XDG_CACHE_HOME/pertoken, else ~/.cache/pertoken.
+    Raises DataError for bad rows (as `data.on_bad_row` and `data.overlong` say), where no sample results, and for files
+    that change meanwhile.
+    """
+    files, cache = find_files(paths, on_message), _cache(data.store)
+    making = SampleBuilder.of(files, data, stage=stage, tokenizer=tokenizer, encoder=Encoder(tokenizer))
+    key = StoreKey.of(files, data, stage=stage, tokenizer=tokenizer, encoder=making.encoder)
+    check: Check = "full" if verify_data else "sample"
+    try:
+        known = recall(cache, files) if not verify_data else None
+        if known is not None and (store := _open_or_tell(cache, key, known, check, on_message)) is not None:
+            return store
+        seen = see(files)
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    contents, parts = scan(files)
+    remember(cache, files, seen, contents)
+    if (store := _open_or_tell(cache, key, contents, check, on_message)) is not None:  # others built it meanwhile, too
+        return store
+    name, progress = key.name(contents), _Progress(sum(map(part_bytes, parts)), on_progress)
+    try:
+        with work_folder(cache, name) as work:
+            made = make_parts(parts, making, work, workers=data.workers, on_progress=progress.at)
+            _write(work / "store", made, paths, key.meta(contents))
+            put_in_place(work / "store", cache / name)
+    except ChildProcessError as error:
+        raise DataError(
+            f"data.workers: {error}; run it again with fewer or with more memory (what is done is kept)"
+        ) from None
+    except MemoryError:
+        raise DataError(
+            "data.path: out of memory while it was prepared; free memory, or split its longest rows, and run it again "
+            "(what is done is kept)"
+        ) from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"data.store={cache}: cannot be written ({reason}); choose another folder") from None
+    progress.end()
+    store = _open(cache / name, "none", hit=False)
+    assert store is not None, name
+    return store
+
+
+def open_store(name: str, fingerprint: str, data: DataConfig, check: Check = "none") -> Store | None:
+    """The store of that name in this machine's cache; None where it is not, or is damaged.
+
+    For a process that is told by another one what that has built or checked: on the same machine, nothing need be read
+    but its store.json.
+    """
+    try:
+        store = _open(_cache(data.store) / name, check, hit=True)
+    except Damaged:
+        return None
+    return store if store is not None and store.fingerprint == fingerprint else None
+
+
+class _Progress:
+    """Tells a rising number of bytes, and all of them only when the store is there."""
+
+    def __init__(self, total: int, tell: Callable[[int, int], None] | None) -> None:
+        self._total = total
+        self._tell = tell
+        self._done = -1
+
+    def at(self, done: int) -> None:
+        done = min(done, self._total - 1)
+        if self._tell is not None and self._done < done:
+            self._done = done
+            self._tell(done, self._total)
+
+    def end(self) -> None:
+        if self._tell is not None:
+            self._tell(self._total, self._total)
+
+
+def _report(made: Sequence[MadePart]) -> dict[str, int]:
+    outcome = _outcome(made)
+    totals = {name: sum(part.totals[name] for part in made) for name in ("samples", "tokens", "num_tokens")}
+    return {**asdict(outcome.counts), **totals}
+
+
+def _outcome(made: Sequence[MadePart]) -> Outcome:
+    outcome = Outcome()
+    for part in made:
+        outcome.extend(part.outcome)
+    return outcome
+
+
+def _write(folder: Path, made: Sequence[MadePart], paths: Sequence[str], meta: dict[str, Any]) -> None:
+    """A store's folder from its parts. Raises DataError for bad rows and for no sample at all."""
+    outcome = _outcome(made)
+    outcome.raise_problems()
+    if not sum(part.totals["samples"] for part in made):
+        found = ", ".join(f"{name} {count}" for name, count in asdict(outcome.counts).items() if count)
+        raise DataError(
+            f"{', '.join(paths)}: no sample results ({found}); see data.max_seq_len, data.overlong and data.on_bad_row"
+        )
+    skipped = [part.skipped for part in made] if outcome.counts.skipped else []
+    write_folder(folder, [part.samples for part in made], skipped, {**meta, "report": _report(made)})
+
+
+def _open_or_tell(
+    cache: Path, key: StoreKey, contents: list[str], check: Check, on_message: Callable[[str], None]
+) -> Store | None:
+    """The store of these contents. Where it is damaged it is removed, and `on_message` told."""
+    folder = cache / key.name(contents)
+    try:
+        return _open(folder, check, hit=True)
+    except Damaged as damage:
+        on_message(f"{folder}: a damaged token store ({damage}); making it again from the data")
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def _open(folder: Path, check: Check, *, hit: bool) -> Store | None:
+    """The store in a folder; None where there is none. Raises Damaged."""
+    found = open_folder(folder, check)
+    if found is None:
+        return None
+    columns, meta = found
+    skipped = folder / SKIPPED
+    try:
+        report = StoreReport(**meta["report"], skipped_file=str(skipped) if skipped.exists() else None, hit=hit)
+        return Store(
+            columns,
+            name=folder.name,
+            fingerprint=meta["fingerprint"],
+            files=tuple(meta["files"]),
+            contents=tuple(meta["contents"]),
+            report=report,
+        )
+    except (KeyError, TypeError):
+        raise Damaged("store.json is not what pertoken writes") from None
+
+
+def _cache(store: str | None) -> Path:
+    try:
+        if store:
+            return Path(store).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pertoken"
+    except RuntimeError as error:  # no such user, or none that has a home
+        raise DataError(f"data.store={store or ''}: {reason(error)}; name a folder") from None

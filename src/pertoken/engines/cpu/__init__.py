@@ -1,0 +1,1 @@
+"""A decoder on a CPU, through the kernels."""

@@ -1,0 +1,1 @@
+"""What a family of models is called and what it is made of."""

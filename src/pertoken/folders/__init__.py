@@ -1,0 +1,1 @@
+"""Model folders: open and save."""

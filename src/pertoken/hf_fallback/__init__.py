@@ -1,0 +1,1 @@
+"""Any other causal language model, in transformers' own code."""

@@ -1,0 +1,95 @@
+"""A model and its tokenizer, ready to answer."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folder
+from pertoken.data.tokens.tokenizer import end_of_turn_id, open_tokenizer, render
+from pertoken.errors import ModelError, RecipeError
+from pertoken.inference.generate import generate, stream_text
+from pertoken.model.decoder import CausalLM
+from pertoken.text import reason
+from pertoken.training.precision import resolve_device
+
+__all__ = ["ChatSession"]
+
+
+@dataclass(frozen=True)
+class ChatSession:
+    """Turns text or messages into token ids, and token ids into an answer, piece by piece."""
+
+    model: CausalLM
+    tokenizer: Any
+    stop_ids: frozenset[int]
+    template_kwargs: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: str, device: str = "auto") -> ChatSession:
+        """From a run, a checkpoint or a Hugging Face folder. Raises ModelError or RecipeError."""
+        folder = resolve_model_folder(path)
+        if not folder.is_dir():
+            raise ModelError(f"{path}: has no tokenizer; `pertoken export` it as a Hugging Face folder with one first")
+        tokenizer = open_tokenizer(folder)
+        recipe = recipe_of(folder)
+        template_kwargs = recipe["data"].get("template_kwargs", {}) if recipe else {}
+        stops = {tokenizer.eos_token_id} - {None}
+        if tokenizer.chat_template is not None:
+            stops.add(end_of_turn_id(tokenizer, template_kwargs))
+        model = load_model(folder).to(resolve_device(device))
+        return cls(model, tokenizer, frozenset(stops), template_kwargs)
+
+    def encode(self, text: str) -> list[int]:
+        """Text to go on from, encoded as the tokenizer does by itself (with a BOS where it adds one)."""
+        ids = self._ids(text)
+        if not ids:
+            raise RecipeError("--prompt: gives no token; write something to go on from")
+        return ids
+
+    def require_template(self) -> None:
+        """Raises ModelError for a base model, which has no way to tell turns apart."""
+        if self.tokenizer.chat_template is None:
+            raise ModelError("the tokenizer has no chat template; this is a base model, use generate without --chat")
+
+    def encode_latest(
+        self, opening: list[dict[str, Any]], turns: list[dict[str, Any]], *, room: int
+    ) -> tuple[list[int], int]:
+        """`opening` and as many of the latest `turns` as leave `room` tokens for an answer, and how many of the turns
+        were left out. The last turn stays, as long as one token is left for the answer.
+
+        Raises RecipeError where the last turn alone is too long, and what `encode_chat` raises.
+        """
+        limit = self.model.config.max_position_embeddings
+        room = min(room, max(1, limit // 2))
+        for dropped in range(0, len(turns), 2):  # a question with its answer
+            ids = self.encode_chat([*opening, *turns[dropped:]])
+            if len(ids) + room <= limit:
+                return ids, dropped
+        if len(ids) >= limit:
+            raise RecipeError(f"this message takes {len(ids):,} tokens; the model's context is {limit:,}: shorten it")
+        return ids, dropped
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """A conversation up to where the assistant is to speak."""
+        self.require_template()
+        try:
+            text, _ = render(self.tokenizer, messages, template_kwargs=self.template_kwargs, add_generation_prompt=True)
+        except ValueError as error:
+            raise ModelError(f"the chat template cannot render this conversation: {error}") from None
+        return self._ids(text, add_special_tokens=False)
+
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        try:
+            ids: list[int] = self.tokenizer.encode(text, **options)
+        except Exception as error:  # a tokenizer is a program from elsewhere; and what was typed may not be UTF-8
+            raise ModelError(f"the tokenizer has no tokens for this text ({reason(error)})") from None
+        return ids
+
+    def reply(self, input_ids: list[int], **sampling: Any) -> Iterator[str]:
+        """Text as it is made, up to the end of the turn. `sampling` is `generate`'s."""
+        if sampling.get("seed") is None:
+            sampling["seed"] = secrets.randbits(63)
+        return stream_text(self.tokenizer, generate(self.model, input_ids, stop_ids=self.stop_ids, **sampling))

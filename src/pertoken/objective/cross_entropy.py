@@ -1,0 +1,293 @@
+"""Hidden states to sums: the cross entropy of a linear head, whose logits never exist whole.
+
+Only supervised rows are computed, a chunk of them at a time, and each chunk's share of the gradient is formed while its
+logits are at hand, so the forward pass does all the matrix work and the backward pass only scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pertoken.errors import CompilerError
+from pertoken.kernels.memory import empty
+from pertoken.kernels.ops import Kernels
+from pertoken.objective.fused_heads import fused_loss_sum
+from pertoken.objective.inputs import check_head, checked_labels
+
+__all__ = ["LossImpl", "LossOutput", "TiedGradient", "cross_entropy", "first_order_only", "linear_cross_entropy"]
+
+LossImpl = Literal["auto", "native", "chunked", "reference", "liger", "cce"]
+
+_CHUNK_BYTES = 32 * 2**20  # of logits in float32; by the kernels, in the dtype of activations
+_VOCAB_BLOCK = 8192  # of the weight's gradient at a time, by the kernels
+_MIN_CHUNK_ROWS = 512  # fewer add up the weight's gradient, [V, D], too often
+# float16 flushes probabilities below 6e-8; boosted by this the gradient keeps them, and stays far from 65,504.
+_FP16_BOOST = 2.0**8
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Sums over the tokens of one micro-batch. Nothing is divided before the step's own count is known."""
+
+    loss_sum: Tensor  # 0-d, nats, float32 or float64; carries the gradient
+    num_tokens: Tensor  # 0-d: int64 supervised tokens, or the float64 sum of float weights
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> (sum, count), detached
+    # Mixture of experts: 0-d, `aux_loss_coef` times the balance loss summed over routed tokens; carries the gradient.
+    aux_sum: Tensor | None = None
+
+    def objective(self, num_tokens: float, num_input_tokens: float) -> Tensor:
+        """This micro-batch's share of the step's objective, loss_sum / num_tokens + aux_sum / num_input_tokens.
+
+        `num_tokens` supervised and `num_input_tokens` input tokens are the whole step's, over all micro-batches and
+        ranks.
+        """
+        objective = self.loss_sum / num_tokens
+        return objective if self.aux_sum is None else objective + self.aux_sum / num_input_tokens
+
+
+@dataclass
+class TiedGradient:
+    """Brings the head's gradient of a tied embedding to where the embedding's own is added, in the same buffer.
+
+    Two gradients of [V, D] and the pass to add them are saved. The embedding's backward always comes after the head's.
+    """
+
+    of_head: Tensor | None = None  # [V, D]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    *,
+    impl: LossImpl = "auto",
+    tied: TiedGradient | None = None,
+) -> LossOutput:
+    """Sum of negative log-likelihoods in nats over the supervised tokens, and their number.
+
+    Equivalent to
+
+        nll = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none")
+        LossOutput((nll * loss_mask).sum(), loss_mask.sum())
+
+    with `hidden` [N, D], `weight` [V, D], `labels` [N] integers, real token ids (one under a false mask is never looked
+    at), `loss_mask` [N] bool or weights. Weights may be negative; one that is NaN or infinite makes the sum so. The
+    matrix products run in the autocast dtype where one is active, in `hidden`'s otherwise; soft-max, sums and the
+    accumulation of the weight's gradient in at least float32 (float64 for float64). No supervised token: sum 0, count
+    0, zero gradients.
+
+    `impl="reference"` is the plain code above, logits and all; `"chunked"` holds at most one chunk of them; `"native"`
+    too, through kernels compiled for this processor (bfloat16 and float32 on a CPU; raises CompilerError where they
+    cannot be compiled); `"auto"` is native where that can be. `"liger"` and `"cce"` are kernels of others, optional
+    extras: see `fused_loss_sum` for what they do not promise. With `tied`, of native and chunked, the weight's gradient
+    goes there, not to autograd.
+
+    Raises, for every `impl` alike, IndexError for a supervised label outside of [0, V) (on CUDA a device assert),
+    TypeError for a dtype that cannot be meant, ValueError for shapes or devices that do not fit together, for weights
+    that require a gradient and for an `impl` that cannot run there.
+    """
+    if impl not in get_args(LossImpl):
+        raise ValueError(f"impl={impl!r}: must be one of {', '.join(get_args(LossImpl))}")
+    check_head(hidden, weight)
+    labels, loss_mask = checked_labels(
+        labels, loss_mask, rows=hidden.shape[0], vocab_size=weight.shape[0], device=hidden.device
+    )
+    if impl == "reference":
+        return _plain(F.linear(hidden, weight), labels, loss_mask)
+    num_tokens = _count(loss_mask)
+    rows = loss_mask.nonzero().squeeze(1)
+    if rows.numel() < loss_mask.numel():
+        hidden, labels, loss_mask = hidden[rows], labels[rows], loss_mask[rows]
+    if not torch.is_grad_enabled():  # which the function's `needs_input_grad` would not know
+        hidden, weight = hidden.detach(), weight.detach()
+    weights = None if loss_mask.dtype == torch.bool else loss_mask
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64  # which autocast leaves alone
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    if (impl == "liger" or impl == "cce") and len(labels):  # without rows ours still gives zero gradients
+        loss_sum = fused_loss_sum(impl, hidden, weight, labels, weights, dtype)
+    else:
+        kernels = None if impl == "chunked" else _kernels(device, dtype, required=impl == "native")
+        loss_sum = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype, kernels, tied)  # type: ignore[no-untyped-call]
+    return _output(loss_sum, num_tokens)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> LossOutput:
+    """`linear_cross_entropy` by its definition, of `logits` [N, V] that exist whole. Raises what that does."""
+    rows, vocab_size = logits.shape
+    return _plain(logits, *checked_labels(labels, loss_mask, rows=rows, vocab_size=vocab_size, device=logits.device))
+
+
+def _plain(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> LossOutput:
+    logits = logits.to(_accumulator(logits.dtype))
+    labels = torch.where(loss_mask != 0, labels, 0)
+    nll = F.cross_entropy(logits, labels, reduction="none")
+    return _output(torch.where(loss_mask != 0, nll * loss_mask.to(nll.dtype), 0).sum(), _count(loss_mask))
+
+
+def _count(loss_mask: Tensor) -> Tensor:
+    return loss_mask.sum(dtype=torch.int64 if loss_mask.dtype == torch.bool else torch.float64)
+
+
+def _output(loss_sum: Tensor, num_tokens: Tensor) -> LossOutput:
+    return LossOutput(loss_sum, num_tokens, {"loss": (loss_sum.detach(), num_tokens)})
+
+
+def _kernels(device: str, dtype: torch.dtype, *, required: bool) -> Kernels | None:
+    if device != "cpu" or dtype not in (torch.bfloat16, torch.float32):
+        if required:
+            raise ValueError(
+                f'impl="native": the kernels are for bfloat16 and float32 on a CPU, not {dtype} on {device}'
+            )
+        return None
+    try:
+        return Kernels(dtype)
+    except CompilerError:
+        if required:
+            raise
+        return None
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def first_order_only() -> None:
+    """For backward passes written by hand, which are constants to autograd: with `create_graph=True` their part of the
+    second derivative would be left out without a word. Raises RuntimeError there."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the kernels and the chunked loss have no gradient of their gradient; for create_graph=True set "
+            'train.compile="off" and loss_impl="reference"'
+        )
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """All rows count. `forward` forms the gradients, `backward` multiplies by what comes in (the loss scale too)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        dtype: torch.dtype,
+        kernels: Kernels | None,
+        tied: TiedGradient | None,
+    ) -> Tensor:
+        ctx.tied = tied
+        device = hidden.device.type
+        with torch.autocast(device, enabled=False):
+            if kernels is not None:
+                return _native_forward(ctx, hidden, weight, labels, weights, kernels)
+            return _forward(ctx, hidden, weight, labels, weights, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only()
+        grad = grad_outputs[0] / ctx.boost
+        d_hidden, d_weight = ctx.saved_tensors
+        # Scaled in the wide type first: a float16 gradient overflows only where its true, scaled value does.
+        if d_hidden is not None:
+            d_hidden = (d_hidden.to(grad.dtype) * grad).to(ctx.hidden_dtype)
+        if d_weight is not None:
+            d_weight = d_weight.mul_(grad).to(ctx.weight_dtype)  # in place: as large as the vocabulary
+        if ctx.tied is not None:
+            ctx.tied.of_head, d_weight = d_weight, None
+        return d_hidden, d_weight, None, None, None, None, None
+
+
+def _forward(
+    ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    wide = _accumulator(dtype)
+    x_ND, w_VD = hidden.to(dtype), weight.to(dtype)
+    needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+    d_hidden = torch.empty_like(x_ND) if needs_hidden else None
+    d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+    boost = _FP16_BOOST if dtype == torch.float16 else 1.0
+    loss_sum = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    chunk = max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // (4 * weight.shape[0]))
+    for start in range(0, x_ND.shape[0], chunk):
+        x_CD, label_C = x_ND[start : start + chunk], labels[start : start + chunk]
+        scale_C = None if weights is None else weights[start : start + chunk].to(wide)
+        logits_CV = torch.mm(x_CD, w_VD.t()).to(wide)
+        log_z_C = logits_CV.logsumexp(1)
+        nll_C = log_z_C - logits_CV.gather(1, label_C[:, None]).squeeze(1)
+        loss_sum += (nll_C if scale_C is None else nll_C * scale_C).sum(dtype=torch.float64)
+        if not (needs_hidden or needs_weight):
+            continue
+        d_logits_CV = logits_CV.sub_(log_z_C[:, None]).exp_()
+        d_logits_CV.scatter_add_(1, label_C[:, None], d_logits_CV.new_full((len(label_C), 1), -1.0))
+        if scale_C is not None:
+            d_logits_CV.mul_(scale_C[:, None])
+        if boost != 1.0:
+            d_logits_CV.mul_(boost)
+        d_low_CV = d_logits_CV.to(dtype)
+        if d_hidden is not None:
+            torch.mm(d_low_CV, w_VD, out=d_hidden[start : start + chunk])
+        if d_weight is not None:
+            if dtype == torch.float16:
+                shrink = _fp16_shrink(x_CD, scale_C)
+                d_weight += torch.mm(d_low_CV.t(), x_CD * shrink).to(wide) / shrink
+            else:
+                d_weight += torch.mm(d_low_CV.t(), x_CD)
+    ctx.save_for_backward(d_hidden, d_weight)
+    ctx.boost, ctx.hidden_dtype, ctx.weight_dtype = boost, hidden.dtype, weight.dtype
+    return loss_sum.to(wide)
+
+
+def _fp16_shrink(x_CD: Tensor, scale_C: Tensor | None) -> Tensor:
+    """A power of two, 0-d, for which no sum over the rows of boosted gradients times `x_CD` leaves float16."""
+    largest = len(x_CD) * _FP16_BOOST * x_CD.abs().amax().double()
+    if scale_C is not None:
+        largest = largest * scale_C.abs().amax()
+    return torch.exp2(-(largest / 2**15).log2().ceil().clamp(min=0)).to(x_CD.dtype)
+
+
+def _chunk_rows(vocab_size: int, hidden_size: int, dtype: torch.dtype) -> int:
+    """Every chunk but the first adds to the weight's gradient, so its logits may be half as large as that."""
+    chunk_bytes = max(_CHUNK_BYTES, 2 * vocab_size * hidden_size)
+    return max(1, chunk_bytes // (vocab_size * dtype.itemsize))
+
+
+def _native_forward(
+    ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, kernels: Kernels
+) -> Tensor:
+    """What `_forward` does, through the kernels: logits become their own gradient in place, in two passes over them."""
+    dtype = kernels.dtype
+    num_rows, vocab_size = len(labels), weight.shape[0]
+    x_ND, w_VD = hidden.detach().to(dtype), weight.detach().to(dtype)
+    needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+    d_hidden = torch.empty_like(x_ND) if needs_hidden else None
+    d_weight = empty(*weight.shape, dtype=torch.float32) if needs_weight else None
+    if d_weight is not None and not num_rows:
+        d_weight.zero_()
+    weights = None if weights is None else weights.float().contiguous()
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    chunk = _chunk_rows(vocab_size, weight.shape[1], dtype)
+    for start in range(0, num_rows, chunk):
+        rows = slice(start, min(start + chunk, num_rows))
+        x_CD, scale_C = x_ND[rows], None if weights is None else weights[rows]
+        logits_CV = torch.mm(x_CD, w_VD.t(), out=empty(len(x_CD), vocab_size, dtype=dtype))
+        nll_C = kernels.cross_entropy(
+            logits_CV, labels[rows].contiguous(), scale_C, gradient=needs_hidden or needs_weight
+        )
+        loss_sum += (nll_C if scale_C is None else nll_C * scale_C).sum(dtype=torch.float64)
+        if d_hidden is not None:
+            torch.mm(logits_CV, w_VD, out=d_hidden[rows])
+        if d_weight is not None:
+            x_DC = x_CD.t().contiguous()
+            for at in range(0, vocab_size, _VOCAB_BLOCK):
+                block = slice(at, at + _VOCAB_BLOCK)
+                kernels.widen_transposed(torch.mm(x_DC, logits_CV[:, block]), d_weight[block], add=start > 0)
+    ctx.save_for_backward(d_hidden, d_weight)
+    ctx.boost, ctx.hidden_dtype, ctx.weight_dtype = 1.0, hidden.dtype, weight.dtype
+    return loss_sum.float()

@@ -1,0 +1,1 @@
+"""What is learned and how: the recipe file, its keys, its errors in words."""

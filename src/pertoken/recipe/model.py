@@ -1,0 +1,165 @@
+"""The [model] section of a recipe: an architecture, and the balance loss of its experts, in Hugging Face's names."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["MOE_KEYS", "ModelConfig", "ResolvedModelConfig", "Section"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, strict, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+# MiniMind's
+_NUM_EXPERTS, _AUX_LOSS_COEF = 4, 5e-4
+MOE_KEYS = (
+    "num_experts",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "moe_intermediate_size",
+    "aux_loss",
+    "aux_loss_coef",
+)
+
+
+class ModelConfig(Section):
+    """The architecture, in Hugging Face's names. Keys left out are derived by `resolve`."""
+
+    family: Literal["qwen3", "llama"] = "qwen3"
+    hidden_size: int = Field(default=512, ge=1)
+    num_hidden_layers: int = Field(default=8, ge=1)
+    num_attention_heads: int = Field(default=8, ge=1)
+    num_key_value_heads: int | None = Field(default=None, ge=1)
+    head_dim: int | None = Field(default=None, ge=2)
+    intermediate_size: int | None = Field(default=None, ge=1)
+    vocab_size: int | None = Field(default=None, ge=2)
+    max_position_embeddings: int = Field(default=32768, ge=2)
+    rope_theta: float | None = Field(default=None, gt=0)
+    rms_norm_eps: float = Field(default=1e-6, gt=0)
+    tie_word_embeddings: bool = True
+    use_moe: bool = False
+    num_experts: int | None = Field(default=None, ge=1)
+    num_experts_per_tok: int | None = Field(default=None, ge=1)
+    norm_topk_prob: bool | None = None
+    moe_intermediate_size: int | None = Field(default=None, ge=1)
+    aux_loss: Literal["sequence", "micro_batch", "none"] | None = None
+    aux_loss_coef: float | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        heads, kv = self.num_attention_heads, self.num_key_value_heads
+        if self.head_dim is None and self.hidden_size % heads:
+            raise ValueError(
+                f"model.num_attention_heads={heads}: does not divide model.hidden_size={self.hidden_size}; "
+                "choose a divisor, or set model.head_dim"
+            )
+        if kv is not None and heads % kv:
+            raise ValueError(
+                f"model.num_key_value_heads={kv}: does not divide model.num_attention_heads={heads}; choose a divisor"
+            )
+        head_dim = self.head_dim or self.hidden_size // heads
+        if head_dim % 2:
+            raise ValueError(f"model.head_dim={head_dim}: must be even, rotary embeddings turn pairs")
+        if self.num_experts is not None:
+            self._choose_among(self.num_experts)
+        if self.family == "llama" and self.use_moe:
+            self._fits_mixtral()
+        return self
+
+    def _choose_among(self, experts: int) -> None:
+        chosen = self.num_experts_per_tok or 1
+        if chosen > experts:
+            raise ValueError(
+                f"model.num_experts_per_tok={chosen}: more than model.num_experts={experts}; "
+                "lower one or raise the other"
+            )
+
+    def check_without_a_model(self) -> None:
+        """Raises ValueError for what only a loaded model, which brings what is left out here, could make sense of."""
+        if not self.use_moe:
+            for key in MOE_KEYS:
+                if (value := getattr(self, key)) is not None:
+                    raise ValueError(f"model.{key}={value}: model.use_moe is false; set it to true, or leave {key} out")
+        self._choose_among(self.num_experts or _NUM_EXPERTS)
+
+    def _fits_mixtral(self) -> None:
+        """Mixtral, the format a Llama with experts is saved in, has one feed-forward width and always renormalizes."""
+        if self.norm_topk_prob is False:
+            raise ValueError(
+                'model.norm_topk_prob=False: model.family="llama" with experts is saved as Mixtral, which always '
+                'normalizes; leave the key out, or use model.family="qwen3"'
+            )
+        width, own = self.intermediate_size, self.moe_intermediate_size
+        if width and own and width != own:
+            raise ValueError(
+                f"model.moe_intermediate_size={own}: Mixtral, as which this model is saved, has "
+                f"model.intermediate_size={width} only; leave one of the two out"
+            )
+
+    def resolve(self, vocab_size: int) -> ResolvedModelConfig:
+        """All keys filled in. `vocab_size` counts where `model.vocab_size` is not given.
+
+        The feed-forward width defaults to MiniMind's `ceil(hidden_size * pi / 64) * 64`, the rotary base to the
+        family's own, an expert's width to the feed-forward width; experts, choices per token and the balance loss's
+        coefficient to MiniMind's 4, 1 and 5e-4.
+        """
+        width = self.intermediate_size or math.ceil(self.hidden_size * math.pi / 64) * 64
+        moe_width = self.moe_intermediate_size or width
+        if self.use_moe and self.family == "llama":
+            width = moe_width
+        return ResolvedModelConfig(
+            family=self.family,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads or self.num_attention_heads,
+            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
+            intermediate_size=width,
+            vocab_size=self.vocab_size or vocab_size,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_theta=self.rope_theta or (1e4 if self.family == "llama" and not self.use_moe else 1e6),
+            rms_norm_eps=self.rms_norm_eps,
+            tie_word_embeddings=self.tie_word_embeddings,
+            use_moe=self.use_moe,
+            num_experts=self.num_experts or _NUM_EXPERTS,
+            num_experts_per_tok=self.num_experts_per_tok or 1,
+            norm_topk_prob=self.norm_topk_prob is not False,
+            moe_intermediate_size=moe_width,
+            aux_loss=self.aux_loss or "sequence",
+            aux_loss_coef=_AUX_LOSS_COEF if self.aux_loss_coef is None else self.aux_loss_coef,
+        )
+
+
+class ResolvedModelConfig(ModelConfig):
+    """A `ModelConfig` with nothing left to derive: what a model is built from."""
+
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rope_theta: float
+    # Of a mixture of experts; without meaning unless `use_moe`.
+    num_experts: int
+    num_experts_per_tok: int
+    norm_topk_prob: bool
+    moe_intermediate_size: int
+    aux_loss: Literal["sequence", "micro_batch", "none"]
+    aux_loss_coef: float
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the decoder that this describes, by arithmetic."""
+        hidden, heads = self.hidden_size, self.num_attention_heads + self.num_key_value_heads
+        attention = 2 * hidden * self.head_dim * heads + (2 * self.head_dim if self.family == "qwen3" else 0)
+        if self.use_moe:
+            mlp = self.num_experts * hidden * (3 * self.moe_intermediate_size + 1)
+        else:
+            mlp = 3 * hidden * self.intermediate_size
+        tables = 1 if self.tie_word_embeddings else 2
+        return self.num_hidden_layers * (attention + mlp + 2 * hidden) + hidden + tables * self.vocab_size * hidden

@@ -1,0 +1,126 @@
+"""From a recipe to its tokenizer and its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pertoken.checkpoints.read import resolve_model_folder
+from pertoken.data.store.folder import Check
+from pertoken.data.store.store import Store, build_store, open_store
+from pertoken.data.tokens.tokenizer import end_of_turn_id, open_tokenizer
+from pertoken.errors import DataError, RecipeError
+from pertoken.recipe.schema import DataConfig, Recipe
+from pertoken.tracking.metrics import Listener
+from pertoken.training.parallel import World
+
+__all__ = ["RunData", "load_data", "prepare"]
+
+
+@dataclass(frozen=True)
+class RunData:
+    tokenizer: Any
+    eos_token_id: int
+    train: Store
+    eval: Store | None
+
+    @property
+    def fingerprints(self) -> dict[str, str | None]:
+        return {"train": self.train.fingerprint, "eval": self.eval.fingerprint if self.eval else None}
+
+    @property
+    def files(self) -> dict[str, dict[str, str] | None]:
+        """SHA-256 of each file by its name."""
+        return {"train": self.train.checksums, "eval": self.eval.checksums if self.eval else None}
+
+
+def prepare(
+    recipe: Recipe, listener: Listener | None = None, *, verify_data: bool = False
+) -> tuple[Store, Store | None]:
+    """Make the token store(s) of a recipe, or open them: (train, eval).
+
+    `verify_data`: read all data and every byte of the stores again, trusting nothing that is remembered of them.
+    """
+    data = load_data(recipe, listener or Listener(), World(), verify_data=verify_data)
+    return data.train, data.eval
+
+
+def load_data(recipe: Recipe, listener: Listener, world: World, *, verify_data: bool = False) -> RunData:
+    """Tokenizer and samples, the same on every rank. Each machine's data are read by one rank of it at most."""
+    data = recipe.data
+    source = data.tokenizer or recipe.init_from
+    assert source is not None, "the recipe requires one"
+    folder = Path(source)
+    if data.tokenizer is None or (folder / "checkpoints").is_dir():
+        folder = resolve_model_folder(folder)
+    tokenizer = open_tokenizer(folder, add_tokens=data.add_tokens, chat_template=data.chat_template)
+    if recipe.stage == "sft":
+        eos_token_id = end_of_turn_id(tokenizer, data.template_kwargs)
+    elif tokenizer.eos_token_id is None:
+        raise RecipeError(f"{folder}: the tokenizer has no eos_token, which ends every document; give it one")
+    else:
+        eos_token_id = tokenizer.eos_token_id
+    waiting = world.patient()
+
+    def build(paths: tuple[str, ...]) -> Store:
+        def here() -> Store:
+            return build_store(
+                paths,
+                stage=recipe.stage,
+                tokenizer=tokenizer,
+                data=data,
+                verify_data=verify_data,
+                on_progress=listener.preparing,
+                on_message=listener.message,
+            )
+
+        return _once_a_machine(here, data, listener, waiting, "full" if verify_data else "sample")
+
+    train_store, eval_store = build(data.path), None
+    if data.eval_path:
+        eval_store = build(data.eval_path)
+    elif data.eval_fraction:
+        train_store, eval_store = train_store.split(data.eval_fraction, data.eval_split)
+    return RunData(tokenizer, eos_token_id, train_store, eval_store)
+
+
+def _once_a_machine(
+    build: Callable[[], Store], data: DataConfig, listener: Listener, world: World, check: Check
+) -> Store:
+    """Rank 0's store on every rank: opened where the disk is shared, else built by the first rank of each machine.
+
+    That rank also checks a store that is there already, since its disk need not be the one that rank 0 has checked.
+    """
+    mine: Store | None = None
+
+    def first() -> tuple[str, str]:
+        nonlocal mine
+        mine = build()
+        return mine.name, mine.fingerprint
+
+    name, fingerprint = world.on_main(first)
+
+    def elsewhere() -> None:
+        nonlocal mine
+        if is_missing:
+            mine = build()
+            if mine.fingerprint != fingerprint:
+                raise DataError(f"data.path: rank {world.rank} finds other data or another tokenizer there than rank 0")
+
+    def opened() -> Store:
+        store = mine if mine is not None else open_store(name, fingerprint, data)
+        if store is None:
+            where = f"data.store: rank {world.rank} does not find what the first rank of its machine has built"
+            raise DataError(f"{where}; name a folder that all processes of a machine see")
+        return store
+
+    is_first = world.local_rank == 0
+    mine = mine if mine is not None or not is_first else open_store(name, fingerprint, data, check)
+    is_missing = mine is None and is_first
+    missing = world.gather(is_missing).count(True)
+    if missing:
+        listener.message(f"data.store is not shared: {missing} of the other machines make one of their own")
+        world.together(elsewhere)
+    return world.together(opened)

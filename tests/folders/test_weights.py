@@ -1,0 +1,497 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from pertoken.data.batch.pack import MicroBatch
+from pertoken.errors import ModelError
+from pertoken.folders.minimind import load_minimind, save_minimind
+from pertoken.folders.weights import load_folder, resize_embeddings, save_folder
+from pertoken.inference.generate import generate
+from pertoken.model.decoder import CausalLM
+from pertoken.recipe.schema import ModelConfig
+
+pytestmark = pytest.mark.numeric
+
+SHARED = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+MIXTURES = {"qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM), "mixtral": (MixtralConfig, MixtralForCausalLM)}
+VARIANTS = [
+    pytest.param(family, keys, id=f"{family}-{'-'.join(map(str, keys)) or 'plain'}")
+    for family in FAMILIES
+    for keys in (
+        {},
+        {"head_dim": 20},  # not hidden_size / num_attention_heads
+        {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 1234.5}},
+        {"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "num_key_value_heads": 6},
+    )
+] + [
+    pytest.param(family, keys, id=f"{family}-{'-'.join(map(str, keys.values()))}")
+    for family, keys in (
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True}),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": False}),
+        (
+            "qwen3_moe",
+            {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 24},
+        ),
+        ("qwen3_moe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": False, "head_dim": 20}),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1}),
+        ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
+    )
+]
+
+
+def random_hf_model(family, **keys):
+    """Every weight random, norms too, and large enough that each one shows in the logits."""
+    config_class, model_class = (FAMILIES | MIXTURES)[family]
+    model = model_class(config_class(**SHARED | keys)).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else 0.15 * noise)
+    return model
+
+
+def documents(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 97, (n,), generator=generator) for n in lengths]
+
+
+def flat(docs):
+    row = torch.cat(docs)
+    lengths = tuple(len(d) for d in docs)
+    return MicroBatch(
+        input_ids=row,
+        labels=row,
+        loss_mask=torch.ones(len(row), dtype=torch.bool),
+        position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        lengths=lengths,
+    )
+
+
+@torch.no_grad()
+def relative_difference(model, hf_model, docs):
+    """max |difference| / max |logit|; ours in one flat row, transformers one document at a time."""
+    ours = model.logits(model.hidden_states(flat(docs)))
+    theirs = torch.cat([hf_model(d[None]).logits[0] for d in docs]).to(ours.dtype)
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def error(logits, exact):
+    """max |difference| / max |logit|"""
+    return float((logits.double() - exact).abs().max() / exact.abs().max())
+
+
+@pytest.mark.parametrize(("family", "keys"), VARIANTS)
+def test_logits_of_a_saved_transformers_model_equal_its_own(family, keys, tmp_path):
+    hf_model = random_hf_model(family, **keys)
+    hf_model.save_pretrained(tmp_path)
+    model = load_folder(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert relative_difference(model, hf_model, documents([1, 7, 128, 129])) <= 1e-5
+
+
+@pytest.mark.parametrize(("family", "keys"), VARIANTS)
+def test_a_saved_folder_opens_in_transformers_with_the_same_logits(family, keys, tmp_path):
+    hf_model = random_hf_model(family, **keys)
+    hf_model.save_pretrained(tmp_path / "theirs")
+    model = load_folder(tmp_path / "theirs")
+    save_folder(model, tmp_path / "ours", eos_token_id=5)
+    reopened = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(reopened) is type(hf_model)
+    assert reopened.generation_config.eos_token_id == 5
+    for name, weight in hf_model.state_dict().items():
+        assert torch.equal(reopened.state_dict()[name], weight), name
+    theirs, ours = (load_file(tmp_path / name / "model.safetensors").keys() for name in ("theirs", "ours"))
+    assert ours == theirs, "every tensor under the name that transformers gives it on disk"
+    (doc,) = documents([40])
+    again = load_folder(tmp_path / "ours")
+    assert again.config == model.config
+    with torch.no_grad():
+        # Not bitwise: transformers leaves the weights where they lie in the mapped file, and products depend on that.
+        found, plain = (hf(doc[None]).logits[0] for hf in (reopened, hf_model))
+        exact = again.double().logits(again.hidden_states(flat([doc])))
+    assert error(found, exact) <= 3 * error(plain, exact)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_those_of_transformers(family, tmp_path):
+    hf_model = random_hf_model(family).double()
+    hf_model.save_pretrained(tmp_path)
+    model, docs = load_folder(tmp_path, dtype=torch.float64), documents([3, 30, 31])
+    model(flat(docs)).loss_sum.backward()
+    for doc in docs:  # labels are the inputs themselves in `flat`: unshifted, as good as any
+        logits = hf_model(doc[None]).logits[0]
+        torch.nn.functional.cross_entropy(logits, doc, reduction="sum").backward()
+    for name, parameter in hf_model.named_parameters():
+        ours = dict(model.named_parameters())[name].grad
+        # transformers takes its rotary angles and its norms in float32 even here
+        assert float((ours - parameter.grad).norm() / parameter.grad.norm()) < 1e-5, name
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_gradients_of_experts_equal_those_of_transformers(family, tmp_path):
+    hf_model = random_hf_model(family, num_experts=4, num_experts_per_tok=2).double()
+    hf_model.save_pretrained(tmp_path)
+    hf_model.set_experts_implementation("eager")  # the grouped one has no float64
+    model, docs = load_folder(tmp_path, dtype=torch.float64), documents([3, 30, 31])
+    model(flat(docs)).loss_sum.backward()
+    for doc in docs:
+        logits = hf_model(doc[None]).logits[0]
+        torch.nn.functional.cross_entropy(logits, doc, reduction="sum").backward()
+    for layer, hf_layer in zip(model.model.layers, hf_model.model.layers, strict=True):
+        ours, theirs = layer.mlp, hf_layer.mlp
+        pairs = [(ours.gate.weight.grad, theirs.gate.weight.grad)]
+        for i, expert in enumerate(ours.experts):
+            gate_up = torch.cat([expert.gate_proj.weight.grad, expert.up_proj.weight.grad])
+            pairs += [(gate_up, theirs.experts.gate_up_proj.grad[i])]
+            pairs += [(expert.down_proj.weight.grad, theirs.experts.down_proj.grad[i])]
+        for a, b in pairs:
+            # transformers takes its rotary angles, its norms and its router in float32 even here
+            assert float((a - b).norm() / b.norm()) < 1e-5
+
+
+def test_sharded_weights_load(tmp_path):
+    hf_model = random_hf_model("qwen3")
+    hf_model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert relative_difference(load_folder(tmp_path), hf_model, documents([20])) <= 1e-5
+
+
+def test_a_model_can_be_saved_over_the_folder_it_came_from(tmp_path):
+    model = random_model()
+    save_folder(model, tmp_path, eos_token_id=1)
+    loaded = load_folder(tmp_path)
+    loaded.model.norm.weight.data.mul_(2)  # and leave the rest as it was read
+    save_folder(loaded, tmp_path, eos_token_id=1)
+    model.model.norm.weight.data.mul_(2)
+    for name, weight in load_folder(tmp_path).state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("padding", range(0, 64, 8))
+def test_loaded_weights_lie_where_torch_itself_would_put_them(padding, tmp_path):
+    """The last bit of a product depends on where its factors lie, and in the mapped file they lie at any multiple of
+    eight. A resumed run would part from the uninterrupted one."""
+    save_folder(random_model(head_dim=10), tmp_path, eos_token_id=1)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt", "padding": " " * padding})
+    model = load_folder(tmp_path)
+    assert {name for name, p in model.named_parameters() if p.data_ptr() % 64} == set()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, tensors[name]), name
+
+
+def random_model(**keys):
+    config = ModelConfig.model_validate(SHARED | {"family": "qwen3"} | keys).resolve(97)
+    return CausalLM(config, seed=1)
+
+
+# Folders that cannot be used
+
+
+def corrupt(folder, case):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    match case:
+        case "no config":
+            (folder / "config.json").unlink()
+            return "config.json: cannot be read"
+        case "bad json":
+            (folder / "config.json").write_text("{")
+            return "config.json: not JSON"
+        case "json list":
+            (folder / "config.json").write_text("[]")
+            return "config.json: not a JSON object"
+        case "no weights":
+            file.unlink()
+            return "no model.safetensors"
+        case "pickled":
+            file.rename(folder / "pytorch_model.bin")
+            return "save_pretrained"
+        case "cut short":
+            file.write_bytes(file.read_bytes()[:-100])
+            return "model.safetensors: cannot be read"
+        case "missing":
+            del tensors[name]
+            found = f"{name}: missing"
+        case "extra":
+            tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(3)
+            found = "q_proj.bias: no place"
+        case "shape":
+            tensors[name] = tensors[name][:-1].clone()
+            found = f"{name}: shape [79, 48] is not [80, 48]"
+        case "dtype":
+            tensors[name] = tensors[name].to(torch.int8)
+            found = f"{name}: dtype torch.int8"
+        case "other head":
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+            found = "tie_word_embeddings"
+    save_file(tensors, file)
+    return found
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("no config", "bad json", "json list", "no weights", "pickled", "cut short"),
+        *("missing", "extra", "shape", "dtype", "other head"),
+    ],
+)
+def test_a_broken_folder_is_refused_by_name(case, tmp_path):
+    save_folder(random_model(), tmp_path, eos_token_id=1)
+    found = corrupt(tmp_path, case)
+    with pytest.raises(ModelError) as caught:
+        load_folder(tmp_path)
+    assert found in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_saved_beside_its_equal_embedding_and_derived_buffers_are_accepted(tmp_path):
+    model = random_model()
+    save_folder(model, tmp_path, eos_token_id=1)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert load_folder(tmp_path).state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_missing_head_of_an_untied_model_is_named(tmp_path):
+    save_folder(random_model(), tmp_path, eos_token_id=1)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(ModelError, match=r"lm_head\.weight: missing"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_folders_say_so_and_load_as_float32(dtype, tmp_path):
+    model = random_model()
+    save_folder(model, tmp_path, eos_token_id=1, dtype=dtype)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == dtype
+    for name, weight in load_folder(tmp_path).state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name].to(dtype).float()), name
+
+
+def test_the_tokenizer_and_its_special_tokens_are_saved(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "<end>": 2, "<pad>": 3}, unk_token="<unk>")),
+        bos_token="<s>",
+        pad_token="<pad>",
+    )
+    save_folder(random_model(), tmp_path, eos_token_id=2, tokenizer=tokenizer)
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path)) == 4
+    config = json.loads((tmp_path / "config.json").read_text())
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert [generation[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 2, 3]
+    assert [config[f"{name}_token_id"] for name in ("bos", "eos")] == [1, 2]
+    assert "pad_token_id" not in config, "transformers would freeze that token's embedding"
+
+
+# MiniMind
+
+
+def minimind_tensors(hf_model):
+    """What MiniMind saves: the state dict, tied head included, in float16."""
+    return {name: weight.half() for name, weight in hf_model.state_dict().items()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_minimind_file_computes_what_qwen3_does(tied, tmp_path):
+    hf_model = random_hf_model(
+        "qwen3",
+        tie_word_embeddings=tied,
+        head_dim=12,
+        num_key_value_heads=3,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    tensors = minimind_tensors(hf_model)
+    torch.save(tensors, tmp_path / "full_sft_48.pth")
+    hf_model.load_state_dict({name: weight.float() for name, weight in tensors.items()})
+    model = load_minimind(tmp_path / "full_sft_48.pth")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.config.tie_word_embeddings == tied
+    assert model.config.head_dim == 12
+    assert relative_difference(model, hf_model, documents([1, 7, 128, 129])) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_minimind_file_has_every_tensor_and_comes_back(dtype, tied, tmp_path):
+    model = random_model(rope_theta=1e6, tie_word_embeddings=tied, max_position_embeddings=32768)
+    save_minimind(model, tmp_path / "model.pth", dtype=dtype)
+    tensors = torch.load(tmp_path / "model.pth", weights_only=True)
+    assert tensors.keys() == random_hf_model("qwen3").state_dict().keys()
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    loaded = load_minimind(tmp_path / "model.pth")
+    assert loaded.config == model.config
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight.to(dtype).float()), name
+
+
+MIXTURE = {"use_moe": True, "num_experts": 3, "moe_intermediate_size": 24, "intermediate_size": 24}
+MINIMIND = {"rope_theta": 1e6, "max_position_embeddings": 32768}
+
+
+def test_a_minimind_mixture_goes_out_and_comes_back_with_one_expert_a_token(tmp_path):
+    model = random_model(**MIXTURE, **MINIMIND)
+    save_minimind(model, tmp_path / "model.pth", dtype=torch.float32)
+    tensors = torch.load(tmp_path / "model.pth", weights_only=True)
+    # MiniMind's names, as its MOEFeedForward gives them
+    parts = ["gate.weight", *(f"experts.{i}.{x}_proj.weight" for i in range(3) for x in ("gate", "up", "down"))]
+    assert {name for name in tensors if ".mlp." in name} == {
+        f"model.layers.{i}.mlp.{x}" for i in range(2) for x in parts
+    }
+    loaded = load_minimind(tmp_path / "model.pth")
+    assert loaded.config == model.config
+    assert (loaded.config.num_experts_per_tok, loaded.config.norm_topk_prob) == (1, True)
+    docs = documents([1, 7, 40])
+    with torch.no_grad():
+        assert torch.equal(loaded.hidden_states(flat(docs)), model.hidden_states(flat(docs)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({**MIXTURE, **MINIMIND, "num_experts_per_tok": 2}, "num_experts_per_tok=2"),
+        ({**MIXTURE, **MINIMIND, "norm_topk_prob": False}, "norm_topk_prob=False"),
+        ({"family": "llama", "rope_theta": 1e6}, "family"),
+        ({"rope_theta": 1e4}, "rope_theta"),
+        ({"rope_theta": 1e6, "rms_norm_eps": 1e-5}, "rms_norm_eps"),
+    ],
+)
+def test_what_a_minimind_file_cannot_carry_is_refused(keys, named, tmp_path):
+    with pytest.raises(ModelError, match=named):
+        save_minimind(random_model(**keys), tmp_path / "model.pth")
+    assert not any(tmp_path.iterdir())
+
+
+def broken_minimind(tensors, case):
+    match case:
+        case "moe":
+            return tensors | {
+                "model.layers.0.mlp.experts.0.up_proj.weight": torch.zeros(2, 2)
+            }, r"experts\.0\.up_proj\.weight: no place"
+        case "no experts":
+            first = "model.layers.0.mlp."
+            tensors = {n: t for n, t in tensors.items() if not n.startswith(first)}
+            gate = torch.zeros(0, 48)
+            return tensors | {f"{first}gate.weight": gate, f"{first}experts.0.gate_proj.weight": gate}, "shapes that no"
+        case "old":
+            return {n: t for n, t in tensors.items() if "q_norm" not in n}, "q_norm.weight: missing"
+        case "layer":
+            return {
+                n: t for n, t in tensors.items() if n != "model.layers.1.mlp.up_proj.weight"
+            }, "layers.1.mlp.up_proj"
+        case "resume":
+            return {"model": tensors, "step": 3}, "not a state dict"
+        case _:
+            return tensors | {"model.vision.weight": torch.zeros(2)}, "model.vision.weight"
+
+
+@pytest.mark.parametrize("case", ["moe", "no experts", "old", "layer", "resume", "extra"])
+def test_a_foreign_minimind_file_is_refused_by_name(case, tmp_path):
+    tensors, named = broken_minimind(minimind_tensors(random_hf_model("qwen3")), case)
+    torch.save(tensors, tmp_path / "model.pth")
+    with pytest.raises(ModelError, match=named):
+        load_minimind(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint", b"PK\x03\x04cut"], ids=str)
+def test_a_file_that_is_no_pth_is_refused(content, tmp_path):
+    path = tmp_path / "model.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.pth: ") as caught:
+        load_minimind(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"model.norm.weight": Code()}, tmp_path / "model.pth")
+    with pytest.raises(ModelError):
+        load_minimind(tmp_path / "model.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+# New tokens
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_are_the_mean_and_old_logits_stay(tied, tmp_path):
+    model = random_model(tie_word_embeddings=tied)
+    docs = documents([9])
+    tables = [w.detach().clone() for w in (model.model.embed_tokens.weight, model.head_weight)]
+    with torch.no_grad():
+        before = model.logits(model.hidden_states(flat(docs)))
+        resize_embeddings(model, 100)
+        after = model.logits(model.hidden_states(flat(docs)))
+        exact = model.double().logits(model.hidden_states(flat(docs)))[:, :97]
+    model.float()
+    # Not bitwise: a product with more columns may be computed by another kernel.
+    assert error(after[:, :97], exact) <= 3 * error(before, exact)
+    assert model.config.vocab_size == 100
+    for weight, old in zip((model.model.embed_tokens.weight, model.head_weight), tables, strict=True):
+        assert torch.equal(weight[:97], old)
+        torch.testing.assert_close(weight[97:].detach(), old.mean(0).expand(3, -1))
+        assert weight.requires_grad
+    save_folder(model, tmp_path, eos_token_id=1)
+    assert load_folder(tmp_path).config == model.config
+
+
+def test_tokens_are_never_removed():
+    model = random_model()
+    resize_embeddings(model, 97)
+    with pytest.raises(ModelError, match="vocab_size=96"):
+        resize_embeddings(model, 96)
+
+
+# A real model
+
+
+@pytest.mark.slow
+def test_smollm2_equals_transformers_in_logits_and_64_greedy_tokens(smollm2_folder):
+    hf_model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_folder)
+    model = load_folder(smollm2_folder)
+    chat = [{"role": "user", "content": "Why is the sky blue? Answer in a few sentences."}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    docs = [torch.tensor(prompt), torch.tensor(tokenizer.encode("The quick brown fox jumps over the lazy dog."))]
+    assert relative_difference(model, hf_model, docs) <= 1e-4
+    theirs = hf_model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64, min_new_tokens=64)
+    ours = list(generate(model, prompt, max_new_tokens=64))
+    assert ours == theirs[0, len(prompt) :].tolist()

@@ -1,0 +1,188 @@
+"""Recipes: what is accepted, and what each refusal says."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from pertoken import Recipe
+from pertoken.errors import RecipeError
+from pertoken.recipe.schema import apply_override
+from pertoken.recipe.starter import STARTERS
+
+BASE = {"stage": "sft", "out_dir": "runs/x", "data": {"path": "chats.jsonl", "tokenizer": "tok"}}
+
+
+def parse(*overrides: str) -> Recipe:
+    values = copy.deepcopy(BASE)
+    for override in overrides:
+        apply_override(values, override)
+    return Recipe.parse(values)
+
+
+REFUSED = {
+    "train.batch_size=0": "train.batch_size=0: must be at least 1",
+    "train.batchsize=3": "train.batchsize: unknown key; did you mean train.batch_size?",
+    "batch_size=3": "batch_size: unknown key; did you mean train.batch_size?",
+    "lr=3": "lr: unknown key; see the README",
+    "train.batch_size=1.5": "train.batch_size=1.5: must be a whole number",
+    'train.batch_size="8"': "train.batch_size='8': must be a whole number, written without quotes",
+    "train.learning_rate=fast": "train.learning_rate='fast': must be a finite number",
+    "train.learning_rate=nan": "train.learning_rate=nan: must be a finite number",
+    "train.learning_rate=0": "train.learning_rate=0: must be more than 0",
+    "train.betas=[0.9, 1.0]": "train.betas=[0.9, 1.0]: each must be at least 0 and below 1",
+    "train.optimizer=sgd": "train.optimizer='sgd': must be one of 'adamw' or 'muon'",
+    "train.muon_learning_rate=0.01": 'train.muon_learning_rate=0.01: train.optimizer="adamw" does not use it; set',
+    "train.dtype=fp16": "train.dtype='fp16': must be one of",
+    "train.device=tpu": "train.device='tpu': must be",
+    "train.min_lr_ratio=2": "train.min_lr_ratio=2: must be at most 1",
+    "model.num_attention_heads=7": "model.num_attention_heads=7: does not divide model.hidden_size=512",
+    "model.num_key_value_heads=3": "model.num_key_value_heads=3: does not divide model.num_attention_heads=8",
+    "model.head_dim=3": "model.head_dim=3: must be even",
+    "model.num_experts=8": "model.num_experts=8: model.use_moe is false; set it to true, or leave num_experts out",
+    "model.aux_loss=none": "model.aux_loss=none: model.use_moe is false",
+    "model.aux_loss=batch": "model.aux_loss='batch': must be one of",
+    "model.aux_loss_coef=-1": "model.aux_loss_coef=-1: must be at least 0",
+    "model.tie_word_embeddings=yes": "model.tie_word_embeddings='yes': must be true or false",
+    "data=3": "data=3: must be a section, [data]",
+    "data.path=[]": "data.path=(): must not be empty",
+    "data.eval_fraction=1.0": "data.eval_fraction=1.0: must be less than 1",
+    "data.max_seq_len=0": "data.max_seq_len=0: must be at least 2",
+    "data.max_seq_len=99999": "data.max_seq_len=99999: longer than model.max_position_embeddings=32768",
+    "data.format=text": 'data.format="text": stage = "sft" reads conversations',
+    "data.eval_split=tail": 'data.eval_split="tail": only raw text has a tail',
+    "stage=dpo": "stage='dpo': must be one of 'pretrain' or 'sft'",
+    'log.trackers=["mlflow"]': "log.trackers.0='mlflow': must be one of",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_each_refusal_is_one_line_with_key_value_and_remedy(override):
+    with pytest.raises(RecipeError) as refusal:
+        parse(override)
+    message = str(refusal.value)
+    assert message.startswith(REFUSED[override])
+    assert "\n" not in message
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(RecipeError) as refusal:
+        parse("train.batch_size=0", "train.epoch=3", "log.log_interval=-1")
+    lines = str(refusal.value).splitlines()
+    assert len(lines) == 3
+    assert "train.epoch: unknown key; did you mean train.epochs?" in lines
+
+
+def test_missing_sections_are_named():
+    with pytest.raises(RecipeError, match=r"data\.path: missing"):
+        Recipe.parse({"stage": "sft", "out_dir": "x", "data": {"tokenizer": "t"}})
+    with pytest.raises(RecipeError, match=r"data\.tokenizer: missing"):
+        Recipe.parse({"stage": "sft", "out_dir": "x", "data": {"path": "p"}})
+
+
+@pytest.mark.parametrize("override", ["train.batch_size", "=3", ""])
+def test_what_is_not_an_override_says_how_to_write_one(override):
+    with pytest.raises(RecipeError, match="key=value"):
+        parse(override)
+
+
+def test_an_override_through_a_value_is_refused():
+    with pytest.raises(RecipeError, match="stage is not a section"):
+        parse("stage.x=3")
+
+
+def test_overrides_are_toml_and_text_keys_take_text():
+    recipe = parse(
+        "out_dir=2024",
+        "train.learning_rate=3e-4",
+        'data.path=["a.jsonl", "b.jsonl"]',
+        "model.tie_word_embeddings=false",
+        "data.template_kwargs.enable_thinking=false",
+        "train.max_steps=7",
+    )
+    assert recipe.out_dir == "2024"
+    assert recipe.train.learning_rate == 3e-4
+    assert recipe.data.path == ("a.jsonl", "b.jsonl")
+    assert recipe.model.tie_word_embeddings is False
+    assert recipe.data.template_kwargs == {"enable_thinking": False}
+    assert recipe.train.max_steps == 7
+
+
+def test_a_recipe_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        parse().out_dir = "elsewhere"
+
+
+def test_the_resolved_recipe_reads_back_the_same(tmp_path):
+    recipe = parse("train.betas=[0.8, 0.99]", "data.template_kwargs.x=1", "init_from=runs/pre")
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml())
+    assert Recipe.load(path) == recipe
+
+
+@pytest.mark.parametrize("stage", STARTERS)
+def test_the_starter_recipes_are_valid(stage, tmp_path):
+    path = tmp_path / "starter.toml"
+    path.write_text(STARTERS[stage])
+    assert Recipe.load(path).stage == stage
+
+
+def test_the_learning_rate_left_out_is_the_stages_own():
+    assert parse().train.learning_rate == 2e-5
+    assert parse("stage=pretrain").train.learning_rate == 5e-4
+
+
+@pytest.mark.parametrize("text", ["stage = ", "stage = 'sft'\nstage = 'sft'"])
+def test_broken_toml_says_where(text, tmp_path):
+    path = tmp_path / "broken.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"broken\.toml: not valid TOML"):
+        Recipe.load(path)
+
+
+def test_a_recipe_that_is_not_there_says_what_prints_one(tmp_path):
+    with pytest.raises(RecipeError, match="pertoken new sft"):
+        Recipe.load(tmp_path / "none.toml")
+
+
+MIXTURES_REFUSED = {
+    ("model.num_experts_per_tok=5",): "model.num_experts_per_tok=5: more than model.num_experts=4",
+    (
+        "model.num_experts=2",
+        "model.num_experts_per_tok=3",
+    ): "model.num_experts_per_tok=3: more than model.num_experts=2",
+    ("model.family=llama", "model.norm_topk_prob=false"): "model.norm_topk_prob=False: model.family=",
+    (
+        "model.family=llama",
+        "model.intermediate_size=64",
+        "model.moe_intermediate_size=32",
+    ): "model.moe_intermediate_size=32: Mixtral",
+}
+
+
+@pytest.mark.parametrize("overrides", MIXTURES_REFUSED)
+def test_what_no_mixture_can_be_is_refused(overrides):
+    with pytest.raises(RecipeError) as refusal:
+        parse("model.use_moe=true", *overrides)
+    assert str(refusal.value).startswith(MIXTURES_REFUSED[overrides])
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_loaded_model_may_have_the_experts_that_a_recipe_only_mentions():
+    recipe = parse("init_from=runs/moe", "model.aux_loss=none", "model.num_experts_per_tok=8")
+    assert (recipe.model.aux_loss, recipe.model.num_experts_per_tok) == ("none", 8)
+
+
+def test_derived_keys_of_a_mixture():
+    config = parse("model.use_moe=true", "model.hidden_size=768").model.resolve(6400)
+    assert (config.num_experts, config.num_experts_per_tok, config.norm_topk_prob) == (4, 1, True)
+    assert (config.moe_intermediate_size, config.aux_loss, config.aux_loss_coef) == (2432, "sequence", 5e-4)
+    config = parse("model.use_moe=true", "model.family=llama", "model.moe_intermediate_size=64").model.resolve(6400)
+    assert (config.intermediate_size, config.moe_intermediate_size, config.rope_theta) == (64, 64, 1e6)
+
+
+def test_derived_model_keys():
+    config = parse("model.hidden_size=768", "model.family=llama").model.resolve(6400)
+    assert (config.head_dim, config.num_key_value_heads, config.intermediate_size) == (96, 8, 2432)
+    assert (config.vocab_size, config.rope_theta) == (6400, 1e4)
