@@ -298,8 +298,8 @@ class CausalLM(nn.Module):
         documents: Documents | None,
         output_rows: Tensor | None,
     ) -> tuple[Tensor, list[ExpertLoad]]:
-        """Hidden states [N, D] (of `output_rows`, if given) after the final norm, and with `documents` what each layer's
-        experts were given."""
+        """Hidden states [N, D] (of `output_rows`, if given) after the final norm, and with `documents` what every
+        layer gave to its experts."""
         hidden: Tensor = self.model.embed_tokens(input_ids)
         rope = rope_angles(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
         hidden, loads = self._run_layers(hidden, rope, attends, documents, output_rows)
