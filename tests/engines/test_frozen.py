@@ -10,7 +10,7 @@ from native_cases import BATCHES, MODELS, batch_of, gradient, largest_error, mod
 from torch import Tensor, nn
 
 from pertoken.checkpoints.read import Checkpoint, load_model, load_optimizer
-from pertoken.checkpoints.write import save_checkpoint
+from pertoken.checkpoints.saver import save_checkpoint
 from pertoken.kernels.ops import Kernels
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.schema import TrainConfig

@@ -222,7 +222,7 @@ class Recipe(Section):
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         """Read a TOML recipe and apply dotted `key=value` overrides. Raises RecipeError."""
-        path = user_path(path, "RECIPE")
+        path = user_path(path, "recipe")
         try:
             values = tomllib.loads(plain_file(path).read_text(encoding="utf-8-sig"))
         except OSError as error:

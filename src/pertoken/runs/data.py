@@ -13,7 +13,7 @@ from pertoken.data.store.store import Store, build_store, open_store
 from pertoken.data.tokens.tokenizer import end_of_turn_id, open_tokenizer
 from pertoken.errors import DataError, RecipeError
 from pertoken.recipe.schema import DataConfig, Recipe
-from pertoken.tracking.metrics import Listener
+from pertoken.tracking.listener import Listener
 from pertoken.training.parallel import World
 
 __all__ = ["RunData", "load_data", "prepare"]

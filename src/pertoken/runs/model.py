@@ -14,7 +14,7 @@ from pertoken.objective.fused_heads import require_head
 from pertoken.recipe.model import MOE_KEYS
 from pertoken.recipe.schema import Recipe
 from pertoken.runs.data import RunData
-from pertoken.tracking.metrics import Listener
+from pertoken.tracking.listener import Listener
 from pertoken.training.memory import check_parameters, check_size, out_of_memory
 from pertoken.training.precision import Precision
 
@@ -68,7 +68,7 @@ def prepare_model(
     if train.loss_impl != "auto":
         require_head(train.loss_impl, precision.device.type, getattr(torch, precision.dtype))
         model.loss_impl = train.loss_impl
-    before = None if checkpoint is None else checkpoint.state.get("compiled")
+    before = None if checkpoint is None else checkpoint.state.compiled
     compiled, remark = compile_model(model, train.compile, precision, total_steps=total_steps, before=before)
     if remark is not None:
         listener.message(remark)

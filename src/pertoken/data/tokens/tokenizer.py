@@ -229,7 +229,7 @@ def train_tokenizer(
     Raises RecipeError for a `vocab_size` that is too small and for `out_dir`, DataError for files that give no text or
     bad rows.
     """
-    out_dir = _room_for_a_tokenizer(user_path(out_dir, "--out"), overwrite=overwrite)
+    out_dir = _room_for_a_tokenizer(user_path(out_dir, "out"), overwrite=overwrite)
     if vocab_size is not None and vocab_size > _MAX_TOKENS:
         raise RecipeError(f"vocab_size={vocab_size}: there can be {_MAX_TOKENS:,} tokens at most")
     texts = _texts(_training_files(files), text_key, prompt_key, completion_key)
@@ -249,7 +249,7 @@ def _room_for_a_tokenizer(folder: Path, *, overwrite: bool) -> Path:
     except OSError as error:
         raise RecipeError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
     if there and not overwrite:
-        raise RecipeError(f"{folder}: holds {names(there)}; choose another folder, or replace them with --overwrite")
+        raise RecipeError(f"{folder}: holds {names(there)}; choose another folder, or replace them with overwrite=True")
     if others := [name for name in there if name in MORE_FILES]:
         raise RecipeError(f"{folder}: holds {names(others)} of another kind of tokenizer; choose another folder")
     return folder
