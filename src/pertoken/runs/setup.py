@@ -157,7 +157,7 @@ def rebuild(recipe: Recipe, checkpoint: Checkpoint | None, known: Checkpoint | N
     """
     world, precision = World(), Precision(recipe.train.dtype, resolve_device(recipe.train.device))
     data = load_data(recipe, listener, world)
-    if known is not None and (what := changed_data(known, data.fingerprints, data.files)) is not None:
+    if known is not None and (what := changed_data(known, data.accepted_fingerprints, data.files)) is not None:
         raise CheckpointError(f"{what}; restore it: these samples are not those of the run")
     total_steps = _total_steps(recipe, len(data.train))
     model = build_model(recipe, data, checkpoint, precision)
@@ -178,7 +178,7 @@ def rebuild(recipe: Recipe, checkpoint: Checkpoint | None, known: Checkpoint | N
 
 
 def _refuse_other_data(data: RunData, checkpoint: Checkpoint, *, force: bool, listener: Listener) -> None:
-    what = changed_data(checkpoint, data.fingerprints, data.files)
+    what = changed_data(checkpoint, data.accepted_fingerprints, data.files)
     if what is not None and not force:
         raise CheckpointError(f"{what}; restore it, start a new run from it with init_from, or go on with --force")
     if what is not None:

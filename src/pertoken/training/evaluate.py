@@ -15,6 +15,7 @@ from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folde
 from pertoken.data.batch.pack import collate, pack_micro_batches
 from pertoken.data.files.find import find_files
 from pertoken.data.files.records import Record, read_records
+from pertoken.data.formats import formats_that_give
 from pertoken.data.store.store import Store, build_store
 from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import PertokenError
@@ -117,8 +118,8 @@ def _data_recipe(folder: Path, path: str, overrides: Sequence[str], *, longest: 
     for override in overrides:
         apply_override(values, override)
     values.setdefault("stage", _stage_of(values["data"]))
-    if values["stage"] == "pretrain" and values["data"].get("format", "auto") != "text":
-        values["data"]["format"] = "text"
+    if values["stage"] == "pretrain" and values["data"].get("format") in formats_that_give("conversation"):
+        values["data"]["format"] = "auto"
     return Recipe.parse(values)
 
 
