@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pertoken.checkpoints.ledger import LEDGER
 from pertoken.checkpoints.read import (
@@ -41,7 +41,7 @@ from pertoken.checkpoints.read import (
 from pertoken.errors import CheckpointError
 from pertoken.files import free_bytes, sha256, sync
 from pertoken.folders.open import save_folder
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel, TorchModule
 from pertoken.training.memory import out_of_memory
 from pertoken.training.parallel import World, whole
 
@@ -81,7 +81,7 @@ def take_snapshot(
     run_dir: Path,
     *,
     step: int,
-    model: CausalLM,
+    model: LanguageModel,
     tokenizer: Any,
     eos_token_id: int,
     optimizer: torch.optim.Optimizer,
@@ -148,7 +148,7 @@ def _on_host(tensor: Tensor, *, copy: bool) -> Tensor:
     return host.clone() if copy and host.data_ptr() == tensor.data_ptr() else host
 
 
-def _whole_weights(model: nn.Module, world: World, *, copy: bool) -> dict[str, Tensor]:
+def _whole_weights(model: TorchModule, world: World, *, copy: bool) -> dict[str, Tensor]:
     """The state dict on the host, put together from its shards one by one; empty but on rank 0."""
     weights = {}
     for name, tensor in model.state_dict().items():
@@ -159,7 +159,7 @@ def _whole_weights(model: nn.Module, world: World, *, copy: bool) -> dict[str, T
 
 
 def _optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, world: World, *, copy: bool
+    model: TorchModule, optimizer: torch.optim.Optimizer, world: World, *, copy: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The optimizer's tensors that this rank writes, `NAME/KEY` -> tensor, for each parameter's state.
 
@@ -301,7 +301,7 @@ def save_checkpoint(
     run_dir: Path,
     *,
     step: int,
-    model: CausalLM,
+    model: LanguageModel,
     tokenizer: Any,
     eos_token_id: int,
     optimizer: torch.optim.Optimizer,

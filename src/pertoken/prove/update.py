@@ -19,7 +19,7 @@ from torch import Tensor
 from pertoken.checkpoints.write import Saver
 from pertoken.data.batch.order import Step
 from pertoken.data.store.store import Store
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import EXACT, FLOAT64, Case
 from pertoken.prove.plain_update import (
     UPDATE_ERROR,
@@ -61,6 +61,9 @@ class Planned:
     norm: float  # before clipping
     loss: float
     changes: dict[str, Expected]  # on rank 0
+
+
+_Between = Callable[[LanguageModel, TrainState], tuple[LanguageModel, TrainState]]
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,12 @@ def updates_of(
     recipe: Recipe,
     planned: Sequence[Planned],
     samples: InMemory,
-    model: CausalLM,
+    model: LanguageModel,
     state: TrainState,
     *,
     total_steps: int,
     token_budget: int,
-    between: Callable[[CausalLM, TrainState], tuple[CausalLM, TrainState]] = lambda model, state: (model, state),
+    between: _Between = lambda model, state: (model, state),
 ) -> list[Taken]:
     """The loop's own updates of `model`; `between` may replace model and state after the first."""
     taken: list[Taken] = []
@@ -138,7 +141,7 @@ def updates_of(
     return taken
 
 
-def _weights(model: CausalLM, state: TrainState) -> dict[str, Tensor]:
+def _weights(model: LanguageModel, state: TrainState) -> dict[str, Tensor]:
     weights = {}
     for name, parameter in model.named_parameters():
         full = whole(parameter.detach())  # which every rank must ask for
@@ -148,7 +151,7 @@ def _weights(model: CausalLM, state: TrainState) -> dict[str, Tensor]:
 
 
 def _run(
-    recipe: Recipe, samples: InMemory, model: CausalLM, state: TrainState, *, total_steps: int, token_budget: int
+    recipe: Recipe, samples: InMemory, model: LanguageModel, state: TrainState, *, total_steps: int, token_budget: int
 ) -> Run:
     """What the loop makes a step of. Nothing is written or evaluated."""
     return Run(

@@ -19,7 +19,7 @@ from pertoken.data.batch.share import Share, share_of
 from pertoken.data.store.store import Store
 from pertoken.errors import CheckpointError, Interrupted, NonFiniteError, PertokenError, SpikeError
 from pertoken.kernels.memory import forget_blocks
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.recipe.schema import Recipe
 from pertoken.runs.keeping import keep_last_step, note_save_result, save
 from pertoken.runs.probe import Probe
@@ -44,7 +44,7 @@ class Run:
 
     recipe: Recipe
     out_dir: Path
-    model: CausalLM
+    model: LanguageModel
     state: TrainState
     world: World
     tokenizer: Any
@@ -317,7 +317,15 @@ def _watch_norm(run: Run, this: Step, row: Row) -> None:
 def _evaluate(run: Run, store: Store, row: Row) -> bool:
     """Add the evaluation to `row`; true if it is the best so far."""
     run.listener.evaluating(row["step"])
-    result = evaluate(run.state.model, store, run.state.precision, token_budget=run.token_budget, world=run.world)
+    state = run.state
+    result = evaluate(
+        state.model,
+        store,
+        state.precision,
+        token_budget=run.token_budget,
+        world=run.world,
+        execution=state.execution,
+    )
     row["eval_loss"] = result.loss
     row["eval_perplexity"] = result.perplexity
     row["eval_bits_per_byte"] = result.bits_per_byte

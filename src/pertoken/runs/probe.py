@@ -55,7 +55,7 @@ class Probe:
         state.model.eval()
         try:
             with state.precision.autocast():
-                out = state.model(collate([self._sample]).to(state.precision.device))
+                out = state.model(collate([self._sample]).to(state.precision.device), state.execution)
         finally:
             state.model.train(was_training)
         return {"sample_id": self.sample_id, "num_tokens": float(out.num_tokens), "loss_sum": float(out.loss_sum)}

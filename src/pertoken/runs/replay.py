@@ -207,7 +207,7 @@ def _sample_losses(run: Run, step: int) -> tuple[SampleLoss, ...]:
     losses = []
     for i in samples_of(run, step).sample_ids.tolist():
         with precision.autocast():
-            out = run.model(collate([store[i]]).to(precision.device))
+            out = run.model(collate([store[i]]).to(precision.device), run.state.execution)
         losses.append(SampleLoss(i, store.where(i), int(store.lengths[i]), float(out.num_tokens), float(out.loss_sum)))
     return tuple(sorted(losses, key=lambda s: (math.isfinite(s.loss), -s.loss if math.isfinite(s.loss) else 0.0)))
 

@@ -17,11 +17,11 @@ from pertoken.checkpoints.read import (
 )
 from pertoken.checkpoints.write import Saver
 from pertoken.data.batch.order import steps_per_epoch
+from pertoken.engines.choose import Choice
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.files import FolderLock
 from pertoken.kernels.memory import forget_blocks
-from pertoken.kernels.ops import Kernels
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.recipe.schema import Recipe
 from pertoken.runs.data import RunData, load_data
 from pertoken.runs.folder import changed_data, earlier_run, keep_others_out, make_room, refuse_changes
@@ -98,6 +98,8 @@ def _train(
     verify_data: bool,
 ) -> TrainResult:
     out_dir, started_s = Path(recipe.out_dir), time.monotonic()
+    for remark in recipe.remarks:
+        listener.message(remark)
     device = resolve_device(recipe.train.device, world.local_rank if world.size > 1 else None)
     world.on_main(lambda: _check_early(recipe))
     world.on_main(lambda: keep_others_out(lock, out_dir))
@@ -114,7 +116,7 @@ def _train(
 
     total_steps = _total_steps(recipe, len(data.train))
     model = build_model(recipe, data, checkpoint, precision)
-    compiled = prepare_model(model, recipe, checkpoint, precision, total_steps, listener)
+    choice = prepare_model(model, recipe, checkpoint, precision, total_steps, listener)
     # Only now, with recipe, data and model known to be good on every rank, is anything in out_dir touched.
     for line in world.on_main(lambda: make_room(out_dir, recipe, lock, resume=resume, overwrite=overwrite)):
         listener.message(line)
@@ -127,7 +129,7 @@ def _train(
         precision,
         world,
         listener,
-        compiled=compiled,
+        choice=choice,
         force=force,
         started_s=started_s,
     )
@@ -161,7 +163,7 @@ def rebuild(recipe: Recipe, checkpoint: Checkpoint | None, known: Checkpoint | N
         raise CheckpointError(f"{what}; restore it: these samples are not those of the run")
     total_steps = _total_steps(recipe, len(data.train))
     model = build_model(recipe, data, checkpoint, precision)
-    compiled = prepare_model(model, recipe, known, precision, total_steps, listener)
+    choice = prepare_model(model, recipe, known, precision, total_steps, listener)
     return _assemble(
         recipe,
         data,
@@ -171,7 +173,7 @@ def rebuild(recipe: Recipe, checkpoint: Checkpoint | None, known: Checkpoint | N
         precision,
         world,
         listener,
-        compiled=compiled,
+        choice=choice,
         force=True,  # what a changed loss comes from is to be seen, not refused
         writes=False,
     )
@@ -196,14 +198,14 @@ def _total_steps(recipe: Recipe, num_samples: int) -> int:
 def _assemble(
     recipe: Recipe,
     data: RunData,
-    model: CausalLM,
+    model: LanguageModel,
     checkpoint: Checkpoint | None,
     total_steps: int,
     precision: Precision,
     world: World,
     listener: Listener,
     *,
-    compiled: bool,
+    choice: Choice,
     force: bool = False,
     started_s: float = 0.0,
     writes: bool = True,
@@ -218,7 +220,7 @@ def _assemble(
         layers=model.layers,
         # Between processes of a CPU it saves nothing.
         low=precision.low_dtype if precision.device.type == "cuda" else None,
-        wide=model.wide_modules if isinstance(model, CausalLM) else None,
+        wide=model.wide_modules,
     )
     optimizer = build_optimizer(model, train)
     scaler = precision.new_scaler()
@@ -231,9 +233,9 @@ def _assemble(
         if Recipe.parse(saved["recipe"]).train.micro_batch_tokens == train.micro_batch_tokens:
             token_budget = saved["micro_batch_tokens"]  # smaller, where memory ran out before
     start_step = checkpoint.step if checkpoint is not None else 0
-    kernels = Kernels(getattr(torch, train.dtype)) if compiled and precision.device.type == "cpu" else None
-    state = TrainState(wrapped, optimizer, scaler, precision, world, kernels)
-    probe, here = Probe(data.train, train.seed), environment(precision, ranks=world.size, compiled=compiled)
+    kernels = choice.kernels(precision.dtype, precision.device)
+    state = TrainState(wrapped, optimizer, scaler, precision, world, kernels, choice.execution)
+    probe, here = Probe(data.train, train.seed), environment(precision, ranks=world.size, compiled=choice.compiled)
     if "probe" in saved:
         same = here == saved.get("environment")
         now = probe.measure(state)
@@ -247,6 +249,7 @@ def _assemble(
         data.tokenizer,
         model,
         state,
+        engine_note=choice.note,
         token_budget=token_budget,
         start_step=start_step,
         total_steps=total_steps,
@@ -291,7 +294,7 @@ def _assemble(
             "recipe": recipe.model_dump(mode="json", exclude_none=True),
             "data": data.fingerprints,
             "data_files": data.files,
-            "compiled": compiled,
+            "compiled": choice.compiled,
             "environment": here,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         },

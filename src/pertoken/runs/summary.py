@@ -16,11 +16,10 @@ from pertoken.data.batch.pack import Sample, collate
 from pertoken.data.batch.share import Share, share_of
 from pertoken.data.store.store import Store
 from pertoken.data.view import supervised_pieces
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.recipe.schema import Recipe
 from pertoken.training.memory import out_of_memory
 from pertoken.training.parallel import synchronized
-from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState
 
 __all__ = ["Summary", "summarize"]
@@ -37,6 +36,8 @@ class Summary:
     num_parameters: int
     num_active_parameters: int  # what one token's way leads through: fewer only where there are experts
     family: str
+    engine: str  # "plain", "cpu" or "compile"
+    engine_note: str  # what it is, or why there is no faster one
     num_samples: int
     num_eval_samples: int
     num_tokens: int  # supervised, in an epoch
@@ -59,9 +60,10 @@ def summarize(
     store: Store,
     eval_store: Store | None,
     tokenizer: Any,
-    model: CausalLM,
+    model: LanguageModel,
     state: TrainState,
     *,
+    engine_note: str,
     token_budget: int,
     start_step: int,
     total_steps: int,
@@ -82,7 +84,9 @@ def summarize(
         dtype=state.precision.dtype,
         num_parameters=model.num_parameters,
         num_active_parameters=model.num_active_parameters,
-        family=model.config.family,
+        family=model.facts.family,
+        engine=state.execution.engine.name,
+        engine_note=engine_note,
         num_samples=len(store),
         num_eval_samples=len(eval_store) if eval_store is not None else 0,
         num_tokens=int(store.num_tokens.sum()),
@@ -90,7 +94,7 @@ def summarize(
         data_notes=tuple(store.report.notes()),
         batch_size=train.batch_size,
         micro_batches=len(share.micro_batches),
-        padding_share=_padding_share(model, share, state.precision),
+        padding_share=_padding_share(model, share, state),
         world_size=state.world.size,
         epochs=-(-total_steps // steps_per_epoch(len(store), train.batch_size)),
         start_step=start_step,
@@ -101,9 +105,10 @@ def summarize(
     )
 
 
-def _padding_share(model: CausalLM, share: Share, precision: Precision) -> float:
-    with precision.autocast():  # attention's form depends on what it would be given
-        counts = [model.padding(micro_batch.to(precision.device)) for micro_batch in share.micro_batches]
+def _padding_share(model: LanguageModel, share: Share, state: TrainState) -> float:
+    device, execution = state.precision.device, state.execution
+    with state.precision.autocast():  # attention's form depends on what it would be given
+        counts = [model.padding(micro_batch.to(device), execution) for micro_batch in share.micro_batches]
     operations = sum(float(of_all) for _, of_all in counts)
     return sum(float(on_padding) for on_padding, _ in counts) / operations if operations else 0.0
 
@@ -127,7 +132,7 @@ def _seconds_per_token(state: TrainState, store: Store, sample_ids: np.ndarray) 
     def pass_once() -> None:
         with synchronized(state.model, now=True):
             with precision.autocast():
-                out = state.model(micro_batch)
+                out = state.model(micro_batch, state.execution)
             out.objective(1.0, 1.0).backward()
         state.model.zero_grad(set_to_none=True)
         if precision.device.type == "cuda":

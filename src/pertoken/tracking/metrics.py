@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from torch import nn
 
 from pertoken.checkpoints.ledger import Ledger, lines_of, mend, parsed, ranges
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.files import free_name, write_whole
+from pertoken.model.protocol import TorchModule
 from pertoken.recipe.schema import LogConfig
 from pertoken.runs.files import claim
 from pertoken.runs.summary import Summary
@@ -72,7 +72,7 @@ class Listener:
     def message(self, text: str) -> None: ...
 
 
-def gradient_stats(model: nn.Module) -> list[GradStats]:
+def gradient_stats(model: TorchModule) -> list[GradStats]:
     """Mean, standard deviation and L2 norm of every trainable parameter's gradient, as it stands now."""
     stats = []
     for name, parameter in model.named_parameters():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folder
 from pertoken.data.batch.pack import collate, pack_micro_batches
@@ -19,11 +18,12 @@ from pertoken.data.store.store import Store, build_store
 from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import PertokenError
 from pertoken.kernels.memory import forget_blocks
-from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import PLAIN, Execution
+from pertoken.model.protocol import LanguageModel, TorchModule
 from pertoken.recipe.schema import Recipe, apply_override
 from pertoken.training.memory import out_of_memory
 from pertoken.training.parallel import World
-from pertoken.training.precision import Precision, keeping_casts
+from pertoken.training.precision import Precision
 
 __all__ = ["Evaluation", "evaluate", "model_and_data"]
 
@@ -53,7 +53,13 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, store: Store, precision: Precision, *, token_budget: int, world: World | None = None
+    model: TorchModule,
+    store: Store,
+    precision: Precision,
+    *,
+    token_budget: int,
+    world: World | None = None,
+    execution: Execution = PLAIN,
 ) -> Evaluation:
     """Token-weighted loss over every sample of `store`, shared among the ranks of `world` (alone if not given).
 
@@ -69,7 +75,7 @@ def evaluate(
             micro_batches = pack_micro_batches(
                 store.lengths.tolist(), world_size=world.size, token_budget=token_budget
             )[world.rank]
-            loss_sum = _loss_sum(model, store, precision, micro_batches)
+            loss_sum = _loss_sum(model, store, precision, execution, micro_batches)
             if loss_sum is None and (world.size > 1 or len(micro_batches) >= len(store)):
                 raise PertokenError(
                     f"evaluation: out of memory with {token_budget} tokens in a micro-batch; "
@@ -83,15 +89,19 @@ def evaluate(
 
 
 def _loss_sum(
-    model: nn.Module, store: Store, precision: Precision, micro_batches: Sequence[Sequence[int]]
+    model: TorchModule,
+    store: Store,
+    precision: Precision,
+    execution: Execution,
+    micro_batches: Sequence[Sequence[int]],
 ) -> float | None:
     """In nats; None where memory ends."""
     loss_sum = 0.0
     try:
-        with keeping_casts(model):
+        with execution.keeping_casts() as this:
             for indices in micro_batches:
                 with precision.autocast():
-                    out = model(collate([store[i] for i in indices]).to(precision.device))
+                    out = model(collate([store[i] for i in indices]).to(precision.device), this)
                 loss_sum += float(out.loss_sum)
     except Exception as error:
         if not out_of_memory(error):
@@ -135,16 +145,16 @@ def _stage_of(data: dict[str, Any]) -> str:
 
 def model_and_data(
     model: str, data: str, overrides: Sequence[str], *, dtype: torch.dtype = torch.float32
-) -> tuple[CausalLM, Store, Any]:
+) -> tuple[LanguageModel, Store, Any]:
     """The model at `model`, the samples that its own training would make of `data`, and its tokenizer.
 
     `overrides` are recipe keys, for what a model folder alone does not tell. Raises ModelError, DataError, RecipeError.
     """
     loaded = load_model(model, dtype=dtype)
-    recipe = _data_recipe(resolve_model_folder(model), data, overrides, longest=loaded.config.max_position_embeddings)
+    recipe = _data_recipe(resolve_model_folder(model), data, overrides, longest=loaded.facts.max_position_embeddings)
     settings = recipe.data
     assert settings.tokenizer is not None, "Recipe requires one"
     tokenizer = open_tokenizer(settings.tokenizer, add_tokens=settings.add_tokens, chat_template=settings.chat_template)
     store = build_store(settings.path, stage=recipe.stage, tokenizer=tokenizer, data=settings)
-    store.check_vocab(loaded.config.vocab_size)
+    store.check_vocab(loaded.facts.vocab_size)
     return loaded, store, tokenizer
