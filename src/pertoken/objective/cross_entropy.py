@@ -21,7 +21,7 @@ from pertoken.objective.inputs import check_head, checked_labels
 
 __all__ = ["LossImpl", "LossOutput", "TiedGradient", "cross_entropy", "first_order_only", "linear_cross_entropy"]
 
-LossImpl = Literal["auto", "native", "chunked", "reference", "liger", "cce"]
+LossImpl = Literal["auto", "cpu", "chunked", "reference", "liger", "cce"]
 
 _CHUNK_BYTES = 32 * 2**20  # of logits in float32; by the kernels, in the dtype of activations
 _VOCAB_BLOCK = 8192  # of the weight's gradient at a time, by the kernels
@@ -82,9 +82,9 @@ def linear_cross_entropy(
     accumulation of the weight's gradient in at least float32 (float64 for float64). No supervised token: sum 0, count
     0, zero gradients.
 
-    `impl="reference"` is the plain code above, logits and all; `"chunked"` holds at most one chunk of them; `"native"`
+    `impl="reference"` is the plain code above, logits and all; `"chunked"` holds at most one chunk of them; `"cpu"`
     too, through kernels compiled for this processor (bfloat16 and float32 on a CPU; raises CompilerError where they
-    cannot be compiled); `"auto"` is native where that can be. `"liger"` and `"cce"` are kernels of others, optional
+    cannot be compiled); `"auto"` is that where it can be. `"liger"` and `"cce"` are kernels of others, optional
     extras: see `fused_loss_sum` for what they do not promise. With `tied`, of native and chunked, the weight's gradient
     goes there, not to autograd.
 
@@ -113,7 +113,7 @@ def linear_cross_entropy(
     if (impl == "liger" or impl == "cce") and len(labels):  # without rows ours still gives zero gradients
         loss_sum = fused_loss_sum(impl, hidden, weight, labels, weights, dtype)
     else:
-        kernels = None if impl == "chunked" else _kernels(device, dtype, required=impl == "native")
+        kernels = None if impl == "chunked" else _kernels(device, dtype, required=impl == "cpu")
         loss_sum = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype, kernels, tied)  # type: ignore[no-untyped-call]
     return _output(loss_sum, num_tokens)
 
@@ -142,9 +142,7 @@ def _output(loss_sum: Tensor, num_tokens: Tensor) -> LossOutput:
 def _kernels(device: str, dtype: torch.dtype, *, required: bool) -> Kernels | None:
     if device != "cpu" or dtype not in (torch.bfloat16, torch.float32):
         if required:
-            raise ValueError(
-                f'impl="native": the kernels are for bfloat16 and float32 on a CPU, not {dtype} on {device}'
-            )
+            raise ValueError(f'impl="cpu": the kernels are for bfloat16 and float32 on a CPU, not {dtype} on {device}')
         return None
     try:
         return Kernels(dtype)
@@ -164,7 +162,7 @@ def first_order_only() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "the kernels and the chunked loss have no gradient of their gradient; for create_graph=True set "
-            'train.compile="off" and loss_impl="reference"'
+            'train.engine="plain" and loss_impl="reference"'
         )
 
 
@@ -186,7 +184,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         device = hidden.device.type
         with torch.autocast(device, enabled=False):
             if kernels is not None:
-                return _native_forward(ctx, hidden, weight, labels, weights, kernels)
+                return _cpu_forward(ctx, hidden, weight, labels, weights, kernels)
             return _forward(ctx, hidden, weight, labels, weights, dtype)
 
     @staticmethod
@@ -258,7 +256,7 @@ def _chunk_rows(vocab_size: int, hidden_size: int, dtype: torch.dtype) -> int:
     return max(1, chunk_bytes // (vocab_size * dtype.itemsize))
 
 
-def _native_forward(
+def _cpu_forward(
     ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, kernels: Kernels
 ) -> Tensor:
     """What `_forward` does, through the kernels: logits become their own gradient in place, in two passes over them."""

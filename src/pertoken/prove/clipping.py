@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from pertoken.data.batch.share import Share
-from pertoken.engines.choose import compile_model
-from pertoken.kernels.ops import Kernels
-from pertoken.model.decoder import CausalLM
+from pertoken.engines.choose import choose_engine
+from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import EXACT, FLOAT64, Case
 from pertoken.prove.plain_update import clip_factor
 from pertoken.prove.reference import reference_gradient
@@ -33,7 +32,7 @@ _FLOAT16_FACTOR = 4.0  # a step may round four times as badly as the plain compu
 class _Recorder(torch.optim.SGD):
     """Tells what gradients it is given, and updates nothing."""
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         super().__init__(model.parameters(), lr=0.0)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self.given: dict[str, Tensor] = {}
@@ -91,12 +90,12 @@ def in_the_runs_dtype(name: str, case: Case) -> Result:
     dtype = case.train.dtype
     precision = Precision(dtype, torch.device("cpu"))
     model = copy.deepcopy(case.model).to(precision.parameter_dtype)
-    how: Literal["off", "auto"] = "off" if case.train.compile == "off" else "auto"
-    compiled, _ = compile_model(model, how, precision, total_steps=1, before=None)
-    kernels = Kernels(getattr(torch, dtype)) if compiled else None
+    how: Literal["plain", "auto"] = "plain" if case.train.engine == "plain" else "auto"
+    choice = choose_engine(model, how, dtype=dtype, device=precision.device, total_steps=1)
+    kernels = choice.kernels(dtype, precision.device)
     optimizer, max_norm = _Recorder(model), case.reference.norm / _FAR_BELOW
     unclipped: dict[str, Tensor] = {}
-    state = TrainState(model, optimizer, precision.new_scaler(), precision, kernels=kernels)
+    state = TrainState(model, optimizer, precision.new_scaler(), precision, kernels=kernels, execution=choice.execution)
     two = case.share(token_budget=case.num_inputs, ids=case.all_ids[:2])  # it is their own norm
     metrics = _until_it_updates(case, state, unclipped, two)
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in unclipped.values()))
@@ -111,7 +110,7 @@ def in_the_runs_dtype(name: str, case: Case) -> Result:
         errors[key] = apart / (float(expected.abs().max()) or 1.0)
     worst = max(errors, key=errors.__getitem__)
     found = Comparison(errors[worst], worst, metrics.grad_norm / norm, 0.0)
-    note = f"norm {norm:.3g} clipped to {max_norm:.3g}; {model.config.vocab_size:,} tokens in the vocabulary"
+    note = f"norm {norm:.3g} clipped to {max_norm:.3g}; {model.facts.vocab_size:,} tokens in the vocabulary"
     return Result.judge(name, dtype, _NORM_ERROR, found, note)
 
 
@@ -144,7 +143,7 @@ def float16(name: str, case: Case) -> Result:
     return Result.judge(name, "float16", tolerance, found, f"loss scale {metrics.loss_scale:g}; an overflow is skipped")
 
 
-def _overflow(case: Case, model: CausalLM, precision: Precision) -> str | None:
+def _overflow(case: Case, model: LanguageModel, precision: Precision) -> str | None:
     """What is wrong with a step whose loss scale is far too large."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     optimizer = _Recorder(model)

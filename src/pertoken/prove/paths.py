@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from pertoken.data.batch.share import share_of
+from pertoken.engines.cpu.engine import CpuEngine
+from pertoken.engines.cpu.supported import unsupported
 from pertoken.errors import CompilerError
 from pertoken.kernels.ops import Kernels
-from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import Execution
 from pertoken.objective.cross_entropy import LossImpl, linear_cross_entropy
-from pertoken.prove.case import EXACT, FLOAT32_FACTOR, FLOAT64, Case, gradient_of_step
+from pertoken.prove.case import EXACT, FLOAT32, FLOAT32_FACTOR, FLOAT64, Case, gradient_of_step
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient, Result, compare, largest_error
 from pertoken.prove.samples import LONG, InMemory
-from pertoken.training.precision import Precision
 
 __all__ = ["PATH_CLASSES"]
 
@@ -47,7 +48,7 @@ def head_by_kernels(name: str, case: Case) -> Result:
     expected = _plain_head(hidden, weight, labels, mask)
     hidden, weight = hidden.float(), weight.float()
     tolerance = FLOAT32_FACTOR * largest_error(_plain_head(hidden, weight, labels, mask), expected)
-    found = compare(_head(hidden, weight, labels, mask, "native"), expected)
+    found = compare(_head(hidden, weight, labels, mask, "cpu"), expected)
     return Result.judge(name, "float32", tolerance, found, _about(labels, weight))
 
 
@@ -112,17 +113,17 @@ def long_documents(name: str, case: Case) -> Result:
     reference = reference_gradient(case.model, [case.long, short], aux_loss_coef=case.aux_loss_coef)
     share = share_of(samples, np.arange(2), token_budget=int(samples.lengths.sum()))
     note = f"{len(case.long)} inputs, {int((case.long.loss_mask != 0).sum())} of them supervised"
-    if case.model.config.use_moe or not isinstance(case.model, CausalLM):
+    model = copy.deepcopy(case.model).float()
+    if case.model.facts.has_experts or unsupported(model) is not None:
         found = compare(gradient_of_step(case.model, share, precision=FLOAT64), reference)
         return Result.judge(name, "float64", EXACT, found, note)
-    model = copy.deepcopy(case.model).float()
     plain = reference_gradient(model, [case.long, short], aux_loss_coef=case.aux_loss_coef)
     tolerance = FLOAT32_FACTOR * largest_error(plain, reference)
     try:
-        model.use_kernels(torch.float32)
+        engine = CpuEngine(torch.float32)
     except CompilerError as error:
         return Result(name, "float32", "skipped", note=str(error))
-    got = gradient_of_step(model, share, precision=Precision("float32", torch.device("cpu")))
+    got = gradient_of_step(model, share, precision=FLOAT32, execution=Execution(engine))
     return Result.judge(name, "float32", tolerance, compare(got, reference), note)
 
 

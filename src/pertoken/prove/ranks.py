@@ -28,7 +28,7 @@ from pertoken.checkpoints.read import load_model
 from pertoken.data.batch.pack import Sample, collate
 from pertoken.data.batch.share import Share, share_of
 from pertoken.folders.open import save_folder
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import EXACT, Case, balance_loss_of, gradient_of_step, set_balance_loss
 from pertoken.prove.evaluation import evaluated
 from pertoken.prove.rank_updates import update_of_ranks, write_plan
@@ -135,7 +135,7 @@ def rank_main(folder: Path, rank: int) -> None:
 
 
 def _gradient(
-    name: str, how: Literal["ddp", "fsdp"], world: World, model: CausalLM, samples: InMemory, reference: Gradient
+    name: str, how: Literal["ddp", "fsdp"], world: World, model: LanguageModel, samples: InMemory, reference: Gradient
 ) -> Result | None:
     """Dealt by the plan, and dealt as unevenly as can be; the worse of the two. None but on rank 0."""
     device = torch.device("cpu")

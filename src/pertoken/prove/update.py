@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pertoken.data.batch.order import Step
 from pertoken.data.store.store import Store
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import EXACT, FLOAT64, Case
 from pertoken.prove.plain_update import (
     UPDATE_ERROR,
@@ -56,6 +56,9 @@ class Planned:
     norm: float  # before clipping
     loss: float
     changes: dict[str, Expected]  # on rank 0
+
+
+_Between = Callable[[LanguageModel, TrainState], tuple[LanguageModel, TrainState]]
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,12 @@ def updates_of(
     recipe: Recipe,
     planned: Sequence[Planned],
     samples: InMemory,
-    model: CausalLM,
+    model: LanguageModel,
     state: TrainState,
     *,
     total_steps: int,
     token_budget: int,
-    between: Callable[[CausalLM, TrainState], tuple[CausalLM, TrainState]] = lambda model, state: (model, state),
+    between: _Between = lambda model, state: (model, state),
 ) -> list[Taken]:
     """The loop's own updates of `model`; `between` may replace model and state after the first."""
     taken: list[Taken] = []
@@ -134,7 +137,7 @@ def updates_of(
     return taken
 
 
-def _weights(model: CausalLM, state: TrainState) -> dict[str, Tensor]:
+def _weights(model: LanguageModel, state: TrainState) -> dict[str, Tensor]:
     weights = {}
     for name, parameter in model.named_parameters():
         full = whole(parameter.detach())  # which every rank must ask for

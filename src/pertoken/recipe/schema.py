@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from pertoken.data.formats import FORMATS, KeyNames
 from pertoken.errors import RecipeError
 from pertoken.files import check_path, plain_file, user_path
 from pertoken.recipe.explain import explain
 from pertoken.recipe.model import ModelConfig, ResolvedModelConfig, Section
+from pertoken.recipe.old_keys import without_old_keys
 from pertoken.text import reason, shown
 
 __all__ = [
@@ -123,7 +124,7 @@ class TrainConfig(Section):
     device: str = "auto"
     seed: int = Field(default=42, ge=0)
     micro_batch_tokens: int = Field(default=8192, ge=1)
-    compile: Literal["auto", "on", "off"] = "auto"
+    engine: Literal["auto", "cpu", "compile", "plain"] = "auto"
     loss_impl: Literal["auto", "liger", "cce"] = "auto"
     activation_checkpointing: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -196,6 +197,12 @@ class Recipe(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    _remarks: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know of keys that have changed their names, a line each."""
+        return self._remarks
 
     @field_validator("out_dir", "init_from")
     @classmethod
@@ -259,10 +266,13 @@ class Recipe(Section):
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Recipe:
-        """Validate a nested dict. Raises RecipeError with one line per problem."""
+        """Validate a nested dict, keys of earlier versions included. Raises RecipeError with one line per problem."""
         try:
             _check_numbers(values)
-            return cls.model_validate(values)
+            values, remarks = without_old_keys(values)
+            recipe = cls.model_validate(values)
+            recipe._remarks = remarks
+            return recipe
         except RecursionError:
             raise RecipeError("the recipe is nested too deeply; no key needs more than a few levels") from None
         except ValidationError as error:

@@ -14,7 +14,7 @@ from pertoken.data.batch.share import Share, share_of
 from pertoken.data.store.store import Store
 from pertoken.errors import PertokenError
 from pertoken.kernels.memory import forget_blocks
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.recipe.schema import Recipe
 from pertoken.tracking.reporter import Reporter
 from pertoken.tracking.rows import StepRow
@@ -30,7 +30,7 @@ class Computation:
     """What a step is computed from."""
 
     recipe: Recipe
-    model: CausalLM
+    model: LanguageModel
     state: TrainState
     store: Store  # of the training data
     total_steps: int

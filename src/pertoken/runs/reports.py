@@ -10,7 +10,7 @@ from pertoken.data.batch.order import Step
 from pertoken.data.batch.pack import collate
 from pertoken.data.store.store import Store
 from pertoken.errors import NonFiniteError, SpikeError
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.objective.cross_entropy import LossOutput
 from pertoken.runs.spikes import Spikes, SpikeStep
 from pertoken.tracking.rows import StepRow
@@ -27,7 +27,7 @@ def non_finite_error(
     problem: NonFiniteStep,
     suspects: np.ndarray,
     state: TrainState,
-    model: CausalLM,
+    model: LanguageModel,
     store: Store,
     out_dir: Path,
     saved: str,
@@ -45,7 +45,7 @@ def non_finite_error(
         state.backward(out.objective(num_tokens, num_input_tokens) * state.world.size)
 
     gradient_of = run_backward if problem.parameter is not None else None
-    verdicts = [is_finite(model, collate([store[i]]), state.precision, gradient_of) for i in ids]
+    verdicts = [is_finite(model, collate([store[i]]), state.precision, state.execution, gradient_of) for i in ids]
     everyones = state.world.gather(verdicts)  # one processor's fault must not lead ranks apart
     guilty = [i for i, finite in zip(ids, map(all, zip(*everyones, strict=True)), strict=True) if not finite]
     lines = [
@@ -58,7 +58,7 @@ def non_finite_error(
     return NonFiniteError("\n".join(lines))
 
 
-def _where(problem: NonFiniteStep, ids: list[int], state: TrainState, model: CausalLM, store: Store) -> str:
+def _where(problem: NonFiniteStep, ids: list[int], state: TrainState, model: LanguageModel, store: Store) -> str:
     if problem.parameter is not None:
         return f"the gradient of {problem.parameter}; the forward pass is finite"
     if problem.micro_batch is None:

@@ -116,6 +116,8 @@ def _train(
     verify_data: bool,
 ) -> TrainResult:
     out_dir, started_s = Path(recipe.out_dir), time.monotonic()
+    for remark in recipe.remarks:
+        reporter.message(remark)
     device = resolve_device(recipe.train.device, world.local_rank if world.size > 1 else None)
     world.on_main(lambda: _check_early(recipe))
     world.on_main(lambda: keep_others_out(lock, out_dir))
@@ -133,18 +135,18 @@ def _train(
 
     total_steps = count_steps(recipe, len(data.train))
     model = build_model(recipe, data, checkpoint, precision)
-    compiled = prepare_model(model, recipe, checkpoint, precision, total_steps, reporter)
+    choice = prepare_model(model, recipe, checkpoint, precision, total_steps, reporter)
     # Only now, with recipe, data and model known to be good on every rank, is anything in out_dir touched.
     for line in world.on_main(lambda: make_room(out_dir, recipe, lock, resume=resume, overwrite=overwrite)):
         reporter.message(line)
     reporter.keep_events(out_dir / EVENTS)
     computation = set_up_computation(
-        recipe, data, model, checkpoint, total_steps, precision, world, reporter, compiled=compiled
+        recipe, data, model, checkpoint, total_steps, precision, world, reporter, choice=choice
     )
-    probe = verified_probe(computation, checkpoint, compiled=compiled, force=force)
-    summary = summary_of(computation, data, start_step=reporter.step)
+    probe = verified_probe(computation, checkpoint, compiled=choice.compiled, force=force)
+    summary = summary_of(computation, data, engine_note=choice.note, start_step=reporter.step)
     output = open_output(recipe, checkpoint, world, reporter)
-    run = run_from(computation, data, checkpoint, output, probe, summary, compiled=compiled, started_s=started_s)
+    run = run_from(computation, data, checkpoint, output, probe, summary, compiled=choice.compiled, started_s=started_s)
     try:
         _say_what_starts(run)
         stop.start_training()

@@ -54,7 +54,7 @@ def _passed(state: TrainState, micro_batch: MicroBatch) -> bool:
     try:
         with synchronized(state.model, now=True):
             with precision.autocast():
-                out = state.model(micro_batch)
+                out = state.model(micro_batch, state.execution)
             out.objective(1.0, 1.0).backward()
         state.model.zero_grad(set_to_none=True)
         if precision.device.type == "cuda":

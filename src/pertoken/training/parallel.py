@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pertoken.errors import PertokenError
+from pertoken.model.protocol import TorchModule
 from pertoken.objective.cross_entropy import LossOutput
 
 __all__ = [
@@ -173,7 +174,7 @@ def first_to_fail() -> bool:
 
 
 def parallelize(
-    model: nn.Module,
+    model: TorchModule,
     how: Literal["ddp", "fsdp"],
     world: World,
     *,
@@ -181,7 +182,7 @@ def parallelize(
     layers: list[nn.Module],
     low: torch.dtype | None = None,
     wide: Callable[[nn.Module], list[nn.Module]] | None = None,
-) -> nn.Module:
+) -> TorchModule:
     """What to call in `model`'s place: DDP around it, or the model itself with its parameters sharded by FSDP2.
 
     `layers` are sharded one by one, so that only one of them is whole at a time. Alone, `model` as it is.
@@ -211,6 +212,7 @@ def parallelize(
         if low is not None and wide is not None:
             fully_shard(wide(layer), mesh=mesh)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    assert isinstance(model, nn.Module)
     fully_shard(model, mesh=mesh)
     return model
 
@@ -224,14 +226,14 @@ def _show_fsdp_what_is_in_a_loss_output() -> None:
 
 
 @contextmanager
-def synchronized(model: nn.Module, now: bool) -> Iterator[None]:
+def synchronized(model: TorchModule, now: bool) -> Iterator[None]:
     """Forward and backward inside; gradients are averaged over ranks at its end if `now`, and only added up if not."""
     if isinstance(model, nn.parallel.DistributedDataParallel) and not now:
         with model.no_sync():
             yield
         return
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's; its import costs half a second
-        model.set_requires_gradient_sync(now)  # type: ignore[operator]
+        model.set_requires_gradient_sync(now)
     yield
 
 

@@ -14,15 +14,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pertoken.data.batch.pack import MicroBatch
 from pertoken.kernels.ops import Kernels
+from pertoken.model.execution import PLAIN, Execution
+from pertoken.model.protocol import TorchModule
 from pertoken.training.faults import nearest_bad_gradient
 from pertoken.training.norms import clip, total_norm
 from pertoken.training.optim import set_lr
 from pertoken.training.parallel import World, synchronized
-from pertoken.training.precision import Precision, keeping_casts
+from pertoken.training.precision import Precision
 
 __all__ = ["NonFiniteStep", "StepMetrics", "TrainState", "train_step"]
 
@@ -52,12 +54,13 @@ class StepMetrics:
 class TrainState:
     """What an update changes."""
 
-    model: nn.Module  # MicroBatch -> LossOutput; what DDP or FSDP2 made of it where there are several ranks
+    model: TorchModule  # (MicroBatch, Execution) -> LossOutput; with several ranks what DDP or FSDP2 made of it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     precision: Precision
     world: World = field(default_factory=World)
     kernels: Kernels | None = None  # for the norm, where the run has them
+    execution: Execution = PLAIN
     changed: bool = False  # weights, optimizer or scaler, since the loop has last cleared it
 
     def backward(self, objective: torch.Tensor) -> None:
@@ -126,11 +129,11 @@ def train_step(
     loss_scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
     metrics = []
     try:
-        with keeping_casts(state.model):
+        with state.execution.keeping_casts() as execution:
             for i, micro_batch in enumerate(micro_batches, start=1):
                 with synchronized(state.model, now=i == len(micro_batches)):
                     with state.precision.autocast():
-                        out = state.model(micro_batch.to(state.precision.device))
+                        out = state.model(micro_batch.to(state.precision.device), execution)
                     # What wraps the model averages gradients over ranks; this makes it a sum.
                     state.backward(out.objective(num_tokens, num_input_tokens) * state.world.size)
                 metrics.append(out.metrics)
