@@ -17,7 +17,9 @@ from pertoken.checkpoints.read import (
 )
 from pertoken.checkpoints.write import Saver
 from pertoken.data.batch.order import steps_per_epoch
+from pertoken.data.tokens.tokenizer import forced_tokenizer
 from pertoken.errors import CheckpointError, RecipeError
+from pertoken.families import saved_as
 from pertoken.files import FolderLock
 from pertoken.kernels.memory import forget_blocks
 from pertoken.kernels.ops import Kernels
@@ -115,6 +117,9 @@ def _train(
     total_steps = _total_steps(recipe, len(data.train))
     model = build_model(recipe, data, checkpoint, precision)
     compiled = prepare_model(model, recipe, checkpoint, precision, total_steps, listener)
+    saved_as_family = saved_as(model.config.family, use_moe=model.config.use_moe)
+    if (remark := forced_tokenizer(saved_as_family, data.tokenizer)) is not None:
+        listener.message(remark)
     # Only now, with recipe, data and model known to be good on every rank, is anything in out_dir touched.
     for line in world.on_main(lambda: make_room(out_dir, recipe, lock, resume=resume, overwrite=overwrite)):
         listener.message(line)
