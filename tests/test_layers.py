@@ -15,10 +15,11 @@ import pertoken
 SOURCE = Path(pertoken.__file__).parent
 LAYERS = [
     {"errors", "text", "files"},
+    {"families"},
     {"recipe"},
     {"data"},
     {"kernels"},
-    {"objective", "model", "families", "engines", "hf_fallback", "folders", "training"},
+    {"objective", "model", "engines", "hf_fallback", "folders", "training"},
     {"checkpoints"},
     {"tracking"},
     {"runs"},

@@ -11,7 +11,9 @@ import torch
 
 from pertoken import __version__
 from pertoken.checkpoints.read import Checkpoint
+from pertoken.data.tokens.tokenizer import forced_tokenizer
 from pertoken.errors import CheckpointError, RecipeError
+from pertoken.families import saved_as
 from pertoken.files import FolderLock
 from pertoken.kernels.memory import forget_blocks
 from pertoken.recipe.schema import Recipe
@@ -136,6 +138,9 @@ def _train(
     total_steps = count_steps(recipe, len(data.train))
     model = build_model(recipe, data, checkpoint, precision)
     choice = prepare_model(model, recipe, checkpoint, precision, total_steps, reporter)
+    family = saved_as(str(model.setting("family")), use_moe=model.facts.has_experts)
+    if (unlike := forced_tokenizer(family, data.tokenizer)) is not None:
+        reporter.message(unlike)
     # Only now, with recipe, data and model known to be good on every rank, is anything in out_dir touched.
     for line in world.on_main(lambda: make_room(out_dir, recipe, lock, resume=resume, overwrite=overwrite)):
         reporter.message(line)
