@@ -23,7 +23,8 @@ from pertoken.folders.files import check_fallback, save_tokenizer
 from pertoken.folders.weights import aligned, listed
 from pertoken.hf_fallback.head import check_logits, linear_head, smallest_vocabulary
 from pertoken.model.operations import padding_metric
-from pertoken.objective.cross_entropy import LossImpl, LossOutput, linear_cross_entropy
+from pertoken.objective.cross_entropy import LossImpl, linear_cross_entropy
+from pertoken.objective.terms import LossOutput
 from pertoken.text import escaped_logs, reason
 
 __all__ = ["FallbackCache", "FallbackConfig", "FallbackLM", "load_fallback", "quiet"]

@@ -31,9 +31,11 @@ from pertoken.model.attention import (
     which_attention,
 )
 from pertoken.model.blocks import Attend, Decoder, Rope, call, compute_dtype, rope_angles
-from pertoken.model.moe import Documents, ExpertLoad, MixtureOfExperts, with_balance_loss
+from pertoken.model.moe import Documents, ExpertLoad, MixtureOfExperts
 from pertoken.model.operations import attention_operations, body_parameters, padding_metric
-from pertoken.objective.cross_entropy import LossImpl, LossOutput, TiedGradient, cross_entropy, linear_cross_entropy
+from pertoken.objective.balance import balanced_lengths, with_balance_loss
+from pertoken.objective.cross_entropy import LossImpl, TiedGradient, cross_entropy, linear_cross_entropy
+from pertoken.objective.terms import LossOutput
 from pertoken.recipe.model import ResolvedModelConfig
 
 __all__ = ["CausalLM"]
@@ -164,7 +166,7 @@ class CausalLM(nn.Module):
         """
         documents, num_tokens = None, sum(micro_batch.lengths)
         if self.config.use_moe:
-            lengths = (num_tokens,) if self.config.aux_loss == "micro_batch" else micro_batch.lengths
+            lengths = balanced_lengths(self.config, micro_batch.lengths)
             documents = Documents.of(lengths, micro_batch.input_ids.device)
         # Nothing reads the other rows of a dense model's last block; the router of one with experts sees them all.
         output_rows = None if self.config.use_moe else (micro_batch.loss_mask != 0).nonzero().squeeze(1)

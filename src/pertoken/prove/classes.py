@@ -20,7 +20,7 @@ from pertoken.data.batch.share import Share, share_of
 from pertoken.engines.choose import has_compiler
 from pertoken.errors import CompilerError, RecipeError
 from pertoken.model.decoder import CausalLM
-from pertoken.objective.cross_entropy import LossOutput
+from pertoken.objective.terms import LossOutput
 from pertoken.prove.case import EXACT, FLOAT64, Case, balance_loss_of, gradient_of_step, set_balance_loss
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient, Result, compare
@@ -54,7 +54,7 @@ def shuffled(name: str, case: Case) -> Result:
     samples = case.chosen.samples
     share = case.split()
     micro_batches = tuple(collate([samples[int(i)] for i in part]) for part in parts)
-    return _exact(name, case, Share(micro_batches, tuple(parts), share.num_tokens, share.num_input_tokens))
+    return _exact(name, case, Share(micro_batches, tuple(parts), share.denominators))
 
 
 def accumulation(name: str, case: Case) -> Result:
@@ -156,9 +156,7 @@ def resume(name: str, case: Case) -> Result:
         kept: dict[str, torch.Tensor] = {}
         metrics = train_step(
             TrainState(model, optimizer, precision.new_scaler(), precision),
-            share.micro_batches,
-            num_tokens=share.num_tokens,
-            num_input_tokens=share.num_input_tokens,
+            share,
             lr=1e-3,
             max_norm=1.0,
             on_gradients=lambda: kept.update(

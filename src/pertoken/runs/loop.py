@@ -248,9 +248,7 @@ def _step_within_memory(run: Run, this: Step, lr: float, skips: Callable[[float]
         try:
             metrics = train_step(
                 run.state,
-                share.micro_batches,
-                num_tokens=share.num_tokens,
-                num_input_tokens=share.num_input_tokens,
+                share,
                 lr=lr,
                 max_norm=run.recipe.train.grad_clip,
                 on_gradients=on_gradients,
