@@ -32,9 +32,10 @@ import pertoken.prove.checks
 import pertoken.prove.classes
 import pertoken.prove.ranks
 from pertoken.data.batch.pack import MicroBatch, Sample
+from pertoken.data.batch.share import Share
 from pertoken.data.tokens.encode import TextWithSpans
 from pertoken.kernels.ops import Kernels
-from pertoken.objective.cross_entropy import LossOutput
+from pertoken.objective.terms import LossOutput, Term
 from pertoken.training.step import TrainState
 
 Patch = pytest.MonkeyPatch
@@ -44,9 +45,9 @@ def _counting_micro_batches(patch: Patch) -> Callable[[], int]:
     """How many micro-batches the step under way has."""
     train_step, count = pertoken.prove.case.train_step, [1]
 
-    def counted(state: TrainState, micro_batches: Any, **settings: Any) -> Any:
-        count[0] = len(micro_batches)
-        return train_step(state, micro_batches, **settings)
+    def counted(state: TrainState, share: Share, **settings: Any) -> Any:
+        count[0] = len(share.micro_batches)
+        return train_step(state, share, **settings)
 
     patch.setattr(pertoken.prove.case, "train_step", counted)
     return lambda: count[0]
@@ -55,7 +56,7 @@ def _counting_micro_batches(patch: Patch) -> Callable[[], int]:
 def mean_of_micro_batch_means(patch: Patch) -> None:
     count = _counting_micro_batches(patch)
 
-    def objective(self: LossOutput, num_tokens: float, num_input_tokens: float) -> torch.Tensor:
+    def objective(self: LossOutput, denominators: dict[str, float]) -> torch.Tensor:
         return self.loss_sum / self.num_tokens.clamp(min=1) / count()
 
     patch.setattr(LossOutput, "objective", objective)
@@ -97,7 +98,11 @@ def padding_supervised(patch: Patch) -> None:
 def padding_in_the_count(patch: Patch) -> None:
     """The mean is over padded rows: the sums are right, N is not."""
     objective = LossOutput.objective
-    patch.setattr(LossOutput, "objective", lambda self, tokens, routed: objective(self, 1.3 * tokens, routed))
+
+    def padded(self: LossOutput, denominators: dict[str, float]) -> torch.Tensor:
+        return objective(self, denominators | {"supervised": 1.3 * denominators["supervised"]})
+
+    patch.setattr(LossOutput, "objective", padded)
 
 
 def tail_of_the_epoch_dropped(patch: Patch) -> None:
@@ -112,30 +117,30 @@ def tail_under_scaled(patch: Patch) -> None:
     patch.setattr(TrainState, "backward", lambda self, objective: backward(self, objective * min(1.0, count() / 2)))
 
 
+def _with_another_term(patch: Patch, name: str, change: Callable[[Term], Term]) -> None:
+    """`change` one term before the objective is formed."""
+    objective = LossOutput.objective
+
+    def changed(self: LossOutput, denominators: dict[str, float]) -> torch.Tensor:
+        terms = self.more_terms | {name: change(self.more_terms[name])}
+        return objective(dataclasses.replace(self, more_terms=terms), denominators)
+
+    patch.setattr(LossOutput, "objective", changed)
+
+
 def balance_loss_times_accumulation(patch: Patch) -> None:
     count = _counting_micro_batches(patch)
 
-    def objective(self: LossOutput, num_tokens: float, num_input_tokens: float) -> torch.Tensor:
-        assert self.aux_sum is not None
-        return self.loss_sum / num_tokens + self.aux_sum / num_input_tokens * count()
-
-    patch.setattr(LossOutput, "objective", objective)
+    _with_another_term(patch, "aux_loss", lambda term: dataclasses.replace(term, sum=term.sum * count()))
 
 
 def balance_loss_by_supervised_tokens(patch: Patch) -> None:
-    objective = LossOutput.objective
-    patch.setattr(LossOutput, "objective", lambda self, tokens, routed: objective(self, tokens, tokens))
+    _with_another_term(patch, "aux_loss", lambda term: dataclasses.replace(term, denominator="supervised"))
 
 
 def router_dead(patch: Patch) -> None:
     """No gradient of the balance loss reaches the routers; they are a hundredth of the parameters."""
-    objective = LossOutput.objective
-
-    def detached(self: LossOutput, num_tokens: float, num_input_tokens: float) -> torch.Tensor:
-        assert self.aux_sum is not None
-        return objective(dataclasses.replace(self, aux_sum=self.aux_sum * 0), num_tokens, num_input_tokens)
-
-    patch.setattr(LossOutput, "objective", detached)
+    _with_another_term(patch, "aux_loss", lambda term: dataclasses.replace(term, coefficient=0.0))
 
 
 def clipping_before_unscaling(patch: Patch) -> None:

@@ -62,7 +62,7 @@ def gradient(model: CausalLM, micro_batch: MicroBatch, *, low: bool = False) -> 
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         out = model(micro_batch)
-    out.objective(50.0, 60.0).backward()
+    out.objective({"supervised": 50.0, "inputs": 60.0}).backward()
     return float(out.loss_sum.detach()), {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
 
 

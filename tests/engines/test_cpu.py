@@ -64,7 +64,7 @@ def test_nothing_is_read_before_it_is_written(batch, monkeypatch):
 def test_a_second_backward_pass_is_refused():
     model = model_of({}, torch.float32)
     model.use_kernels(torch.float32)
-    objective = model(batch_of(*BATCHES["short"])).objective(1.0, 1.0)
+    objective = model(batch_of(*BATCHES["short"])).objective({"supervised": 1.0, "inputs": 1.0})
     objective.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         objective.backward()

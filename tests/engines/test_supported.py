@@ -169,7 +169,7 @@ CHANGES: dict[Callable[[CausalLM], None], str] = {
 def gradients(model: CausalLM) -> dict[str, Tensor]:
     model.zero_grad()
     out = model(micro_batch())
-    out.objective(10.0, 30.0).backward()
+    out.objective({"supervised": 10.0, "inputs": 30.0}).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {**found, "loss": out.loss_sum.detach()}
 
@@ -387,7 +387,7 @@ for how in ("ddp", "fsdp"):
     calls.clear()
     out = wrapped(micro_batch())
     assert "softmax_forward" in calls, how
-    out.objective(10.0, 30.0).backward()
+    out.objective({"supervised": 10.0, "inputs": 30.0}).backward()
     assert "softmax_backward" in calls, how
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(whole(parameter.grad), expected[name], rtol=1e-4, atol=1e-6)

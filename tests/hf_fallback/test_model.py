@@ -17,6 +17,7 @@ from tiny import World, pertoken, rows_of, untimed
 from pertoken import load_model, train
 from pertoken.data.batch.order import step_at
 from pertoken.data.batch.pack import Sample, collate
+from pertoken.data.batch.share import share_of_all
 from pertoken.data.tokens.tokenizer import load_tokenizer
 from pertoken.errors import ModelError, RecipeError
 from pertoken.folders.open import resize_embeddings
@@ -212,7 +213,7 @@ def test_the_split_changes_no_float64_gradient(folders, name):
     def gradients(split: list[list[int]]) -> dict[str, torch.Tensor]:
         model.zero_grad()
         for part in split:
-            model(collate([samples[i] for i in part])).objective(50, 1).backward()
+            model(collate([samples[i] for i in part])).objective({"supervised": 50}).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     whole = gradients([[0, 1, 2, 3, 4, 5, 6]])
@@ -227,7 +228,7 @@ def test_an_empty_micro_batch_gives_zeros_and_every_parameter_a_zero_gradient(fo
     model = load_model(folders[name])
     out = model(collate([]))
     assert (out.loss_sum.item(), out.num_tokens.item()) == (0.0, 0)
-    out.objective(1, 1).backward()
+    out.objective({"supervised": 1}).backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         assert not parameter.grad.any(), key
@@ -472,9 +473,7 @@ def test_a_step_of_ours_and_evaluation_take_the_module_as_it_is(world, folders, 
     for _ in range(3):
         metrics = train_step(
             state,
-            [collate(samples[:1]), collate([]), collate(samples[1:])],
-            num_tokens=float(sum(s.loss_mask.sum() for s in samples)),
-            num_input_tokens=1.0,
+            share_of_all([collate(samples[:1]), collate([]), collate(samples[1:])]),
             lr=0.1,
             max_norm=1.0,
         )

@@ -23,7 +23,8 @@ from pertoken.hf_fallback.quiet import quiet
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.operations import padding_metric
 from pertoken.model.protocol import BalanceLoss, ModelFacts
-from pertoken.objective.cross_entropy import LossOutput, linear_cross_entropy
+from pertoken.objective.cross_entropy import linear_cross_entropy
+from pertoken.objective.terms import LossOutput
 
 __all__ = ["FallbackCache", "FallbackLM"]
 

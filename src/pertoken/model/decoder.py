@@ -18,10 +18,12 @@ from pertoken.model.attention import KVCache, cached_attention
 from pertoken.model.blocks import Decoder, compute_dtype
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.hooks import is_plain_linear
-from pertoken.model.moe import Documents, MixtureOfExperts, with_balance_loss
+from pertoken.model.moe import Documents, MixtureOfExperts
 from pertoken.model.plain import PlainPass, run_plain
 from pertoken.model.protocol import BalanceLoss, ModelFacts
-from pertoken.objective.cross_entropy import LossOutput, cross_entropy, linear_cross_entropy
+from pertoken.objective.balance import balanced_lengths, with_balance_loss
+from pertoken.objective.cross_entropy import cross_entropy, linear_cross_entropy
+from pertoken.objective.terms import LossOutput
 from pertoken.recipe.model import ResolvedModelConfig
 
 __all__ = ["CausalLM"]
@@ -134,7 +136,7 @@ class CausalLM(nn.Module):
         """
         documents, num_tokens = None, sum(micro_batch.lengths)
         if self.config.use_moe:
-            lengths = (num_tokens,) if self.config.aux_loss == "micro_batch" else micro_batch.lengths
+            lengths = balanced_lengths(self.config, micro_batch.lengths)
             documents = Documents.of(lengths, micro_batch.input_ids.device)
         # Nothing reads the other rows of a dense model's last block; the router of one with experts sees them all.
         output_rows = None if self.config.use_moe else (micro_batch.loss_mask != 0).nonzero().squeeze(1)

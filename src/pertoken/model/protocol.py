@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pertoken.data.batch.pack import MicroBatch
 from pertoken.model.execution import Execution
-from pertoken.objective.cross_entropy import LossOutput
+from pertoken.objective.terms import LossOutput
 
 __all__ = ["BalanceLoss", "Cache", "LanguageModel", "ModelFacts", "TorchModule"]
 

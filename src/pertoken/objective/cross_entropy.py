@@ -6,7 +6,7 @@ logits are at hand, so the forward pass does all the matrix work and the backwar
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,8 +18,9 @@ from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import Kernels
 from pertoken.objective.fused_heads import fused_loss_sum
 from pertoken.objective.inputs import check_head, checked_labels
+from pertoken.objective.terms import LossOutput
 
-__all__ = ["LossImpl", "LossOutput", "TiedGradient", "cross_entropy", "first_order_only", "linear_cross_entropy"]
+__all__ = ["LossImpl", "TiedGradient", "cross_entropy", "first_order_only", "linear_cross_entropy"]
 
 LossImpl = Literal["auto", "cpu", "chunked", "reference", "liger", "cce"]
 
@@ -28,26 +29,6 @@ _VOCAB_BLOCK = 8192  # of the weight's gradient at a time, by the kernels
 _MIN_CHUNK_ROWS = 512  # fewer add up the weight's gradient, [V, D], too often
 # float16 flushes probabilities below 6e-8; boosted by this the gradient keeps them, and stays far from 65,504.
 _FP16_BOOST = 2.0**8
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """Sums over the tokens of one micro-batch. Nothing is divided before the step's own count is known."""
-
-    loss_sum: Tensor  # 0-d, nats, float32 or float64; carries the gradient
-    num_tokens: Tensor  # 0-d: int64 supervised tokens, or the float64 sum of float weights
-    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> (sum, count), detached
-    # Mixture of experts: 0-d, `aux_loss_coef` times the balance loss summed over routed tokens; carries the gradient.
-    aux_sum: Tensor | None = None
-
-    def objective(self, num_tokens: float, num_input_tokens: float) -> Tensor:
-        """This micro-batch's share of the step's objective, loss_sum / num_tokens + aux_sum / num_input_tokens.
-
-        `num_tokens` supervised and `num_input_tokens` input tokens are the whole step's, over all micro-batches and
-        ranks.
-        """
-        objective = self.loss_sum / num_tokens
-        return objective if self.aux_sum is None else objective + self.aux_sum / num_input_tokens
 
 
 @dataclass

@@ -110,9 +110,7 @@ def gradient_of_step(
 
     metrics = train_step(
         state,
-        share.micro_batches,
-        num_tokens=share.num_tokens,
-        num_input_tokens=share.num_input_tokens,
+        share,
         lr=0.0,
         max_norm=0.0,
         on_gradients=keep,

@@ -54,7 +54,7 @@ def shuffled(name: str, case: Case) -> Result:
     samples = case.chosen.samples
     share = case.split()
     micro_batches = tuple(collate([samples[int(i)] for i in part]) for part in parts)
-    return _exact(name, case, Share(micro_batches, tuple(parts), share.num_tokens, share.num_input_tokens))
+    return _exact(name, case, Share(micro_batches, tuple(parts), share.denominators))
 
 
 def accumulation(name: str, case: Case) -> Result:
@@ -141,9 +141,7 @@ def resume(name: str, case: Case) -> Result:
         kept: dict[str, torch.Tensor] = {}
         metrics = train_step(
             TrainState(model, optimizer, precision.new_scaler(), precision),
-            share.micro_batches,
-            num_tokens=share.num_tokens,
-            num_input_tokens=share.num_input_tokens,
+            share,
             lr=1e-3,
             max_norm=1.0,
             on_gradients=lambda: kept.update(

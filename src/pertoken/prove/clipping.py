@@ -59,9 +59,7 @@ def _step(
 
     return train_step(
         state,
-        share.micro_batches,
-        num_tokens=share.num_tokens,
-        num_input_tokens=share.num_input_tokens,
+        share,
         lr=0.0,
         max_norm=max_norm,
         on_gradients=keep,

@@ -64,9 +64,7 @@ def _curve(case: Case, *, in_one: bool) -> np.ndarray:
         share = share_of(samples, np.arange(len(samples)), token_budget=budget)
         metrics = train_step(
             state,
-            share.micro_batches,
-            num_tokens=share.num_tokens,
-            num_input_tokens=share.num_input_tokens,
+            share,
             lr=learning_rate,
             max_norm=0.0,
         )

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from pertoken.checkpoints.read import load_model
 from pertoken.data.batch.pack import Sample, collate
-from pertoken.data.batch.share import Share, share_of
+from pertoken.data.batch.share import Share, denominators_of, share_of
 from pertoken.folders.open import save_folder
 from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import EXACT, Case, balance_loss_of, gradient_of_step, set_balance_loss
@@ -183,8 +183,7 @@ def _unevenly(samples: InMemory, world: World) -> Share:
     return Share(
         micro_batches=tuple(collate([samples[i] for i in part]) for part in parts),
         sample_ids=tuple(np.array(part, dtype=np.int64) for part in parts),
-        num_tokens=float(samples.num_tokens.sum()),
-        num_input_tokens=float(samples.lengths.sum()),
+        denominators=denominators_of(samples, np.arange(len(samples))),
     )
 
 

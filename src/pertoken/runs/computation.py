@@ -136,9 +136,7 @@ def _step_within_memory(
         try:
             metrics = train_step(
                 state,
-                share.micro_batches,
-                num_tokens=share.num_tokens,
-                num_input_tokens=share.num_input_tokens,
+                share,
                 lr=lr,
                 max_norm=computation.recipe.train.grad_clip,
                 on_gradients=on_gradients,
