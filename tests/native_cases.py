@@ -24,6 +24,16 @@ BATCHES = {
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "llama, untied": {"family": "llama", "tie_word_embeddings": False},
+    "llama3": {
+        "family": "llama",
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen2": {"family": "qwen2"},
     "one head each": {"num_key_value_heads": 4, "head_dim": 6},
     "experts": {"use_moe": True, "num_experts": 4, "num_experts_per_tok": 2, "aux_loss_coef": 0.1},
 }

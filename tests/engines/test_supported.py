@@ -224,6 +224,26 @@ def test_a_norm_of_heads_in_a_family_that_has_none_is_seen(why):
     assert model.unsupported == f"model.layers.1.self_attn.k_norm {why}"
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda attention: setattr(attention.v_proj, "bias", None), "v_proj has no bias of its own"),
+        (
+            lambda attention: setattr(attention.k_proj, "bias", nn.Parameter(torch.zeros(1))),
+            "k_proj has a bias of (1,)",
+        ),
+        (lambda attention: setattr(attention.o_proj, "bias", nn.Parameter(torch.zeros(32))), "o_proj has a bias"),
+        (lambda attention: attention.q_proj.bias.data.fill_(3.0), None),
+    ],
+    ids=["missing", "of another shape", "where none belongs", "another value"],
+)
+def test_a_bias_is_expected_where_the_family_has_one_and_nowhere_else(change, why):
+    model = model_of(family="qwen2")
+    assert model.unsupported is None
+    change(model.model.layers[1].self_attn)
+    assert (model.unsupported or "").startswith(f"model.layers.1.self_attn.{why}" if why else "")
+
+
 def test_what_the_head_becomes_is_what_the_loss_is_of():
     """The loss reads the head's weight, unless there is more to it."""
     model = model_of(torch.float64, tie_word_embeddings=False)

@@ -425,13 +425,14 @@ def test_a_broken_folder_is_refused_by_name_in_one_line(folders, tmp_path, how):
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_qwen2_of_few_layers_loads_with_the_logits_of_transformers(tmp_path, layers):
+def test_a_scaled_qwen2_of_few_layers_loads_with_the_logits_of_transformers(tmp_path, layers):
     """Its max_window_layers is 28 by default, and means nothing without windows."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
         vocab_size=50, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
         intermediate_size=16, bos_token_id=0, eos_token_id=1,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
     )  # fmt: skip
     assert config.max_window_layers > layers
     assert not config.use_sliding_window
@@ -446,8 +447,16 @@ def test_a_qwen2_of_few_layers_loads_with_the_logits_of_transformers(tmp_path, l
         assert torch.equal(ours.hf(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 
-def test_a_covered_family_keeps_our_own_decoder(world, tmp_path):
-    folder = make_folder(world, tmp_path, "Llama", SIZES)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("Llama", {}), ("Qwen2", {}), ("Llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}})],
+    ids=["Llama", "Qwen2", "Llama 3"],
+)
+def test_a_covered_family_keeps_our_own_decoder(world, tmp_path, name, keys):
+    folder = make_folder(world, tmp_path, name, {**SIZES, **keys})
     assert isinstance(load_model(folder), CausalLM)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,13 +27,13 @@ def batch(lengths, share=1.0):
     return collate([Sample(rng.integers(0, 50, n + 1), np.arange(n) < share * n) for n in lengths])
 
 
-@pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["dense", "experts"])
-def test_the_body_is_every_active_parameter_but_embedding_head_and_norms(experts):
-    ours = model(**experts)
-    norms = sum(p.numel() for m in ours.modules() if isinstance(m, nn.RMSNorm) for p in m.parameters())
+@pytest.mark.parametrize("changes", [{}, EXPERTS, {"family": "qwen2"}], ids=["dense", "experts", "biases"])
+def test_the_body_is_every_active_matrix_but_embedding_and_head(changes):
+    ours = model(**changes)
+    vectors = sum(p.numel() for p in ours.parameters() if p.ndim == 1)
     head = 0 if ours.lm_head is None else ours.lm_head.weight.numel()
     embedding = ours.model.embed_tokens.weight.numel()
-    assert body_parameters(ours.config) == ours.num_active_parameters - norms - embedding - head
+    assert body_parameters(ours.config) == ours.num_active_parameters - vectors - embedding - head
 
 
 @pytest.mark.parametrize(("lengths", "padded_pairs"), [((20, 19, 18), 3 * 400 - 400 - 361 - 324), ((7, 7), 0)])

@@ -128,6 +128,21 @@ def test_pretraining_is_proved_too(tmp_path, text_file, bpe_folder):
     assert len(proof.results) == len(only) - 2
 
 
+ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+FAMILIES = {"qwen2": {"family": "qwen2"}, "llama3": {"family": "llama", "rope_theta": 50.0, "rope_scaling": ROPE}}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_with_a_feature_of_its_own_is_proved(world, tmp_path, name):
+    recipe = world.recipe(tmp_path / "run", **{f"model__{key}": value for key, value in FAMILIES[name].items()})
+    only = [*(name for name in IN_ONE_PROCESS if name != "bfloat16, 20 steps"), "FSDP2, 2 ranks"]
+    proof = prove(recipe, only=only, tokens=300)
+    assert [(r.name, r.note) for r in proof.results if r.verdict == "failed"] == []
+    by_name = {r.name: r for r in proof.results}
+    for needed in ("kernels", "changed modules", "transformers, padded", "FSDP2, 2 ranks"):
+        assert by_name[needed].verdict == "passed", (needed, by_name)
+
+
 @pytest.mark.parametrize("mutant", [None, "end_of_document_lost"])
 def test_a_text_that_is_read_in_blocks_is_compared_with_its_samples(
     tmp_path, text_file, bpe_folder, monkeypatch, mutant
