@@ -15,11 +15,14 @@ import pertoken
 SOURCE = Path(pertoken.__file__).parent
 LAYERS = [
     {"errors", "text", "files"},
+    {"families"},
     {"recipe"},
     {"data"},
     {"kernels"},
-    {"objective", "model", "families", "engines", "hf_fallback", "folders", "training"},
-    {"checkpoints", "tracking", "runs"},
+    {"objective", "model", "engines", "hf_fallback", "folders", "training"},
+    {"checkpoints"},
+    {"tracking"},
+    {"runs"},
     {"inference", "prove", "adapters"},
     {"console"},
     {"demo"},

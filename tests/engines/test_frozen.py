@@ -10,7 +10,7 @@ from decoder_cases import BATCHES, MODELS, batch_of, gradient, largest_error, mo
 from torch import Tensor, nn
 
 from pertoken.checkpoints.read import Checkpoint, load_model, load_optimizer
-from pertoken.checkpoints.write import save_checkpoint
+from pertoken.checkpoints.saver import save_checkpoint
 from pertoken.engines.cpu.engine import CpuEngine
 from pertoken.kernels.ops import Kernels
 from pertoken.model.decoder import CausalLM

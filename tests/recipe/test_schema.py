@@ -157,7 +157,7 @@ MIXTURES_REFUSED = {
         "model.family=llama",
         "model.intermediate_size=64",
         "model.moe_intermediate_size=32",
-    ): "model.moe_intermediate_size=32: Mixtral",
+    ): "model.moe_intermediate_size=32: mixtral",
 }
 
 

@@ -27,7 +27,7 @@ from pertoken.recipe.schema import ModelConfig
 from pertoken.runs import loop, spikes
 from pertoken.runs.replay import replay
 from pertoken.runs.spikes import Spikes, SpikeStep
-from pertoken.tracking.metrics import Listener
+from pertoken.tracking.listener import Listener
 from pertoken.training.faults import first_non_finite, is_finite, nearest_bad_gradient
 from pertoken.training.parallel import World as Ranks
 from pertoken.training.precision import Precision

@@ -18,8 +18,8 @@ from pertoken.errors import CheckpointError, PertokenError, RecipeError
 from pertoken.inference.generate import generate
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.model import ModelConfig
-from pertoken.runs import loop
-from pertoken.tracking.metrics import Listener
+from pertoken.runs import computation
+from pertoken.tracking.listener import Listener
 from pertoken.training import memory, step
 from pertoken.training.memory import machine_bytes, out_of_memory
 
@@ -199,7 +199,7 @@ def test_memory_that_ends_in_the_update_itself_does_not_update_twice(world, tmp_
         checkpoint__save_interval=1,
         data__eval_path=[],
     )
-    real, calls = loop.train_step, []
+    real, calls = computation.train_step, []
 
     def train_step(state, *args, **kwargs):
         result = real(state, *args, **kwargs)
@@ -208,7 +208,7 @@ def test_memory_that_ends_in_the_update_itself_does_not_update_twice(world, tmp_
             raise ALLOCATOR
         return result
 
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(computation, "train_step", train_step)
     with pytest.raises(PertokenError, match=r"step 2: out of memory while the weights were updated"):
         train(recipe)
     monkeypatch.undo()
@@ -237,7 +237,7 @@ def test_a_run_that_the_system_gives_too_little_memory_ends_well_or_in_one_line(
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from pertoken.training import loop\n"
+        "from pertoken.runs import loop\n"
         "from pertoken.cli.commands import main\n"
         "real = loop.update\n"
         "def update(*args, **kwargs):\n"

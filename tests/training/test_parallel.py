@@ -223,14 +223,14 @@ def test_an_error_that_only_one_rank_meets_is_the_one_shown(world, tmp_path):
     script = tmp_path / "one_bad_rank.py"
     script.write_text(
         "import os, sys\n"
-        "import pertoken.runs.loop as loop\n"
+        "import pertoken.runs.computation as computation\n"
         "from pertoken.cli.commands import main\n"
         "from pertoken.errors import DataError\n"
-        "share_of = loop.share_of\n"
+        "share_of = computation.share_of\n"
         "def bad(*args, **kwargs):\n"
         "    if os.environ['RANK'] == '1': raise DataError('store: cannot be read (Input/output error)')\n"
         "    return share_of(*args, **kwargs)\n"
-        "loop.share_of = bad\n"
+        "computation.share_of = bad\n"
         "main()\n"
     )
     done = run_ranks(3, script, "train", world.write_recipe(tmp_path / "run"))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pertoken.families.config import NotCovered
 from pertoken.folders import weights as hf
+from pertoken.folders.config import NotCovered
 from pertoken.folders.files import check_fallback, save_tokenizer
 from pertoken.hf_fallback.load import load_fallback
 from pertoken.hf_fallback.model import FallbackLM
@@ -22,7 +22,7 @@ __all__ = ["load_folder", "resize_embeddings", "save_folder"]
 def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """The model of a Hugging Face folder (config.json and safetensors), with parameters in `dtype`.
 
-    A family that the decoder lacks, and a feature that it lacks (scaled rotary embeddings, windows, biases), mean
+    A family that the decoder lacks, and a feature that it lacks (other rotary embeddings, windows, biases), mean
     transformers' own model. Raises ModelError where that cannot be either.
     """
     try:

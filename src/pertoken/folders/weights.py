@@ -1,4 +1,4 @@
-"""Weights in and out: Hugging Face folders (Qwen3, Qwen3-MoE, Llama, Mixtral).
+"""Weights in and out: Hugging Face folders of the families that the decoder computes.
 
 What the decoder cannot compute is refused by name, never approximated.
 """
@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pertoken.errors import ModelError
-from pertoken.families.config import config_from_hf, config_to_hf
 from pertoken.files import plain_file
+from pertoken.folders.config import config_from_hf, config_to_hf, family_of
 from pertoken.folders.files import read_json, save_tokenizer, weight_files
 from pertoken.model.aligned import aligned
 from pertoken.model.decoder import CausalLM
@@ -34,7 +34,6 @@ __all__ = [
     "save_folder",
 ]
 
-_MIXTRAL_NAMES = {".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".down_proj.": ".w2.", ".up_proj.": ".w3."}
 # Buffers that older files saved among the weights; they follow from the configuration.
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|^model\.freqs_(cos|sin)$")
 
@@ -57,10 +56,9 @@ def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Caus
 
 
 def name_on_disk(name: str, config: ResolvedModelConfig) -> str:
-    """What a folder calls the parameter `name` of `CausalLM`: the same, but for the feed-forward parts of Mixtral."""
-    if config.use_moe and config.family == "llama":
-        for ours, theirs in _MIXTRAL_NAMES.items():
-            name = name.replace(ours, theirs)
+    """What a folder calls the parameter `name` of `CausalLM`: the same, but for what the family's record says."""
+    for ours, theirs in family_of(config).weight_names.items():
+        name = name.replace(ours, theirs)
     return name
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folder
-from pertoken.data.tokens.tokenizer import end_of_turn_id, open_tokenizer, render
+from pertoken.data.chat.template import end_of_turn_id, render
+from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import ModelError, RecipeError
 from pertoken.inference.generate import generate, stream_text
 from pertoken.model.protocol import LanguageModel
@@ -46,13 +47,15 @@ class ChatSession:
         """Text to go on from, encoded as the tokenizer does by itself (with a BOS where it adds one)."""
         ids = self._ids(text)
         if not ids:
-            raise RecipeError("--prompt: gives no token; write something to go on from")
+            raise RecipeError("prompt: gives no token; write something to go on from")
         return ids
 
     def require_template(self) -> None:
         """Raises ModelError for a base model, which has no way to tell turns apart."""
         if self.tokenizer.chat_template is None:
-            raise ModelError("the tokenizer has no chat template; this is a base model, use generate without --chat")
+            raise ModelError(
+                "the tokenizer has no chat template; this is a base model, so give it a text, not a message"
+            )
 
     def encode_latest(
         self, opening: list[dict[str, Any]], turns: list[dict[str, Any]], *, room: int

@@ -1,4 +1,4 @@
-"""A decoder on flat tokens: Qwen3, Llama or MiniMind, dense or with experts (Qwen3-MoE, Mixtral), by configuration.
+"""A decoder on flat tokens, dense or with experts, with the features that its family has (`pertoken.families`).
 
 Parameters carry Hugging Face's names, so that state dicts map one to one. Shape suffixes: N flat tokens, D hidden
 size or head dimension, H query heads, K key-value heads, V vocabulary.
@@ -60,12 +60,12 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Norms 1; matrices normal with standard deviation 0.02, those that write to the residual stream divided by
-        sqrt(2 * layers) (GPT-2, section 2.3). The same for every device and dtype, up to rounding."""
+        """Norms 1, biases 0; matrices normal with standard deviation 0.02, those that write to the residual stream
+        divided by sqrt(2 * layers) (GPT-2, section 2.3). The same for every device and dtype, up to rounding."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             std = 0.02
             if name.endswith(("o_proj.weight", "down_proj.weight")):

@@ -18,9 +18,10 @@ from pertoken.model.attention import (
     varlen_attention,
     which_attention,
 )
-from pertoken.model.blocks import Attend, Layer, RunBlock, compute_dtype, rope_angles
+from pertoken.model.blocks import Attend, Layer, RunBlock, compute_dtype
 from pertoken.model.moe import Documents, ExpertLoad
 from pertoken.model.operations import padding_of
+from pertoken.model.rope import rope_angles
 from pertoken.objective.cross_entropy import LossImpl, TiedGradient
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def run_plain(
     """`ForwardPass.run`, for attention of any kind: `attends` has one for every layer."""
     decoder = model.model
     hidden: Tensor = decoder.embed_tokens(input_ids)
-    rope = rope_angles(position_ids, model.config.head_dim, model.config.rope_theta, hidden.dtype)
+    rope = rope_angles(position_ids, model.config, hidden.dtype)
     rows = [None] * (len(attends) - 1) + [output_rows]
     blocks = [
         partial(block, rope=rope, attend=attend, documents=documents, output_rows=of_layer)

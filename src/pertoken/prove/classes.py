@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from pertoken.checkpoints.read import Checkpoint, load_model, load_optimizer
-from pertoken.checkpoints.write import save_checkpoint
+from pertoken.checkpoints.saver import save_checkpoint
+from pertoken.checkpoints.state import TrainerState
 from pertoken.data.batch.order import step_at, steps_per_epoch
 from pertoken.data.batch.pack import collate
 from pertoken.data.batch.share import Share, share_of
@@ -157,12 +158,11 @@ def resume(name: str, case: Case) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         saved = save_checkpoint(
             Path(folder),
-            step=2,
             model=model,
             tokenizer=case.tokenizer,
             eos_token_id=0,
             optimizer=optimizer,
-            state={"recipe": {}},
+            state=TrainerState(step=2, recipe={}, data={}, scaler={}, micro_batch_tokens=0),
         )
         again = load_model(saved)
         set_balance_loss(again, balance_loss_of(model))

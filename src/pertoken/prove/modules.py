@@ -43,8 +43,9 @@ def _replace(attention: nn.Module) -> None:
 
 
 def _add_bias(attention: nn.Module) -> None:
-    weight: Tensor = attention.q_proj.weight  # type: ignore[union-attr, assignment]
-    attention.q_proj.bias = nn.Parameter(torch.linspace(-1, 1, len(weight), dtype=weight.dtype))  # type: ignore[union-attr]
+    where = next(p for p in (attention.q_proj, attention.o_proj) if p.bias is None)  # type: ignore[union-attr]
+    weight: Tensor = where.weight  # type: ignore[union-attr, assignment]
+    where.bias = nn.Parameter(torch.linspace(-1, 1, len(weight), dtype=weight.dtype))  # type: ignore[union-attr]
 
 
 def _hook(attention: nn.Module) -> None:

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pertoken.checkpoints.read import Checkpoint, load_model, load_optimizer
-from pertoken.checkpoints.write import save_checkpoint
+from pertoken.checkpoints.saver import save_checkpoint
+from pertoken.checkpoints.state import TrainerState
 from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import FLOAT64, Case, balance_loss_of, set_balance_loss
 from pertoken.prove.plain_update import Expected
@@ -72,12 +73,11 @@ def update_of_ranks(
     def resumed(model: LanguageModel, state: TrainState) -> tuple[LanguageModel, TrainState]:
         saved = save_checkpoint(
             scratch,
-            step=1,
             model=model,
             tokenizer=None,
             eos_token_id=0,
             optimizer=state.optimizer,
-            state={"recipe": {}},
+            state=TrainerState(step=1, recipe={}, data={}, scaler={}, micro_batch_tokens=0),
             world=world,
         )
         again = load_model(saved, dtype=torch.float64)

@@ -31,7 +31,7 @@ from pertoken.prove.update import UPDATE_CLASSES
 from pertoken.recipe.schema import Recipe
 from pertoken.runs.data import RunData, load_data
 from pertoken.runs.model import build_model
-from pertoken.tracking.metrics import Listener
+from pertoken.tracking.listener import Listener
 from pertoken.training.parallel import World
 from pertoken.training.precision import Precision
 
@@ -63,9 +63,9 @@ def prove(
     Raises what training itself would raise before its first step.
     """
     if unknown := [name for name in only if name not in NAMES]:
-        raise RecipeError(f"--only {unknown[0]!r}: no such class; there are {', '.join(NAMES)}")
+        raise RecipeError(f"only={unknown[0]!r}: no such class; there are {', '.join(NAMES)}")
     if tokens < _LEAST_TOKENS:
-        raise RecipeError(f"--tokens {tokens}: must be at least {_LEAST_TOKENS}")
+        raise RecipeError(f"tokens={tokens}: must be at least {_LEAST_TOKENS}")
     started = time.perf_counter()
     data = load_data(recipe, listener or Listener(), World())
     model = build_model(recipe, data, None, Precision("float32", torch.device("cpu")))
@@ -117,7 +117,7 @@ def prove(
             add(result)
     if only and not results:  # which is no proof
         raise RecipeError(
-            f'--only {only[0]!r}: not of this recipe; {_FLOAT16!r} is about train.dtype="float16", {_BALANCE!r} about '
+            f'only={only[0]!r}: not of this recipe; {_FLOAT16!r} is about train.dtype="float16", {_BALANCE!r} about '
             'model.aux_loss="micro_batch"'
         )
     return Proof(

@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pertoken.checkpoints.write import Saver
 from pertoken.data.batch.order import Step
 from pertoken.data.store.store import Store
 from pertoken.model.protocol import LanguageModel
@@ -34,11 +32,8 @@ from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Result, Verdict
 from pertoken.prove.samples import InMemory
 from pertoken.recipe.schema import Recipe
-from pertoken.runs.loop import Run, update
-from pertoken.runs.probe import Probe
-from pertoken.runs.spikes import Spikes
-from pertoken.runs.summary import Summary
-from pertoken.tracking.metrics import Listener
+from pertoken.runs.computation import Computation, update
+from pertoken.tracking.reporter import Reporter
 from pertoken.training.optim import build_optimizer, lr_at
 from pertoken.training.parallel import whole
 from pertoken.training.step import TrainState
@@ -132,12 +127,13 @@ def updates_of(
             model, state = between(model, state)
         before = _weights(model, state)
         settings = with_settings(recipe, dtype="float64", grad_clip=step.max_norm)
-        run = _run(settings, samples, model, state, total_steps=total_steps, token_budget=token_budget)
+        store = cast(Store, samples)
+        computation = Computation(settings, model, state, store, total_steps, token_budget, Reporter())
         ids = np.array(step.ids)
-        row = update(run, Step(step.number, 1, ids, 0, len(ids), False), skips=lambda norm: False)
+        row = update(computation, Step(step.number, 1, ids, 0, len(ids), False), skips=lambda norm: False)
         after = _weights(model, state)
         changes = {name: after[name] - before[name] for name in after}
-        taken.append(Taken(row["lr"], row["grad_norm"], row["loss"], changes))
+        taken.append(Taken(row.lr, row.grad_norm, row.loss, changes))
     return taken
 
 
@@ -148,38 +144,6 @@ def _weights(model: LanguageModel, state: TrainState) -> dict[str, Tensor]:
         if state.world.is_main:
             weights[name] = full.clone()
     return weights
-
-
-def _run(
-    recipe: Recipe, samples: InMemory, model: LanguageModel, state: TrainState, *, total_steps: int, token_budget: int
-) -> Run:
-    """What the loop makes a step of. Nothing is written or evaluated."""
-    return Run(
-        recipe=recipe,
-        out_dir=Path(recipe.out_dir),
-        model=model,
-        state=state,
-        world=state.world,
-        tokenizer=None,
-        eos_token_id=0,
-        train_store=cast(Store, samples),
-        eval_store=None,
-        start_step=0,
-        total_steps=total_steps,
-        token_budget=token_budget,
-        best_eval_loss=None,
-        last_checkpoint=None,
-        last_saved=None,
-        saver=Saver(state.world),
-        probe=cast(Probe, None),  # a save's, as the summary is the console's: no step reads them
-        spikes=Spikes("warn", 0.0, ()),
-        checkpoint_meta={},
-        metrics=None,
-        trackers={},
-        summary=cast(Summary, None),
-        listener=Listener(),
-        started_s=0.0,
-    )
 
 
 def judge_updates(name: str, taken: Sequence[Taken], planned: Sequence[Planned], note: str) -> Result:

@@ -17,7 +17,7 @@ from pertoken.objective.fused_heads import require_head
 from pertoken.recipe.model import MOE_KEYS
 from pertoken.recipe.schema import Recipe
 from pertoken.runs.data import RunData
-from pertoken.tracking.metrics import Listener
+from pertoken.tracking.listener import Listener
 from pertoken.training.memory import check_parameters, check_size, out_of_memory
 from pertoken.training.precision import Precision
 
@@ -78,7 +78,7 @@ def prepare_model(
         dtype=precision.dtype,
         device=precision.device,
         total_steps=total_steps,
-        before=None if checkpoint is None else checkpoint.state.get("compiled"),
+        before=None if checkpoint is None else checkpoint.state.compiled,
     )
     execution = replace(choice.execution, activation_checkpointing=train.activation_checkpointing)
     if train.loss_impl != "auto":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from pertoken.errors import NonFiniteError, SpikeError
 from pertoken.model.protocol import LanguageModel
 from pertoken.objective.cross_entropy import LossOutput
 from pertoken.runs.spikes import Spikes, SpikeStep
-from pertoken.tracking.metrics import Row
+from pertoken.tracking.rows import StepRow
 from pertoken.training.faults import first_non_finite, is_finite, shown_samples
 from pertoken.training.step import NonFiniteStep, TrainState
 
@@ -75,19 +74,20 @@ def spike_error(this: Step, problem: SpikeStep, store: Store, out_dir: Path, sav
         f'step {this.step}: {problem}; train.on_spike="stop": the weights were not touched and {saved}'
         f"\nits samples: {shown_samples(store, this.sample_ids.tolist())}\n"
         f"look closer with: {_replay(out_dir, this.step)}\n"
-        'go on with --resume and train.on_spike="skip" or "warn"'
+        'continue with resume=True and train.on_spike="skip" or "warn"'
     )
 
 
-def spike_message(this: Step, spikes: Spikes, row: Row, store: Store, out_dir: Path) -> str:
+def spike_message(this: Step, spikes: Spikes, row: StepRow, store: Store, out_dir: Path) -> str:
     """Of a spike that the run goes on after. `spikes` do not remember it yet."""
-    what = "update skipped" if row.get("skipped") else "updated all the same"
+    what = "update skipped" if row.skipped else "updated all the same"
     return (
-        f'step {this.step}: {spikes.describe(row["grad_norm"])}; {what} (train.on_spike="{spikes.on_spike}"). '
+        f'step {this.step}: {spikes.describe(row.grad_norm)}; {what} (train.on_spike="{spikes.on_spike}"). '
         f"Its samples: {shown_samples(store, this.sample_ids.tolist(), _FEW)}. "
         f"Look closer with: {_replay(out_dir, this.step)}"
     )
 
 
 def _replay(out_dir: Path, step: int) -> str:
-    return f"pertoken replay {shlex.quote(str(out_dir))} --step {step}"
+    """As in Python; the command line has words of its own for it."""
+    return f"replay({str(out_dir)!r}, step={step})"

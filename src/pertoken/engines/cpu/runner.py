@@ -24,6 +24,7 @@ from pertoken.engines.cpu.attention import AttentionPlan, Heads, round_up
 from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import Kernels
 from pertoken.model.execution import Casts
+from pertoken.model.rope import frequencies
 from pertoken.objective.cross_entropy import TiedGradient, first_order_only
 from pertoken.recipe.model import ResolvedModelConfig
 
@@ -63,7 +64,7 @@ class CpuBatch:
             heads,
             config.rms_norm_eps,
             AttentionPlan.of(lengths, heads),
-            _angles(max(lengths), config.head_dim, config.rope_theta),
+            _angles(max(lengths), config),
             num_rows=sum(lengths),
             exact_rows=config.use_moe,
             casts=casts,
@@ -101,10 +102,9 @@ class CpuBatch:
         return low
 
 
-def _angles(positions: int, head_dim: int, theta: float) -> Tensor:
-    """Cosines and sines of the rotary angles (Su et al., "RoFormer", 3.2)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    angles = torch.arange(positions, dtype=torch.float32)[:, None] * (1.0 / theta**exponents)
+def _angles(positions: int, config: ResolvedModelConfig) -> Tensor:
+    """Cosines and sines of the rotary angles, [positions, head_dim]."""
+    angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies(config, torch.float32)
     return torch.cat((angles.cos(), angles.sin()), 1)
 
 

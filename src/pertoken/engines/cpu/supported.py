@@ -24,6 +24,8 @@ __all__ = ["unsupported"]
 
 _Part = tuple[str, nn.Module | None, type[nn.Module], tuple[int, ...]]  # its name, it, what it must be, its weight
 
+_QKV = (".q_proj", ".k_proj", ".v_proj")
+
 
 def unsupported(model: object) -> str | None:
     """Why `model` cannot run through the kernels, in words; None if it can.
@@ -42,7 +44,8 @@ def unsupported(model: object) -> str | None:
     if has_global_hook():
         return "torch.nn has a hook on all modules"
     for name, module, kind, shape in _parts(model, config):
-        why = _difference(module, kind, shape, config.rms_norm_eps)
+        has_bias = config.qkv_bias and name.endswith(_QKV)
+        why = _difference(module, kind, shape, has_bias, config.rms_norm_eps)
         if why is not None:
             return f"{name} {why}"
     return None
@@ -79,7 +82,7 @@ def _parts(model: nn.Module, config: ResolvedModelConfig) -> Iterator[_Part]:
         yield f"{name}.self_attn.o_proj", of_attention.get("o_proj"), nn.Linear, (d, queries)
         for which in ("q_norm", "k_norm"):
             norm = of_attention.get(which)
-            if norm is not None or config.family == "qwen3":  # a user may give other families one: it is not skipped
+            if norm is not None or config.qk_norm:  # a user may give other families one: it is not skipped
                 yield f"{name}.self_attn.{which}", norm, nn.RMSNorm, (head_dim,)
         yield f"{name}.post_attention_layernorm", of_layer.get("post_attention_layernorm"), nn.RMSNorm, (d,)
         mlp = of_layer.get("mlp")
@@ -90,7 +93,9 @@ def _parts(model: nn.Module, config: ResolvedModelConfig) -> Iterator[_Part]:
             yield f"{name}.mlp.down_proj", mlp._modules.get("down_proj"), nn.Linear, (d, f)
 
 
-def _difference(module: nn.Module | None, kind: type[nn.Module], shape: tuple[int, ...], eps: float) -> str | None:
+def _difference(
+    module: nn.Module | None, kind: type[nn.Module], shape: tuple[int, ...], has_bias: bool, eps: float
+) -> str | None:
     """What of `module` is not as the kernels take it to be, as the end of a sentence about it."""
     if module is None:
         return "is missing"
@@ -112,23 +117,28 @@ def _difference(module: nn.Module | None, kind: type[nn.Module], shape: tuple[in
         own["padding_idx"] is None and own["max_norm"] is None and not own["scale_grad_by_freq"] and not own["sparse"]
     ):
         return "does more than look rows up"
-    return _weight_difference(own["_parameters"], kind, shape) if shape else None
+    if not shape:
+        return None
+    why = _parameter_difference(own["_parameters"].get("weight"), "weight", kind, shape)
+    if why is not None or kind is not nn.Linear:
+        return why
+    bias = own["_parameters"].get("bias")
+    if not has_bias:
+        return None if bias is None else "has a bias"
+    return _parameter_difference(bias, "bias", kind, shape[:1])
 
 
-def _weight_difference(parameters: dict[str, Any], kind: type[nn.Module], shape: tuple[int, ...]) -> str | None:
-    weight = parameters.get("weight")
+def _parameter_difference(weight: Any, what: str, kind: type[nn.Module], shape: tuple[int, ...]) -> str | None:
     if weight is None:
-        return "has no weight of its own"
-    if kind is nn.Linear and parameters.get("bias") is not None:
-        return "has a bias"
+        return f"has no {what} of its own"
     if type(weight) is not nn.Parameter and type(weight) is not loaded("torch.distributed.tensor", "DTensor"):
-        return f"has a weight that is a {type(weight).__name__}"
+        return f"has a {what} that is a {type(weight).__name__}"
     if weight.dtype != torch.float32:
         return f"is in {str(weight.dtype).removeprefix('torch.')}, not in float32"
     if not weight.is_cpu:
         return f"is on {weight.device}, not on the CPU"
     if weight.shape != shape:
-        return f"has a weight of {tuple(weight.shape)}, not {shape}"
+        return f"has a {what} of {tuple(weight.shape)}, not {shape}"
     if kind is nn.RMSNorm and not weight.is_contiguous():
         return "has a weight that is not contiguous"
     return None

@@ -2,7 +2,7 @@ import pytest
 from transformers import LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 
 from pertoken.errors import ModelError
-from pertoken.families.config import config_from_hf, config_to_hf
+from pertoken.folders.config import config_from_hf, config_to_hf
 from pertoken.recipe.schema import ModelConfig
 
 SHARED = {
