@@ -23,9 +23,10 @@ import pertoken.data.batch.order
 import pertoken.data.batch.share
 import pertoken.data.chat.render
 import pertoken.data.samples
+import pertoken.engines.cpu.engine
 import pertoken.engines.cpu.runner
 import pertoken.model.attention
-import pertoken.model.decoder
+import pertoken.model.plain
 import pertoken.objective.cross_entropy
 import pertoken.prove.case
 import pertoken.prove.checks
@@ -35,6 +36,7 @@ from pertoken.data.batch.pack import MicroBatch, Sample
 from pertoken.data.batch.share import Share
 from pertoken.data.tokens.encode import TextWithSpans
 from pertoken.kernels.ops import Kernels
+from pertoken.model.execution import Casts, Execution
 from pertoken.objective.terms import LossOutput, Term
 from pertoken.training.step import TrainState
 
@@ -178,7 +180,7 @@ def attention_across_documents(patch: Patch) -> None:
     def one_document(lengths: Any, device: torch.device, **_: Any) -> Any:
         return of([sum(lengths)] if lengths else [], device)
 
-    patch.setattr(pertoken.model.decoder.AttentionLayout, "of", one_document)
+    patch.setattr(pertoken.model.plain.AttentionLayout, "of", one_document)
 
 
 def prompt_supervised(patch: Patch) -> None:
@@ -222,12 +224,13 @@ def ignore_index_learned(patch: Patch) -> None:
 
 
 def casts_outlive_their_step(patch: Patch) -> None:
-    @contextmanager
-    def for_ever(self: Any) -> Iterator[None]:
-        self._casts = self._casts or {}
-        yield
+    casts = Casts()
 
-    patch.setattr(pertoken.model.decoder.CausalLM, "keeping_casts", for_ever)
+    @contextmanager
+    def for_ever(self: Execution) -> Iterator[Execution]:
+        yield dataclasses.replace(self, casts=casts)
+
+    patch.setattr(Execution, "keeping_casts", for_ever)
 
 
 def kernels_see_one_ahead(patch: Patch) -> None:
@@ -241,12 +244,12 @@ def kernels_see_one_ahead(patch: Patch) -> None:
 
 def rows_beside_the_asked_ones(patch: Patch) -> None:
     """The last block computes the row before the last supervised one in its place."""
-    usual = pertoken.engines.cpu.runner.NativeBatch.with_output_rows
+    usual = pertoken.engines.cpu.runner.CpuBatch.with_output_rows
 
     def beside(self: Any, output_rows: torch.Tensor) -> Any:
         return usual(self, output_rows - (output_rows == output_rows.max()).long())
 
-    patch.setattr(pertoken.engines.cpu.runner.NativeBatch, "with_output_rows", beside)
+    patch.setattr(pertoken.engines.cpu.runner.CpuBatch, "with_output_rows", beside)
 
 
 def head_gradient_lost(patch: Patch) -> None:
@@ -258,13 +261,13 @@ def head_gradient_lost(patch: Patch) -> None:
 
 def _blind_to(patch: Patch, words: str) -> None:
     """The kernels run over modules of which `unsupported` would have said `words`."""
-    check = pertoken.model.decoder.unsupported
+    check = pertoken.engines.cpu.engine.unsupported
 
-    def blind(model: nn.Module, cls: type[nn.Module]) -> str | None:
-        why = check(model, cls)
+    def blind(model: object) -> str | None:
+        why = check(model)
         return None if why is not None and words in why else why
 
-    patch.setattr(pertoken.model.decoder, "unsupported", blind)
+    patch.setattr(pertoken.engines.cpu.engine, "unsupported", blind)
 
 
 def replaced_projection_not_seen(patch: Patch) -> None:
@@ -281,13 +284,13 @@ def hook_not_seen(patch: Patch) -> None:
 
 def frozen_matrix_learns(patch: Patch) -> None:
     """The kernels ask for every gradient, whatever the parameter says."""
-    run = pertoken.model.decoder.CausalLM._run_natively
+    run = pertoken.engines.cpu.engine._CpuPass.run
 
-    def all_learn(self: Any, *args: Any) -> Any:
-        self.requires_grad_(True)
-        return run(self, *args)
+    def all_learn(self: Any, *args: Any, **settings: Any) -> Any:
+        self._model.requires_grad_(True)
+        return run(self, *args, **settings)
 
-    patch.setattr(pertoken.model.decoder.CausalLM, "_run_natively", all_learn)
+    patch.setattr(pertoken.engines.cpu.engine._CpuPass, "run", all_learn)
 
 
 def optimizer_state_lost(patch: Patch) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pertoken.data.batch.pack import Sample, collate
 from pertoken.data.batch.share import share_of_all
 from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.moe import MixtureOfExperts, _num_rows
 from pertoken.recipe.schema import ModelConfig
 from pertoken.training.precision import Precision
@@ -49,10 +50,10 @@ def router_logits(model):
     return seen
 
 
-def gradients(model, *micro_batches, supervised=50.0, inputs=144.0):
+def gradients(model, *micro_batches, supervised=50.0, inputs=144.0, execution=PLAIN):
     model.zero_grad()
     for micro_batch in micro_batches:
-        model(micro_batch).objective({"supervised": supervised, "inputs": inputs}).backward()
+        model(micro_batch, execution).objective({"supervised": supervised, "inputs": inputs}).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -170,8 +171,7 @@ def test_activation_checkpointing_changes_no_gradient(dtype, aux_loss):
     model, micro_batch = small_model(5, 2, dtype=torch.float32, aux_loss=aux_loss), collate(samples())
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         plain = gradients(model, micro_batch)
-        model.activation_checkpointing = True
-        recomputed = gradients(model, micro_batch)
+        recomputed = gradients(model, micro_batch, execution=Execution(activation_checkpointing=True))
     for name in plain:
         assert torch.equal(plain[name], recomputed[name]), name
 
@@ -181,8 +181,8 @@ def test_the_balance_gradient_itself_survives_activation_checkpointing():
         small_model(4, 1, aux_loss_coef=1.0),
         collate(samples()),
     )  # with k = 1 it is the router's only one
-    model.activation_checkpointing = True
-    for name, grad in gradients(model, micro_batch).items():
+    execution = Execution(activation_checkpointing=True)
+    for name, grad in gradients(model, micro_batch, execution=execution).items():
         assert grad.norm() > 1e-6 or "mlp.gate" not in name, name
 
 

@@ -335,6 +335,7 @@ import torch
 from pertoken.recipe.schema import ModelConfig
 from pertoken.data.batch.pack import Sample, collate
 from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import Execution
 from pertoken.training.parallel import end_process, join_world, parallelize, synchronized, whole
 
 experts = {"use_moe": True, "num_experts_per_tok": 2} if sys.argv[1] == "experts" else {}
@@ -344,7 +345,6 @@ with join_world("cpu") as world:
     found, seen = [], []
     for low in (None, LOW):
         model = CausalLM(config, seed=1)
-        model.activation_checkpointing = sys.argv[3] == "again"
         wrapped = parallelize(model, "fsdp", world, device=torch.device("cpu"), layers=model.layers, low=low,
                               wide=model.wide_modules)
         layer = model.layers[0]  # looked at while it runs; before and after, what it has is its shards
@@ -356,7 +356,7 @@ with join_world("cpu") as world:
             batch = collate([Sample(rng.integers(0, 64, n + 1), rng.random(n) < 0.6) for n in lengths])
             with synchronized(wrapped, now=i == 2):
                 with torch.autocast("cpu", LOW):
-                    out = wrapped(batch)
+                    out = wrapped(batch, Execution(activation_checkpointing=sys.argv[3] == "again"))
                 out.objective({"supervised": 10.0, "inputs": 30.0}).backward()
         found.append({n: whole(p.grad).clone() for n, p in model.named_parameters()})
     assert set(seen[0].values()) == {torch.float32}

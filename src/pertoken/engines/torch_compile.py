@@ -28,11 +28,12 @@ class CompileEngine:
 
     name = "compile"
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
+        """`options` are torch.compile's."""
         # Here and not as decorators, which would import the compiler, two seconds' work, with this module.
         disable: Callable[[Any], Any] = torch.compiler.disable
         self._attention = disable(attention)  # or every set of rectangles would be a graph of its own
-        self._block = partial(torch.compile(Layer.plain, dynamic=True), call_experts=disable(call))
+        self._block = partial(torch.compile(Layer.plain, dynamic=True, **options), call_experts=disable(call))
 
     def supports(self, model: object) -> str | None:
         """The compiler reads the modules' code, whatever it is. It keeps what it made of a module, though, and does not

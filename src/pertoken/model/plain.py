@@ -58,11 +58,11 @@ class PlainPass:
         micro_batch: MicroBatch,
         *,
         block: Callable[..., Tensor | tuple[Tensor, ExpertLoad]] = Layer.plain,
-        attend: Callable[..., Tensor] = attention,
+        attend: Callable[..., Tensor] | None = None,
     ) -> None:
         self._model, self._micro_batch, self._block = model, micro_batch, block
         self._layout = _layout(model, micro_batch)
-        self._attend = attend if self._layout.cu_seqlens is None else varlen_attention
+        self._attend = (attend or attention) if self._layout.cu_seqlens is None else varlen_attention
 
     def padding(self) -> tuple[Tensor, Tensor]:
         layout = self._layout
