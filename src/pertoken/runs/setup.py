@@ -31,6 +31,7 @@ from pertoken.runs.model import build_model, prepare_model
 from pertoken.runs.run import Run
 from pertoken.runs.signals import StopRequest, stop_on_signals
 from pertoken.text import one_line
+from pertoken.tracking.ledger import Ledger
 from pertoken.tracking.listener import Listener
 from pertoken.tracking.reporter import Reporter
 from pertoken.tracking.trackers import check_trackers
@@ -124,6 +125,7 @@ def _train(
     if checkpoint is not None:
         refuse_changes(recipe, checkpoint)
         _say_where_it_continues(checkpoint, reporter)
+    ledger = Ledger() if checkpoint is None else Ledger.load(checkpoint.folder, checkpoint.step)
     data = load_data(recipe, reporter, world, verify_data=verify_data)
     if checkpoint is not None:
         _refuse_other_data(data, checkpoint, force=force, listener=reporter)
@@ -143,7 +145,7 @@ def _train(
     )
     probe = verified_probe(computation, checkpoint, compiled=compiled, force=force)
     summary = summary_of(computation, data, start_step=reporter.step)
-    output = open_output(recipe, checkpoint, world, reporter)
+    output = open_output(recipe, checkpoint, ledger, world, reporter)
     run = run_from(computation, data, checkpoint, output, probe, summary, compiled=compiled, started_s=started_s)
     try:
         _say_what_starts(run)
