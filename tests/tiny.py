@@ -15,7 +15,7 @@ import numpy as np
 
 from pertoken import Recipe
 from pertoken.cli.commands import main
-from pertoken.data.tokens.tokenizer import train_tokenizer
+from pertoken.data.tokens.train import train_tokenizer
 from pertoken.tracking.rows import StepRow
 
 MODEL = {

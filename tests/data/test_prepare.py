@@ -406,7 +406,7 @@ def test_memory_that_python_does_not_get_is_one_clear_line_and_no_bad_row(
 
 def _hooked_workers(folder: Path, monkeypatch: pytest.MonkeyPatch, hook: str) -> None:
     """Workers run `hook` before anything else."""
-    main = "\npertoken.data.workers.main(pertoken.data.store.workers.Connection(int(sys.argv[1])))\n"
+    main = "\npertoken.data.store.workers.main(pertoken.data.store.workers.Connection(int(sys.argv[1])))\n"
     (folder / "site").mkdir()
     (folder / "site" / "hooked.py").write_text("import sys\n" + hook + main)
     popen = subprocess.Popen

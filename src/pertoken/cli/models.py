@@ -43,7 +43,7 @@ def tokenizer_train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a tokenizer in that folder")] = False,
 ) -> None:
     """Train a tokenizer with a chat template on text or conversations."""
-    from pertoken.data.tokens.tokenizer import train_tokenizer
+    from pertoken.data.tokens.train import train_tokenizer
 
     drop_what_cannot_be_shown()
     tokenizer = train_tokenizer(

@@ -22,7 +22,8 @@ from pertoken.console import ConsoleListener, duration
 from pertoken.data.batch.order import step_at
 from pertoken.data.batch.pack import collate
 from pertoken.data.store.store import Store, build_store
-from pertoken.data.tokens.tokenizer import open_tokenizer, train_tokenizer
+from pertoken.data.tokens.tokenizer import open_tokenizer
+from pertoken.data.tokens.train import train_tokenizer
 from pertoken.demo.trigram import trigram_nats
 from pertoken.errors import DataError, RecipeError
 from pertoken.inference.chat import ChatSession

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folder
-from pertoken.data.tokens.tokenizer import end_of_turn_id, open_tokenizer, render
+from pertoken.data.chat.template import end_of_turn_id, render
+from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import ModelError, RecipeError
 from pertoken.inference.generate import generate, stream_text
 from pertoken.model.decoder import CausalLM

@@ -11,6 +11,7 @@ import torch
 from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folder
 from pertoken.data.files.find import find_files
 from pertoken.data.files.records import Record, read_records
+from pertoken.data.formats import formats_that_give
 from pertoken.data.store.store import Store, build_store
 from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.model.decoder import CausalLM
@@ -35,8 +36,8 @@ def _data_recipe(folder: Path, path: str, overrides: Sequence[str], *, longest: 
     for override in overrides:
         apply_override(values, override)
     values.setdefault("stage", _stage_of(values["data"]))
-    if values["stage"] == "pretrain" and values["data"].get("format", "auto") != "text":
-        values["data"]["format"] = "text"
+    if values["stage"] == "pretrain" and values["data"].get("format") in formats_that_give("conversation"):
+        values["data"]["format"] = "auto"
     return Recipe.parse(values)
 
 

@@ -5,6 +5,7 @@ Every message is one line that names the key, the value and the remedy.
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 import types
 import typing
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from pertoken.data.formats import FORMATS, KeyNames
 from pertoken.errors import RecipeError
 from pertoken.files import check_path, plain_file, user_path
 from pertoken.recipe.explain import explain
@@ -44,7 +46,7 @@ class DataConfig(Section):
     eval_path: tuple[str, ...] = ()
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     eval_split: Literal["rows", "tail"] = "rows"
-    format: Literal["auto", "messages", "conversations", "prompt_completion", "text"] = "auto"
+    format: str = "auto"
     text_key: str = Field(default="text", min_length=1)
     prompt_key: str = Field(default="prompt", min_length=1)
     completion_key: str = Field(default="completion", min_length=1)
@@ -63,6 +65,16 @@ class DataConfig(Section):
     def _one_or_many(cls, value: Any) -> Any:
         return _as_tuple(value)
 
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        known = ["auto", *FORMATS]
+        if value not in known:
+            near = difflib.get_close_matches(value, known, 1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"must be one of {', '.join(map(repr, known))}{meant}")
+        return value
+
     @field_validator("path", "eval_path")
     @classmethod
     def _paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -80,6 +92,11 @@ class DataConfig(Section):
                 f"data.eval_fraction={self.eval_fraction}: data.eval_path is given too; keep one of the two"
             )
         return self
+
+    @property
+    def key_names(self) -> KeyNames:
+        """What the formats that have no keys of their own read."""
+        return KeyNames(self.text_key, self.prompt_key, self.completion_key)
 
 
 class TrainConfig(Section):
@@ -209,12 +226,15 @@ class Recipe(Section):
             )
         if self.init_from is None:
             self.model.check_without_a_model()
-        if self.stage == "pretrain" and self.data.format not in ("auto", "text"):
+        gives = None if self.data.format == "auto" else FORMATS[self.data.format].gives
+        if self.stage == "pretrain" and gives == "conversation":
             raise ValueError(
                 f'data.format="{self.data.format}": stage = "pretrain" reads raw text; use "text" or stage = "sft"'
             )
-        if self.stage == "sft" and self.data.format == "text":
-            raise ValueError('data.format="text": stage = "sft" reads conversations; use stage = "pretrain" for text')
+        if self.stage == "sft" and gives == "text":
+            raise ValueError(
+                f'data.format="{self.data.format}": stage = "sft" reads conversations; use stage = "pretrain" for text'
+            )
         if self.data.eval_split == "tail" and self.stage != "pretrain":
             raise ValueError('data.eval_split="tail": only raw text has a tail; use "rows" for conversations')
         return self

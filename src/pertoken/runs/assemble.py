@@ -211,7 +211,7 @@ def rebuild(recipe: Recipe, checkpoint: Checkpoint | None, known: Checkpoint | N
     """
     world, precision = World(), Precision(recipe.train.dtype, resolve_device(recipe.train.device))
     data = load_data(recipe, reporter, world)
-    if known is not None and (what := changed_data(known, data.fingerprints, data.files)) is not None:
+    if known is not None and (what := changed_data(known, data.accepted_fingerprints, data.files)) is not None:
         raise CheckpointError(f"{what}; restore it: these samples are not those of the run")
     total_steps = count_steps(recipe, len(data.train))
     model = build_model(recipe, data, checkpoint, precision)

@@ -99,14 +99,15 @@ def refuse_changes(recipe: Recipe, checkpoint: Checkpoint) -> None:
         raise RecipeError("\n".join(changed))
 
 
-def changed_data(checkpoint: Checkpoint, now: dict[str, Any], files: dict[str, Any]) -> str | None:
+def changed_data(checkpoint: Checkpoint, now: dict[str, tuple[str | None, ...]], files: dict[str, Any]) -> str | None:
     """What of the data is no longer what the checkpoint was trained on, file by file; None if nothing.
 
-    `now` are the fingerprints of the training and the evaluation data, `files` the checksums of their files by name.
+    `now` are the fingerprints that the training and the evaluation data may have there, `files` the checksums of their
+    files by name.
     """
     lines = []
-    for part, fingerprint in now.items():
-        if checkpoint.state.data.get(part) == fingerprint:
+    for part, accepted in now.items():
+        if checkpoint.state.data.get(part) in accepted:
             continue
         kind = "training" if part == "train" else "evaluation"
         before, after = checkpoint.state.data_files.get(part) or {}, files[part] or {}

@@ -190,7 +190,7 @@ def _check_early(recipe: Recipe) -> None:
 
 
 def _refuse_other_data(data: RunData, checkpoint: Checkpoint, *, force: bool, listener: Listener) -> None:
-    what = changed_data(checkpoint, data.fingerprints, data.files)
+    what = changed_data(checkpoint, data.accepted_fingerprints, data.files)
     if what is not None and not force:
         raise CheckpointError(
             f"{what}; restore it, start a new run from it with init_from, or continue with force=True"
