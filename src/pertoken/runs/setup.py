@@ -122,10 +122,11 @@ def _train(
     world.on_main(lambda: keep_others_out(lock, out_dir))
     folder = world.on_main(lambda: earlier_run(out_dir, resume=resume, overwrite=overwrite, listener=reporter))
     checkpoint = Checkpoint(folder) if folder is not None else None
+    start_step = checkpoint.step if checkpoint is not None else 0
     if checkpoint is not None:
         refuse_changes(recipe, checkpoint)
         _say_where_it_continues(checkpoint, reporter)
-    ledger = Ledger() if checkpoint is None else Ledger.load(checkpoint.folder, checkpoint.step)
+    ledger = Ledger() if checkpoint is None else Ledger.load(checkpoint.folder, start_step)
     data = load_data(recipe, reporter, world, verify_data=verify_data)
     if checkpoint is not None:
         _refuse_other_data(data, checkpoint, force=force, listener=reporter)
@@ -144,7 +145,7 @@ def _train(
         recipe, data, model, checkpoint, total_steps, precision, world, reporter, compiled=compiled
     )
     probe = verified_probe(computation, checkpoint, compiled=compiled, force=force)
-    summary = summary_of(computation, data, start_step=reporter.step)
+    summary = summary_of(computation, data, start_step=start_step)
     output = open_output(recipe, checkpoint, ledger, world, reporter)
     run = run_from(computation, data, checkpoint, output, probe, summary, compiled=compiled, started_s=started_s)
     try:
