@@ -130,14 +130,15 @@ def summary_of(computation: Computation, data: RunData, *, engine_note: str, sta
     )
 
 
-def open_output(recipe: Recipe, checkpoint: Checkpoint | None, world: World, reporter: Reporter) -> Output:
+def open_output(
+    recipe: Recipe, checkpoint: Checkpoint | None, ledger: Ledger, world: World, reporter: Reporter
+) -> Output:
     """Rows and trackers, on rank 0, open after the checkpoint's step."""
-    out_dir, start_step = Path(recipe.out_dir), reporter.step
+    out_dir, start_step = Path(recipe.out_dir), checkpoint.step if checkpoint is not None else 0
     run_ids = checkpoint.state.tracker_run_ids if checkpoint is not None else {}
     trackers = world.on_main_alone(
         lambda: open_trackers(recipe.log, out_dir, recipe=recipe.flat(), run_ids=run_ids, last_step=start_step)
     )
-    ledger = Ledger() if checkpoint is None else Ledger.load(checkpoint.folder, start_step)
     metrics = world.on_main_alone(lambda: MetricsFile(out_dir / METRICS, last_step=start_step, ledger=ledger))
     if metrics is not None and metrics.remark is not None:
         reporter.message(metrics.remark)
