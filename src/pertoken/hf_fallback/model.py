@@ -24,7 +24,7 @@ from pertoken.folders.weights import aligned, listed
 from pertoken.hf_fallback.head import check_logits, linear_head, smallest_vocabulary
 from pertoken.model.operations import padding_metric
 from pertoken.objective.cross_entropy import LossImpl, linear_cross_entropy
-from pertoken.objective.terms import LossOutput
+from pertoken.objective.terms import CROSS_ENTROPY, LossOutput, Objective
 from pertoken.text import escaped_logs, reason
 
 __all__ = ["FallbackCache", "FallbackConfig", "FallbackLM", "load_fallback", "quiet"]
@@ -139,14 +139,20 @@ class FallbackLM(nn.Module):
         """Raises RecipeError: which parts of a foreign model may be fused is not known."""
         raise RecipeError(f'train.compile="on": {self.config.family} is not pertoken\'s own decoder; set it to "off"')
 
-    def forward(self, micro_batch: MicroBatch, *, impl: LossImpl | None = None) -> LossOutput:
+    def forward(
+        self, micro_batch: MicroBatch, *, impl: LossImpl | None = None, objective: Objective = CROSS_ENTROPY
+    ) -> LossOutput:
         """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number.
 
-        An empty micro-batch gives zeros, and every parameter a zero gradient. `impl` is `linear_cross_entropy`'s,
-        the model's `loss_impl` if not given.
+        `objective` adds its terms. An empty micro-batch gives zeros, and every parameter a zero gradient. `impl` is
+        `linear_cross_entropy`'s, the model's `loss_impl` if not given.
         """
         hidden, impl = self.hidden_states(micro_batch), impl or self.loss_impl
-        out = linear_cross_entropy(hidden, self.head_weight, micro_batch.labels, micro_batch.loss_mask, impl=impl)
+        out = linear_cross_entropy(
+            *(hidden, self.head_weight, micro_batch.labels, micro_batch.loss_mask),
+            impl=impl,
+            row_terms=objective.row_terms,
+        )
         return replace(out, metrics=out.metrics | {"padding": self.padding(micro_batch)})
 
     def padding(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ from pertoken.model.moe import Documents, ExpertLoad, MixtureOfExperts
 from pertoken.model.operations import attention_operations, body_parameters, padding_metric
 from pertoken.objective.balance import balanced_lengths, with_balance_loss
 from pertoken.objective.cross_entropy import LossImpl, TiedGradient, cross_entropy, linear_cross_entropy
-from pertoken.objective.terms import LossOutput
+from pertoken.objective.terms import CROSS_ENTROPY, LossOutput, Objective
 from pertoken.recipe.model import ResolvedModelConfig
 
 __all__ = ["CausalLM"]
@@ -157,12 +157,14 @@ class CausalLM(nn.Module):
             layer.call_experts = disable(call)
             layer.compile(dynamic=True)
 
-    def forward(self, micro_batch: MicroBatch, *, impl: LossImpl | None = None) -> LossOutput:
+    def forward(
+        self, micro_batch: MicroBatch, *, impl: LossImpl | None = None, objective: Objective = CROSS_ENTROPY
+    ) -> LossOutput:
         """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number.
 
-        Experts add their balance loss. An empty micro-batch gives zeros, and every parameter a zero gradient. `impl` is
-        `linear_cross_entropy`'s, the model's `loss_impl` if not given; a head that is more than its weight (an adapter,
-        say) is called instead, and all its logits are computed.
+        `objective` adds its terms, experts their balance loss. An empty micro-batch gives zeros, and every parameter a
+        zero gradient. `impl` is `linear_cross_entropy`'s, the model's `loss_impl` if not given; a head that is more
+        than its weight (an adapter, say) is called instead, and all its logits are computed.
         """
         documents, num_tokens = None, sum(micro_batch.lengths)
         if self.config.use_moe:
@@ -189,9 +191,11 @@ class CausalLM(nn.Module):
         if output_rows is not None:
             labels, loss_mask = labels[output_rows], loss_mask[output_rows]
         if self.lm_head is None or is_plain_linear(self.lm_head):
-            out = linear_cross_entropy(hidden, self.head_weight, labels, loss_mask, impl=impl, tied=tied)
+            out = linear_cross_entropy(
+                *(hidden, self.head_weight, labels, loss_mask), impl=impl, tied=tied, row_terms=objective.row_terms
+            )
         else:
-            out = cross_entropy(self.lm_head(hidden), labels, loss_mask)
+            out = cross_entropy(self.lm_head(hidden), labels, loss_mask, row_terms=objective.row_terms)
         out = replace(out, metrics=out.metrics | {"padding": padding})
         return with_balance_loss(out, loads, self.config, num_tokens) if self.config.use_moe else out
 

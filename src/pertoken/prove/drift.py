@@ -54,7 +54,7 @@ def _curve(case: Case, *, in_one: bool) -> np.ndarray:
     compile_model(model, "off" if case.train.compile == "off" else "auto", precision, total_steps=STEPS, before=None)
     learning_rate = _FALL / case.reference.norm**2
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    state = TrainState(model, optimizer, precision.new_scaler(), precision)
+    state = TrainState(model, optimizer, precision.new_scaler(), precision, objective=case.objective)
     losses = []
     for samples in case.later:
         tokens = int(samples.lengths.sum())

@@ -82,7 +82,7 @@ def _changed(name: str, case: Case, what: str, change: Callable[[nn.Module], Non
         if kernels:
             model.use_kernels(torch.float32)
         two = case.share(token_budget=1, ids=case.all_ids[:2])  # a micro-batch each; more would only cost more
-        return gradient_of_step(model, two, precision=Precision(dtype, torch.device("cpu")))
+        return gradient_of_step(model, two, precision=Precision(dtype, torch.device("cpu")), objective=case.objective)
 
     exact = gradient("float64", kernels=False)
     tolerance = _FACTOR * largest_error(gradient("float32", kernels=False), exact)

@@ -145,9 +145,10 @@ def _case(recipe: Recipe, model: CausalLM, data: RunData, chosen: Chosen, later:
     samples = [chosen.samples[i] for i in range(len(chosen.samples))]
     config = model.config
     coefficient = config.aux_loss_coef if config.use_moe and config.aux_loss == "sequence" else 0.0
-    in_float32 = reference_gradient(model, samples, aux_loss_coef=coefficient)
+    coefficients = {"aux_loss_coef": coefficient, "z_loss_coef": recipe.train.z_loss_coef}
+    in_float32 = reference_gradient(model, samples, **coefficients)
     model = model.double()
-    reference = reference_gradient(model, samples, aux_loss_coef=coefficient)
+    reference = reference_gradient(model, samples, **coefficients)
     return Case(
         model=model,
         chosen=chosen,

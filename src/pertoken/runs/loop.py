@@ -206,6 +206,9 @@ def update(run: Run, this: Step, *, skips: Callable[[float], bool], lr: float | 
         "positions": [this.position_start, this.position_end],
     }
     row |= routing_of(metrics.sums)
+    for term in run.state.objective.row_terms:
+        total, count = metrics.sums[term.name]
+        row[term.name] = float(total) / count
     if metrics.loss_scale is not None:
         row["loss_scale"] = metrics.loss_scale
     if metrics.skipped or metrics.loss_scale is not None:

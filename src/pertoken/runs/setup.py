@@ -22,6 +22,7 @@ from pertoken.files import FolderLock
 from pertoken.kernels.memory import forget_blocks
 from pertoken.kernels.ops import Kernels
 from pertoken.model.decoder import CausalLM
+from pertoken.objective.choose import objective_of
 from pertoken.recipe.schema import Recipe
 from pertoken.runs.data import RunData, load_data
 from pertoken.runs.folder import changed_data, earlier_run, keep_others_out, make_room, refuse_changes
@@ -232,7 +233,7 @@ def _assemble(
             token_budget = saved["micro_batch_tokens"]  # smaller, where memory ran out before
     start_step = checkpoint.step if checkpoint is not None else 0
     kernels = Kernels(getattr(torch, train.dtype)) if compiled and precision.device.type == "cpu" else None
-    state = TrainState(wrapped, optimizer, scaler, precision, world, kernels)
+    state = TrainState(wrapped, optimizer, scaler, precision, world, objective_of(train), kernels)
     probe, here = Probe(data.train, train.seed), environment(precision, ranks=world.size, compiled=compiled)
     if "probe" in saved:
         same = here == saved.get("environment")

@@ -127,7 +127,7 @@ def _seconds_per_token(state: TrainState, store: Store, sample_ids: np.ndarray) 
     def pass_once() -> None:
         with synchronized(state.model, now=True):
             with precision.autocast():
-                out = state.model(micro_batch)
+                out = state.model(micro_batch, objective=state.objective)
             out.objective({term.denominator: 1.0 for term in out.terms.values()}).backward()
         state.model.zero_grad(set_to_none=True)
         if precision.device.type == "cuda":

@@ -41,7 +41,7 @@ __all__ = [
 Row = dict[str, Any]
 """One step: step epoch loss loss_sum num_tokens aux_loss grad_norm lr samples tokens micro_batches padding_share step_s
 tokens_per_s positions, and where they apply eval_loss eval_perplexity eval_bits_per_byte skipped loss_scale expert_load
-expert_max_share max_expert_share spike. `rebuilt` and `lost` mark rows that a resume found missing."""
+expert_max_share max_expert_share spike z_loss. `rebuilt` and `lost` mark rows that a resume found missing."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pertoken.data.batch.pack import MicroBatch
 from pertoken.data.store.store import Store
 from pertoken.model.decoder import CausalLM
+from pertoken.objective.terms import CROSS_ENTROPY, Objective
 from pertoken.training.norms import sum_of_squares
 from pertoken.training.parallel import whole
 from pertoken.training.precision import Precision
@@ -35,13 +36,14 @@ def is_finite(
     micro_batch: MicroBatch,
     precision: Precision,
     gradient_of: Callable[[Any], None] | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> bool:
-    """Whether the loss of `micro_batch` is finite; with `gradient_of`, which takes the model's output backward, whether
-    the loss and every gradient are. Gradients are cleared after."""
+    """Whether every term of the objective is finite over `micro_batch`; with `gradient_of`, which takes the model's
+    output backward, whether they and every gradient are. Gradients are cleared after."""
     with nullcontext() if gradient_of else torch.no_grad():
         with precision.autocast():
-            out = model(micro_batch.to(precision.device))
-        finite = bool(out.loss_sum.isfinite())
+            out = model(micro_batch.to(precision.device), objective=objective)
+        finite = all(bool(term.sum.isfinite()) for term in out.terms.values())
         if gradient_of is None:
             return finite
         try:
