@@ -20,7 +20,6 @@ from pertoken.kernels.ops import Kernels
 from pertoken.objective.fused_heads import fused_loss_sum
 from pertoken.objective.inputs import check_head, checked_labels
 from pertoken.objective.row_terms import (
-    RowFactors,
     RowTerm,
     refuse_row_terms,
     require_proportional,
@@ -233,7 +232,8 @@ def _forward(
     wide = _accumulator(dtype)
     x_ND, w_VD = hidden.to(dtype), weight.to(dtype)
     needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-    d_hidden = torch.empty_like(x_ND) if needs_hidden else None
+    tamed = dtype == torch.float16 and bool(ctx.terms)
+    d_hidden = torch.empty_like(x_ND, dtype=wide if tamed else dtype) if needs_hidden else None
     d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
     boost = _FP16_BOOST if dtype == torch.float16 else 1.0
     totals = [torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in range(1 + len(ctx.terms))]
@@ -257,13 +257,20 @@ def _forward(
             d_logits_CV.mul_(scale_C[:, None])
         if boost != 1.0:
             d_logits_CV.mul_(boost)
+        if tamed and factors is not None:  # or what the terms multiply by would leave float16
+            d_logits_CV.mul_(factors.tame)
+            x_CD = x_CD.to(wide) / factors.tame
         d_low_CV = d_logits_CV.to(dtype)
         if d_hidden is not None:
-            torch.mm(d_low_CV, w_VD, out=d_hidden[start : start + chunk])
+            rows = d_hidden[start : start + chunk]
+            if tamed and factors is not None:
+                rows.copy_(torch.mm(d_low_CV, w_VD)).div_(factors.tame)
+            else:
+                torch.mm(d_low_CV, w_VD, out=rows)
         if d_weight is not None:
             if dtype == torch.float16:
-                shrink = _fp16_shrink(x_CD, scale_C, factors)
-                d_weight += torch.mm(d_low_CV.t(), x_CD * shrink).to(wide) / shrink
+                shrink = _fp16_shrink(x_CD, scale_C)
+                d_weight += torch.mm(d_low_CV.t(), (x_CD * shrink).to(dtype)).to(wide) / shrink
             else:
                 d_weight += torch.mm(d_low_CV.t(), x_CD)
     ctx.save_for_backward(d_hidden, d_weight)
@@ -271,13 +278,11 @@ def _forward(
     return tuple(total.to(wide) for total in totals)
 
 
-def _fp16_shrink(x_CD: Tensor, scale_C: Tensor | None, factors: RowFactors | None) -> Tensor:
+def _fp16_shrink(x_CD: Tensor, scale_C: Tensor | None) -> Tensor:
     """A power of two, 0-d, for which no sum over the rows of boosted gradients times `x_CD` leaves float16."""
     largest = len(x_CD) * _FP16_BOOST * x_CD.abs().amax().double()
     if scale_C is not None:
         largest = largest * scale_C.abs().amax()
-    if factors is not None:
-        largest = largest * factors.largest.amax()
     return torch.exp2(-(largest / 2**15).log2().ceil().clamp(min=0)).to(x_CD.dtype)
 
 

@@ -62,10 +62,11 @@ class RowFactors:
     at_label: Tensor  # [C]
 
     @property
-    def largest(self) -> Tensor:
-        """A bound [C] on the entries of each row's gradient."""
+    def tame(self) -> Tensor:
+        """Powers of two [C, 1], at most 1: times these, no entry of a row's gradient leaves [-1, 1]."""
         on, at = self.on_softmax, self.at_label
-        return torch.stack((on, at, on - at)).abs().amax(0)
+        largest_C = torch.stack((on, at, on - at)).abs().amax(0)
+        return torch.exp2(-largest_C.clamp(min=1).log2().ceil())[:, None]
 
 
 def row_factors(terms: Sequence[RowTerm], nll_C: Tensor, log_z_C: Tensor) -> tuple[list[Tensor], RowFactors | None]:
