@@ -37,7 +37,10 @@ from pertoken.data.batch.share import Share
 from pertoken.data.tokens.encode import TextWithSpans
 from pertoken.kernels.ops import Kernels
 from pertoken.model.execution import Casts, Execution
+from pertoken.objective.choose import objective_of
+from pertoken.objective.row_terms import RowFactors
 from pertoken.objective.terms import LossOutput, Term
+from pertoken.recipe.schema import TrainConfig
 from pertoken.training.step import TrainState
 
 Patch = pytest.MonkeyPatch
@@ -143,6 +146,80 @@ def balance_loss_by_supervised_tokens(patch: Patch) -> None:
 def router_dead(patch: Patch) -> None:
     """No gradient of the balance loss reaches the routers; they are a hundredth of the parameters."""
     _with_another_term(patch, "aux_loss", lambda term: dataclasses.replace(term, coefficient=0.0))
+
+
+def _with_other_factors(patch: Patch, change: Callable[[RowFactors], RowFactors]) -> None:
+    """`change` what the gradient of the head's further terms is made of, in every implementation but the plain one."""
+    row_factors = pertoken.objective.cross_entropy.row_factors
+
+    def changed(*arguments: Any) -> Any:
+        values, factors = row_factors(*arguments)
+        return values, factors and change(factors)
+
+    patch.setattr(pertoken.objective.cross_entropy, "row_factors", changed)
+
+
+def z_loss_without_a_gradient(patch: Patch) -> None:
+    _with_other_factors(patch, lambda f: RowFactors(f.at_label, f.at_label))
+
+
+def z_loss_of_the_label_too(patch: Patch) -> None:
+    """Its gradient is made with softmax - one hot, as the cross entropy's is."""
+    _with_other_factors(patch, lambda f: RowFactors(f.on_softmax, f.on_softmax))
+
+
+def z_loss_as_a_mean_of_micro_batch_means(patch: Patch) -> None:
+    """Divided by each micro-batch's own count, and by how many there are."""
+    count, objective = _counting_micro_batches(patch), LossOutput.objective
+
+    def by_its_own(self: LossOutput, denominators: dict[str, float]) -> torch.Tensor:
+        z_loss = self.more_terms["z_loss"]
+        mean = z_loss.coefficient * z_loss.sum / self.num_tokens.clamp(min=1) / count()
+        return objective(dataclasses.replace(self, more_terms={}), denominators) + mean
+
+    patch.setattr(LossOutput, "objective", by_its_own)
+
+
+def z_loss_times_accumulation(patch: Patch) -> None:
+    count, row_factors = _counting_micro_batches(patch), pertoken.objective.cross_entropy.row_factors
+
+    def more(terms: Any, *arguments: Any) -> Any:
+        return row_factors([dataclasses.replace(t, coefficient=t.coefficient * count()) for t in terms], *arguments)
+
+    patch.setattr(pertoken.objective.cross_entropy, "row_factors", more)
+
+
+def z_loss_of_every_token(patch: Patch) -> None:
+    """Of those too that nobody supervises, where the head sees them. In the plain loss."""
+    plain = pertoken.objective.cross_entropy._plain
+
+    def without_the_mask(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, terms: Any) -> LossOutput:
+        of_all = plain(logits, torch.zeros_like(labels), torch.ones_like(mask), terms)
+        return dataclasses.replace(plain(logits, labels, mask, terms), more_terms=of_all.more_terms)
+
+    patch.setattr(pertoken.objective.cross_entropy, "_plain", without_the_mask)
+
+
+def z_loss_lost_by_the_kernels(patch: Patch) -> None:
+    """The kernels' gradient has the factor of the label alone."""
+    gradient = Kernels.cross_entropy_gradient
+
+    def of_the_label(self: Kernels, logits: Any, labels: Any, statistics: Any, on_softmax: Any, at_label: Any) -> None:
+        gradient(self, logits, labels, statistics, at_label, at_label)
+
+    patch.setattr(Kernels, "cross_entropy_gradient", of_the_label)
+
+
+def z_loss_in_the_evaluation(patch: Patch) -> None:
+    forward = pertoken.model.decoder.CausalLM.forward
+    terms = objective_of(TrainConfig(z_loss_coef=0.1))
+
+    def with_it(self: Any, *arguments: Any, **settings: Any) -> LossOutput:
+        out = forward(self, *arguments, **{"objective": terms, **settings})
+        more = sum(term.coefficient * term.sum for term in out.more_terms.values())
+        return out if "objective" in settings else dataclasses.replace(out, loss_sum=out.loss_sum + more)
+
+    patch.setattr(pertoken.model.decoder.CausalLM, "forward", with_it)
 
 
 def clipping_before_unscaling(patch: Patch) -> None:

@@ -86,7 +86,7 @@ def test_a_crash_inside_of_a_class_is_its_failure(world, tmp_path, monkeypatch):
         raise RuntimeError("no kernel for this shape")
 
     monkeypatch.setattr("pertoken.model.plain.attention", broken)
-    monkeypatch.setattr("pertoken.prove.run.reference_gradient", lambda model, samples, aux_loss_coef: zeros(model))
+    monkeypatch.setattr("pertoken.prove.run.reference_gradient", lambda model, samples, **coefficients: zeros(model))
     proof = prove(world.recipe(tmp_path / "run"), only=["accumulation"])
     (result,) = proof.results
     assert result.verdict == "failed"

@@ -14,7 +14,22 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-__all__ = ["LossOutput", "Term"]
+from pertoken.objective.row_terms import RowTerm
+
+__all__ = ["CROSS_ENTROPY", "LossOutput", "Objective", "Term"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run minimizes beside the cross entropy, as a model's forward is told. Evaluation is told nothing.
+
+    The balance loss of a mixture of experts is not here: the model's configuration has it.
+    """
+
+    row_terms: tuple[RowTerm, ...] = ()
+
+
+CROSS_ENTROPY = Objective()  # alone
 
 
 @dataclass(frozen=True)

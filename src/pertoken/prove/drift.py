@@ -56,7 +56,9 @@ def _curve(case: Case, *, in_one: bool) -> np.ndarray:
     choice = choose_engine(model, how, dtype=precision.dtype, device=precision.device, total_steps=STEPS)
     learning_rate = _FALL / case.reference.norm**2
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    state = TrainState(model, optimizer, precision.new_scaler(), precision, execution=choice.execution)
+    state = TrainState(
+        model, optimizer, precision.new_scaler(), precision, objective=case.objective, execution=choice.execution
+    )
     losses = []
     for samples in case.later:
         tokens = int(samples.lengths.sum())

@@ -17,6 +17,7 @@ from pertoken.data.batch.order import steps_per_epoch
 from pertoken.engines.choose import Choice
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.model.protocol import LanguageModel
+from pertoken.objective.choose import objective_of
 from pertoken.recipe.schema import Recipe
 from pertoken.runs.computation import Computation, samples_of
 from pertoken.runs.data import RunData, load_data
@@ -92,7 +93,16 @@ def set_up_computation(
         if checkpoint.recipe.train.micro_batch_tokens == train.micro_batch_tokens:
             token_budget = checkpoint.state.micro_batch_tokens  # smaller, where memory ran out before
     kernels = choice.kernels(precision.dtype, precision.device)
-    state = TrainState(wrapped, optimizer, scaler, precision, world, kernels, choice.execution)
+    state = TrainState(
+        wrapped,
+        optimizer,
+        scaler,
+        precision,
+        world,
+        objective=objective_of(train),
+        kernels=kernels,
+        execution=choice.execution,
+    )
     return Computation(recipe, model, state, data.train, total_steps, token_budget, reporter)
 
 

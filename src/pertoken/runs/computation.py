@@ -95,6 +95,9 @@ def update(
         skipped=metrics.skipped if metrics.skipped or metrics.loss_scale is not None else None,
     )
     row.add_routing(metrics.sums)
+    for term in computation.state.objective.row_terms:
+        total, count = metrics.sums[term.name]
+        row.row_terms[term.name] = float(total) / count
     if not math.isfinite(metrics.grad_norm):
         computation.reporter.report(
             "loss_scale_overflow",

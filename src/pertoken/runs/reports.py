@@ -44,7 +44,10 @@ def non_finite_error(
         state.backward(out.objective(denominators) * state.world.size)
 
     gradient_of = run_backward if problem.parameter is not None else None
-    verdicts = [is_finite(model, collate([store[i]]), state.precision, state.execution, gradient_of) for i in ids]
+    verdicts = [
+        is_finite(model, collate([store[i]]), state.precision, state.execution, gradient_of, objective=state.objective)
+        for i in ids
+    ]
     everyones = state.world.gather(verdicts)  # one processor's fault must not lead ranks apart
     guilty = [i for i, finite in zip(ids, map(all, zip(*everyones, strict=True)), strict=True) if not finite]
     lines = [

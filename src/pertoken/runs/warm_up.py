@@ -54,7 +54,7 @@ def _passed(state: TrainState, micro_batch: MicroBatch) -> bool:
     try:
         with synchronized(state.model, now=True):
             with precision.autocast():
-                out = state.model(micro_batch, state.execution)
+                out = state.model(micro_batch, state.execution, objective=state.objective)
             out.objective({term.denominator: 1.0 for term in out.terms.values()}).backward()
         state.model.zero_grad(set_to_none=True)
         if precision.device.type == "cuda":

@@ -21,7 +21,7 @@ from pertoken.data.batch.share import Share, counts_of
 from pertoken.kernels.ops import Kernels
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.protocol import TorchModule
-from pertoken.objective.terms import Term
+from pertoken.objective.terms import CROSS_ENTROPY, Objective, Term
 from pertoken.training.faults import nearest_bad_gradient
 from pertoken.training.norms import clip, total_norm
 from pertoken.training.optim import set_lr
@@ -56,11 +56,13 @@ class StepMetrics:
 class TrainState:
     """What an update changes."""
 
-    model: TorchModule  # (MicroBatch, Execution) -> LossOutput; with several ranks what DDP or FSDP2 made of it
+    # (MicroBatch, Execution, objective=) -> LossOutput; with several ranks what DDP or FSDP2 made of it
+    model: TorchModule
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     precision: Precision
     world: World = field(default_factory=World)
+    objective: Objective = CROSS_ENTROPY
     kernels: Kernels | None = None  # for the norm, where the run has them
     execution: Execution = PLAIN
     changed: bool = False  # weights, optimizer or scaler, since the loop has last cleared it
@@ -133,7 +135,7 @@ def train_step(
             for i, micro_batch in enumerate(share.micro_batches, start=1):
                 with synchronized(state.model, now=i == len(share.micro_batches)):
                     with state.precision.autocast():
-                        out = state.model(micro_batch.to(state.precision.device), execution)
+                        out = state.model(micro_batch.to(state.precision.device), execution, objective=state.objective)
                     # What wraps the model averages gradients over ranks; this makes it a sum.
                     state.backward(out.objective(denominators) * state.world.size)
                 metrics.append(out.metrics)
