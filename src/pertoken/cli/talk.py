@@ -27,7 +27,7 @@ Sampling = {
 @talk_app.command()
 def generate(
     model: ModelPath,
-    prompt: Annotated[str, typer.Option(help="Text to go on from")],
+    prompt: Annotated[str, typer.Option(help="Text to continue from")],
     chat: Annotated[bool, typer.Option("--chat", help="Give the prompt as a user's message, by the template")] = False,
     max_new_tokens: Annotated[int, Sampling["max_new_tokens"]] = 256,
     temperature: Annotated[float, Sampling["temperature"]] = 0.0,

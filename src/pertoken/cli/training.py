@@ -31,10 +31,10 @@ def new(stage: Annotated[str, typer.Argument(metavar="sft|pretrain")]) -> None:
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file; `pertoken new sft` prints one")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest valid checkpoint")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in out_dir")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="With --resume: go on although data, weights or code give another loss")
+        bool, typer.Option("--force", help="With --resume: continue although data, weights or code give another loss")
     ] = False,
     verify_data: VerifyData = False,
 ) -> None:

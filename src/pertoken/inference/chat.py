@@ -13,7 +13,7 @@ from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import ModelError, RecipeError
 from pertoken.inference.generate import generate, stream_text
 from pertoken.model.protocol import LanguageModel
-from pertoken.text import reason
+from pertoken.text import reason, shown
 from pertoken.training.precision import resolve_device
 
 __all__ = ["ChatSession"]
@@ -47,7 +47,7 @@ class ChatSession:
         """Text to go on from, encoded as the tokenizer does by itself (with a BOS where it adds one)."""
         ids = self._ids(text)
         if not ids:
-            raise RecipeError("prompt: gives no token; write something to go on from")
+            raise RecipeError(f"prompt={shown(text)}: gives no token; write something to continue from")
         return ids
 
     def require_template(self) -> None:
