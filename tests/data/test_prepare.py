@@ -86,7 +86,7 @@ def _write(folder: Path, stage: str, count: int = 150) -> list[Path]:
 
 
 def _used_ids(stage: str) -> Iterator[int]:
-    """The ids of the good rows of the .jsonl that `_write` writes. The .parquet has none."""
+    """The ids of the good rows of the .jsonl that `_write` writes. The .parquet has no such column."""
     for count in (150, 9, 30):
         yield from (row["id"] for row in _rows(stage, count) if isinstance(row, dict) and row.get("id") is not None)
 
