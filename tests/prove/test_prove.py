@@ -14,7 +14,7 @@ import torch
 from tiny import pertoken
 
 from pertoken import Recipe, loss
-from pertoken.engines.cpu import attention as native_attention
+from pertoken.engines.cpu import attention as cpu_attention
 from pertoken.errors import RecipeError
 from pertoken.prove import paths, run
 from pertoken.prove.case import Case
@@ -180,7 +180,7 @@ def test_the_head_has_several_chunks_and_long_documents_several_blocks():
         plain = max(loss._MIN_CHUNK_ROWS, loss._CHUNK_BYTES // (4 * vocab_size))
         by_kernels = loss._chunk_rows(vocab_size, paths._COLUMNS, torch.float32)
         assert min(rows / plain, rows / by_kernels) > 2.2
-    assert LONG == native_attention._ONE_BLOCK
+    assert LONG == cpu_attention._ONE_BLOCK
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
