@@ -25,6 +25,16 @@ BATCHES = {
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "llama, untied": {"family": "llama", "tie_word_embeddings": False},
+    "llama3": {
+        "family": "llama",
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen2": {"family": "qwen2"},
     "one head each": {"num_key_value_heads": 4, "head_dim": 6},
     "experts": {"use_moe": True, "num_experts": 4, "num_experts_per_tok": 2, "aux_loss_coef": 0.1},
 }
@@ -65,7 +75,7 @@ def gradient(
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         out = model(micro_batch, execution)
-    out.objective(50.0, 60.0).backward()
+    out.objective({"supervised": 50.0, "inputs": 60.0}).backward()
     return float(out.loss_sum.detach()), {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
 
 

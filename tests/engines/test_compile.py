@@ -29,7 +29,7 @@ def test_compiled_layers_give_the_same_loss_and_gradients_at_any_number_of_token
         micro_batch = collate([Sample(rng.integers(0, 50, n + 1), rng.random(n) < 0.6) for n in lengths])
         for model, execution in zip(models, executions, strict=True):
             model.zero_grad()
-            model(micro_batch, execution).objective(1.0, 1.0).backward()
+            model(micro_batch, execution).objective({"supervised": 1.0, "inputs": 1.0}).backward()
         for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
             assert (a.grad - b.grad).norm() <= 2e-6 * a.grad.norm(), name
     assert list(models[0].state_dict()) == list(models[1].state_dict())

@@ -46,8 +46,9 @@ def test_a_checkpointed_layer_gives_bitwise_the_same():
     assert all(torch.equal(found[name], g) for name, g in expected.items())
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
-def test_nothing_is_read_before_it_is_written(batch, monkeypatch):
+def test_nothing_is_read_before_it_is_written(batch, family, monkeypatch):
     """Rows that round a product up hold whatever was there before, NaN for one, unless they are set to zero."""
 
     def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -55,7 +56,7 @@ def test_nothing_is_read_before_it_is_written(batch, monkeypatch):
 
     for module in (runner, cpu_attention, blocks, ops, loss):
         monkeypatch.setattr(module, "empty", poisoned)
-    model = model_of({}, torch.float32)
+    model = model_of(MODELS[family], torch.float32)
     _, found = gradient(model, batch_of(*batch), Execution(CpuEngine(torch.bfloat16)), low=True)
     assert [name for name, g in found.items() if not g.isfinite().all()] == []
 
@@ -63,7 +64,7 @@ def test_nothing_is_read_before_it_is_written(batch, monkeypatch):
 def test_a_second_backward_pass_is_refused():
     model = model_of({}, torch.float32)
     execution = Execution(CpuEngine(torch.float32))
-    objective = model(batch_of(*BATCHES["short"]), execution).objective(1.0, 1.0)
+    objective = model(batch_of(*BATCHES["short"]), execution).objective({"supervised": 1.0, "inputs": 1.0})
     objective.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         objective.backward()
@@ -82,8 +83,9 @@ def test_weights_are_cast_once_while_casts_are_kept():
     assert after != before
 
 
-def test_an_empty_micro_batch_gives_zeros_to_all_parameters():
-    model = model_of({}, torch.float32)
+@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
+def test_an_empty_micro_batch_gives_zeros_to_all_parameters(family):
+    model = model_of(MODELS[family], torch.float32)
     nothing, found = gradient(model, collate([]), Execution(CpuEngine(torch.float32)))
     assert nothing == 0
     assert len(found) == len(list(model.parameters()))

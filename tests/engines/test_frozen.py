@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pertoken.checkpoints.read import Checkpoint, load_model, load_optimizer
 from pertoken.checkpoints.saver import save_checkpoint
+from pertoken.data.batch.share import share_of_all
 from pertoken.engines.cpu.engine import CpuEngine
 from pertoken.kernels.ops import Kernels
 from pertoken.model.decoder import CausalLM
@@ -123,9 +124,7 @@ FROZEN = {
 def step(model: CausalLM, optimizer: torch.optim.Optimizer) -> float:
     metrics = train_step(
         TrainState(model, optimizer, FLOAT32.new_scaler(), FLOAT32, execution=Execution(CpuEngine(torch.float32))),
-        [BATCH],
-        num_tokens=float(BATCH.loss_mask.sum()),
-        num_input_tokens=float(len(BATCH.labels)),
+        share_of_all([BATCH]),
         lr=1e-2,
         max_norm=0.1,
     )

@@ -173,7 +173,7 @@ CHANGES: dict[Callable[[CausalLM], None], str] = {
 def gradients(model: CausalLM, execution: Execution = PLAIN) -> dict[str, Tensor]:
     model.zero_grad()
     out = model(micro_batch(), execution)
-    out.objective(10.0, 30.0).backward()
+    out.objective({"supervised": 10.0, "inputs": 30.0}).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {**found, "loss": out.loss_sum.detach()}
 
@@ -228,6 +228,26 @@ def test_a_norm_of_heads_in_a_family_that_has_none_is_seen(why):
     assert unsupported(model) is None
     model.model.layers[1].self_attn.k_norm = NORMS_OF_HEADS[why]()
     assert unsupported(model) == f"model.layers.1.self_attn.k_norm {why}"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda attention: setattr(attention.v_proj, "bias", None), "v_proj has no bias of its own"),
+        (
+            lambda attention: setattr(attention.k_proj, "bias", nn.Parameter(torch.zeros(1))),
+            "k_proj has a bias of (1,)",
+        ),
+        (lambda attention: setattr(attention.o_proj, "bias", nn.Parameter(torch.zeros(32))), "o_proj has a bias"),
+        (lambda attention: attention.q_proj.bias.data.fill_(3.0), None),
+    ],
+    ids=["missing", "of another shape", "where none belongs", "another value"],
+)
+def test_a_bias_is_expected_where_the_family_has_one_and_nowhere_else(change, why):
+    model = model_of(family="qwen2")
+    assert unsupported(model) is None
+    change(model.model.layers[1].self_attn)
+    assert (unsupported(model) or "").startswith(f"model.layers.1.self_attn.{why}" if why else "")
 
 
 def test_what_the_head_becomes_is_what_the_loss_is_of():
@@ -378,7 +398,7 @@ for how in ("ddp", "fsdp"):
     calls.clear()
     out = wrapped(micro_batch(), kernels())
     assert "softmax_forward" in calls, how
-    out.objective(10.0, 30.0).backward()
+    out.objective({"supervised": 10.0, "inputs": 30.0}).backward()
     assert "softmax_backward" in calls, how
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(whole(parameter.grad), expected[name], rtol=1e-4, atol=1e-6)

@@ -17,6 +17,7 @@ from tiny import World, pertoken, rows_of, untimed
 from pertoken import load_model, train
 from pertoken.data.batch.order import step_at
 from pertoken.data.batch.pack import Sample, collate
+from pertoken.data.batch.share import share_of_all
 from pertoken.data.tokens.tokenizer import load_tokenizer
 from pertoken.engines.choose import choose_engine
 from pertoken.errors import ModelError, RecipeError
@@ -214,7 +215,7 @@ def test_the_split_changes_no_float64_gradient(folders, name):
     def gradients(split: list[list[int]]) -> dict[str, torch.Tensor]:
         model.zero_grad()
         for part in split:
-            model(collate([samples[i] for i in part])).objective(50, 1).backward()
+            model(collate([samples[i] for i in part])).objective({"supervised": 50}).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     whole = gradients([[0, 1, 2, 3, 4, 5, 6]])
@@ -229,7 +230,7 @@ def test_an_empty_micro_batch_gives_zeros_and_every_parameter_a_zero_gradient(fo
     model = load_model(folders[name])
     out = model(collate([]))
     assert (out.loss_sum.item(), out.num_tokens.item()) == (0.0, 0)
-    out.objective(1, 1).backward()
+    out.objective({"supervised": 1}).backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         assert not parameter.grad.any(), key
@@ -428,13 +429,14 @@ def test_a_broken_folder_is_refused_by_name_in_one_line(folders, tmp_path, how):
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_qwen2_of_few_layers_loads_with_the_logits_of_transformers(tmp_path, layers):
+def test_a_scaled_qwen2_of_few_layers_loads_with_the_logits_of_transformers(tmp_path, layers):
     """Its max_window_layers is 28 by default, and means nothing without windows."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
         vocab_size=50, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
         intermediate_size=16, bos_token_id=0, eos_token_id=1,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
     )  # fmt: skip
     assert config.max_window_layers > layers
     assert not config.use_sliding_window
@@ -449,8 +451,16 @@ def test_a_qwen2_of_few_layers_loads_with_the_logits_of_transformers(tmp_path, l
         assert torch.equal(ours.hf(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 
-def test_a_covered_family_keeps_our_own_decoder(world, tmp_path):
-    folder = make_folder(world, tmp_path, "Llama", SIZES)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("Llama", {}), ("Qwen2", {}), ("Llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}})],
+    ids=["Llama", "Qwen2", "Llama 3"],
+)
+def test_a_covered_family_keeps_our_own_decoder(world, tmp_path, name, keys):
+    folder = make_folder(world, tmp_path, name, {**SIZES, **keys})
     assert isinstance(load_model(folder), CausalLM)
 
 
@@ -476,9 +486,7 @@ def test_a_step_of_ours_and_evaluation_take_the_module_as_it_is(world, folders, 
     for _ in range(3):
         metrics = train_step(
             state,
-            [collate(samples[:1]), collate([]), collate(samples[1:])],
-            num_tokens=float(sum(s.loss_mask.sum() for s in samples)),
-            num_input_tokens=1.0,
+            share_of_all([collate(samples[:1]), collate([]), collate(samples[1:])]),
             lr=0.1,
             max_norm=1.0,
         )

@@ -12,6 +12,16 @@ pytestmark = pytest.mark.numeric
 SMALL = {
     "qwen3": {"num_key_value_heads": 2, "head_dim": 12},
     "llama": {"family": "llama", "num_key_value_heads": 1, "tie_word_embeddings": False},
+    "llama3": {
+        "family": "llama",
+        "rope_scaling": {
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "qwen2": {"family": "qwen2", "num_key_value_heads": 2},
 }
 
 
@@ -120,10 +130,13 @@ def test_initial_weights_follow_from_the_seed_alone():
         assert weight.ndim == 1 or not torch.equal(weight, other.state_dict()[name]), name
 
 
-def test_initial_weights_have_the_documented_size():
-    model = small_model(hidden_size=256, intermediate_size=512)
+@pytest.mark.parametrize("family", SMALL)
+def test_initial_weights_have_the_documented_size(family):
+    model = small_model(family, hidden_size=256, intermediate_size=512)
     for name, weight in model.state_dict().items():
-        if weight.ndim == 1:
+        if name.endswith(".bias"):
+            assert not weight.any(), name
+        elif weight.ndim == 1:
             assert (weight == 1).all(), name
         else:
             expected = 0.02 / 6**0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02

@@ -156,7 +156,7 @@ def test_cpu_equals_the_definition(n, d, v, share, weights, monkeypatch):
 def test_the_objective_divides_by_the_steps_count_not_its_own():
     hidden, weight, labels, mask = problem(7, 16, 5, 0.4, torch.float64)
     out = linear_cross_entropy(hidden, weight, labels, mask)
-    torch.testing.assert_close(out.objective(1000, 5000), out.loss_sum / 1000)
+    torch.testing.assert_close(out.objective({"supervised": 1000, "inputs": 5000}), out.loss_sum / 1000)
     assert out.metrics["loss"][0].requires_grad is False
 
 

@@ -132,7 +132,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_found_and_cleared(
     model, precision = model_of("plain"), Precision("float32", torch.device("cpu"))
 
     def run_backward(out: Any) -> None:
-        out.objective(1.0, 1.0).backward()
+        out.objective({"supervised": 1.0, "inputs": 1.0}).backward()
         taken.append(nearest_bad_gradient(model))
 
     taken: list[str | None] = []

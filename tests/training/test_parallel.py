@@ -246,6 +246,8 @@ def test_only_rank_zero_prints(world, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [done.stdout.count(f"step {step} ") for step in (1, 2, 3)] == [1, 1, 1], done.stdout
     assert done.stdout.count("done: ") == 1
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["kind"] for event in events] == ["start", "saved", "end"], "rank 0 alone keeps them"
 
 
 def test_a_signal_stops_all_ranks_after_the_same_step_and_saves(world, tmp_path):
@@ -280,6 +282,7 @@ import torch
 import torch.distributed as dist
 from pertoken.recipe.schema import ModelConfig
 from pertoken.data.batch.pack import MicroBatch, collate
+from pertoken.data.batch.share import Share
 from pertoken.model.decoder import CausalLM
 from pertoken.training.optim import build_adamw
 from pertoken.training.parallel import end_process, join_world, parallelize, whole
@@ -302,10 +305,11 @@ with join_world("cpu") as world:
     ids = torch.arange(9) + world.rank
     batch = MicroBatch(ids[:-1], ids[1:], torch.ones(8, dtype=torch.bool), torch.arange(8),
                        torch.tensor([0, 8], dtype=torch.int32), (8,))
+    share = Share((batch,), (), {"supervised": 16.0, "inputs": 16.0})
     seen = []
     for step in range(3):
         state.scaler.unscale_ = overflow if step == 1 and sys.argv[1] == "fsdp" else unscale
-        metrics = train_step(state, [batch], num_tokens=16.0, num_input_tokens=16.0, lr=1e-3, max_norm=1.0)
+        metrics = train_step(state, share, lr=1e-3, max_norm=1.0)
         total = float(sum(whole(p.detach()).double().sum() for p in model.parameters()))
         seen.append((metrics.skipped, state.scaler.get_scale(), total))
     everyone = world.gather(seen)
@@ -355,7 +359,7 @@ with join_world("cpu") as world:
             with synchronized(wrapped, now=i == 2):
                 with torch.autocast("cpu", LOW):
                     out = wrapped(batch, Execution(activation_checkpointing=sys.argv[3] == "again"))
-                out.objective(10.0, 30.0).backward()
+                out.objective({"supervised": 10.0, "inputs": 30.0}).backward()
         found.append({n: whole(p.grad).clone() for n, p in model.named_parameters()})
     assert set(seen[0].values()) == {torch.float32}
     dtypes = seen[-1]

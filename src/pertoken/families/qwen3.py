@@ -11,7 +11,13 @@ QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
     recipe_name="qwen3",
     rope_theta=1e6,
-    defaults={"head_dim": 128, "max_position_embeddings": 32768, "rope_theta": 1e4, "tie_word_embeddings": False},
+    defaults={
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+    },
     constants={"attention_bias": False, "use_sliding_window": False, "sliding_window": None},
     qk_norm=True,
 )

@@ -23,7 +23,8 @@ from pertoken.hf_fallback.quiet import quiet
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.operations import padding_metric
 from pertoken.model.protocol import BalanceLoss, ModelFacts
-from pertoken.objective.cross_entropy import LossOutput, linear_cross_entropy
+from pertoken.objective.cross_entropy import linear_cross_entropy
+from pertoken.objective.terms import CROSS_ENTROPY, LossOutput, Objective
 
 __all__ = ["FallbackCache", "FallbackLM"]
 
@@ -131,15 +132,20 @@ class FallbackLM(nn.Module):
         switch(*([{"use_reentrant": False}] if on else []))
         self._checkpointing = on
 
-    def forward(self, micro_batch: MicroBatch, execution: Execution = PLAIN) -> LossOutput:
+    def forward(
+        self, micro_batch: MicroBatch, execution: Execution = PLAIN, *, objective: Objective = CROSS_ENTROPY
+    ) -> LossOutput:
         """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number.
 
-        An empty micro-batch gives zeros, and every parameter a zero gradient. Engines are for our own decoder, so the
-        blocks are transformers'; the loss is by `execution.loss_impl`.
+        `objective` adds its terms. An empty micro-batch gives zeros, and every parameter a zero gradient. Engines are
+        for our own decoder, so the blocks are transformers'; the loss is by `execution.loss_impl`.
         """
         self._checkpoint_activations(execution.activation_checkpointing)
-        hidden, impl = self.hidden_states(micro_batch), execution.loss_impl
-        out = linear_cross_entropy(hidden, self.head_weight, micro_batch.labels, micro_batch.loss_mask, impl=impl)
+        out = linear_cross_entropy(
+            *(self.hidden_states(micro_batch), self.head_weight, micro_batch.labels, micro_batch.loss_mask),
+            impl=execution.loss_impl,
+            row_terms=objective.row_terms,
+        )
         return replace(out, metrics=out.metrics | {"padding": self.padding(micro_batch)})
 
     def padding(self, micro_batch: MicroBatch, execution: Execution = PLAIN) -> tuple[Tensor, Tensor]:

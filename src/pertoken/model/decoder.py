@@ -18,10 +18,12 @@ from pertoken.model.attention import KVCache, cached_attention
 from pertoken.model.blocks import Decoder, compute_dtype
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.hooks import is_plain_linear
-from pertoken.model.moe import Documents, MixtureOfExperts, with_balance_loss
+from pertoken.model.moe import Documents, MixtureOfExperts
 from pertoken.model.plain import PlainPass, run_plain
 from pertoken.model.protocol import BalanceLoss, ModelFacts
-from pertoken.objective.cross_entropy import LossOutput, cross_entropy, linear_cross_entropy
+from pertoken.objective.balance import balanced_lengths, with_balance_loss
+from pertoken.objective.cross_entropy import cross_entropy, linear_cross_entropy
+from pertoken.objective.terms import CROSS_ENTROPY, LossOutput, Objective
 from pertoken.recipe.model import ResolvedModelConfig
 
 __all__ = ["CausalLM"]
@@ -126,15 +128,18 @@ class CausalLM(nn.Module):
         routers = [m.gate for m in layer.modules() if isinstance(m, MixtureOfExperts)]
         return [*(m for m in layer.modules() if isinstance(m, nn.RMSNorm)), *routers]
 
-    def forward(self, micro_batch: MicroBatch, execution: Execution = PLAIN) -> LossOutput:
+    def forward(
+        self, micro_batch: MicroBatch, execution: Execution = PLAIN, *, objective: Objective = CROSS_ENTROPY
+    ) -> LossOutput:
         """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number.
 
-        Experts add their balance loss. An empty micro-batch gives zeros, and every parameter a zero gradient. A head
-        that is more than its weight (an adapter, say) is called instead, and all its logits are computed.
+        `objective` adds its terms, experts their balance loss. An empty micro-batch gives zeros, and every parameter a
+        zero gradient. A head that is more than its weight (an adapter, say) is called instead, and all its logits are
+        computed.
         """
         documents, num_tokens = None, sum(micro_batch.lengths)
         if self.config.use_moe:
-            lengths = (num_tokens,) if self.config.aux_loss == "micro_batch" else micro_batch.lengths
+            lengths = balanced_lengths(self.config, micro_batch.lengths)
             documents = Documents.of(lengths, micro_batch.input_ids.device)
         # Nothing reads the other rows of a dense model's last block; the router of one with experts sees them all.
         output_rows = None if self.config.use_moe else (micro_batch.loss_mask != 0).nonzero().squeeze(1)
@@ -148,9 +153,11 @@ class CausalLM(nn.Module):
         if self.lm_head is None or is_plain_linear(self.lm_head):
             impl = this.loss_impl if execution.loss_impl == "auto" else execution.loss_impl
             tied = this.tied if impl == "cpu" and self.lm_head is None else None
-            out = linear_cross_entropy(hidden, self.head_weight, labels, loss_mask, impl=impl, tied=tied)
+            out = linear_cross_entropy(
+                *(hidden, self.head_weight, labels, loss_mask), impl=impl, tied=tied, row_terms=objective.row_terms
+            )
         else:
-            out = cross_entropy(self.lm_head(hidden), labels, loss_mask)
+            out = cross_entropy(self.lm_head(hidden), labels, loss_mask, row_terms=objective.row_terms)
         out = replace(out, metrics=out.metrics | {"padding": this.padding()})
         return with_balance_loss(out, loads, self.config, num_tokens) if self.config.use_moe else out
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pertoken.data.batch.pack import MicroBatch
 from pertoken.model.execution import Execution
-from pertoken.objective.cross_entropy import LossOutput
+from pertoken.objective.terms import LossOutput, Objective
 
 __all__ = ["BalanceLoss", "Cache", "LanguageModel", "ModelFacts", "TorchModule"]
 
@@ -108,8 +108,9 @@ class LanguageModel(TorchModule, Protocol):
         """A part of the objective, which loaded weights do not say. Only of a model that has experts."""
         ...
 
-    def forward(self, micro_batch: MicroBatch, execution: Execution = ...) -> LossOutput:
-        """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number.
+    def forward(self, micro_batch: MicroBatch, execution: Execution = ..., *, objective: Objective = ...) -> LossOutput:
+        """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number; `objective` adds
+        its terms.
 
         An empty micro-batch gives zeros, and every parameter a zero gradient.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from pertoken.data.batch.sample import Sample
 from pertoken.data.batch.share import Share, share_of
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.protocol import BalanceLoss, LanguageModel, TorchModule
+from pertoken.objective.choose import objective_of
+from pertoken.objective.terms import Objective
+from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient
 from pertoken.prove.samples import Chosen, InMemory
 from pertoken.recipe.schema import Recipe, TrainConfig
@@ -67,6 +71,22 @@ class Case:
     def share(self, *, token_budget: int, ids: np.ndarray | None = None) -> Share:
         return share_of(self.chosen.samples, self.all_ids if ids is None else ids, token_budget=token_budget)
 
+    @property
+    def objective(self) -> Objective:
+        return objective_of(self.train)
+
+    def plain_gradient(
+        self, samples: Sequence[Sample], *, model: LanguageModel | None = None, scale: float = 1.0
+    ) -> Gradient:
+        """`reference_gradient` of the run's objective; of the case's own model where none is given."""
+        return reference_gradient(
+            model or self.model,
+            samples,
+            aux_loss_coef=self.aux_loss_coef,
+            z_loss_coef=self.train.z_loss_coef,
+            scale=scale,
+        )
+
     def split(self) -> Share:
         """The step in about three micro-batches."""
         return self.share(token_budget=self.split_budget)
@@ -88,6 +108,7 @@ def gradient_of_step(
     world: World | None = None,
     wrapped: TorchModule | None = None,
     execution: Execution = PLAIN,
+    objective: Objective,
 ) -> Gradient:
     """What `train_step` would update by (on rank 0 of several). `model` holds the parameters, `wrapped` is called."""
     vocab_size = model.facts.vocab_size
@@ -97,7 +118,13 @@ def gradient_of_step(
             raise ValueError(f"labels {int(labels.min())} to {int(labels.max())}: not all are tokens")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     state = TrainState(
-        wrapped or model, optimizer, precision.new_scaler(), precision, world or World(), execution=execution
+        wrapped or model,
+        optimizer,
+        precision.new_scaler(),
+        precision,
+        world or World(),
+        objective=objective,
+        execution=execution,
     )
     kept: dict[str, torch.Tensor] = {}
 
@@ -110,9 +137,7 @@ def gradient_of_step(
 
     metrics = train_step(
         state,
-        share.micro_batches,
-        num_tokens=share.num_tokens,
-        num_input_tokens=share.num_input_tokens,
+        share,
         lr=0.0,
         max_norm=0.0,
         on_gradients=keep,

@@ -22,8 +22,8 @@ from pertoken.engines.torch_compile import CompileEngine, has_compiler, not_comp
 from pertoken.errors import CompilerError
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.protocol import LanguageModel
+from pertoken.objective.terms import CROSS_ENTROPY
 from pertoken.prove.case import EXACT, FLOAT32, FLOAT64, Case, balance_loss_of, gradient_of_step, set_balance_loss
-from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient, Result, compare
 from pertoken.prove.samples import Chosen
 from pertoken.training.optim import build_optimizer
@@ -33,7 +33,7 @@ __all__ = ["CLASSES", "split_of_balance"]
 
 
 def _exact(name: str, case: Case, share: Share, note: str = "", execution: Execution = PLAIN) -> Result:
-    got = gradient_of_step(case.model, share, precision=FLOAT64, execution=execution)
+    got = gradient_of_step(case.model, share, precision=FLOAT64, objective=case.objective, execution=execution)
     count = len(share.micro_batches)
     note = note or (f"{count} micro-batches" if count > 1 else "all samples in one")
     return Result.judge(name, "float64", EXACT, compare(got, case.reference), note)
@@ -54,7 +54,7 @@ def shuffled(name: str, case: Case) -> Result:
     samples = case.chosen.samples
     share = case.split()
     micro_batches = tuple(collate([samples[int(i)] for i in part]) for part in parts)
-    return _exact(name, case, Share(micro_batches, tuple(parts), share.num_tokens, share.num_input_tokens))
+    return _exact(name, case, Share(micro_batches, tuple(parts), share.denominators))
 
 
 def accumulation(name: str, case: Case) -> Result:
@@ -82,15 +82,16 @@ def short_last_step(name: str, case: Case) -> Result:
         for s in range(1, steps + 1)
     ]
     left = sorted(set(range(count)) - {int(i) for ids in drawn[:-1] for i in ids})
-    reference = reference_gradient(case.model, [case.chosen.samples[i] for i in left], aux_loss_coef=case.aux_loss_coef)
+    reference = case.plain_gradient([case.chosen.samples[i] for i in left])
     share = case.share(token_budget=case.num_inputs, ids=drawn[-1])
-    got = gradient_of_step(case.model, share, precision=FLOAT64)
+    got = gradient_of_step(case.model, share, precision=FLOAT64, objective=case.objective)
     note = f"{len(drawn[-1])} of {batch_size} samples"
     return Result.judge(name, "float64", EXACT, compare(got, reference), note)
 
 
 def _in_float32(name: str, case: Case, model: LanguageModel, note: str, execution: Execution = PLAIN) -> Result:
-    got = gradient_of_step(model, case.split(), precision=FLOAT32, execution=execution)
+    share = case.split()
+    got = gradient_of_step(model, share, precision=FLOAT32, objective=case.objective, execution=execution)
     return Result.judge(name, "float32", case.float32_tolerance, compare(got, case.reference), note)
 
 
@@ -124,7 +125,8 @@ def kernels(name: str, case: Case) -> Result:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)
-    gradient_of_step(model, case.split(), precision=FLOAT32, execution=Execution(engine))
+    execution = Execution(engine)
+    gradient_of_step(model, case.split(), precision=FLOAT32, objective=case.objective, execution=execution)
     model.load_state_dict(true)
     return _in_float32(name, case, model, "compiled for this processor", Execution(engine))
 
@@ -140,10 +142,8 @@ def resume(name: str, case: Case) -> Result:
         share = case.share(token_budget=case.num_inputs, ids=ids)
         kept: dict[str, torch.Tensor] = {}
         metrics = train_step(
-            TrainState(model, optimizer, precision.new_scaler(), precision),
-            share.micro_batches,
-            num_tokens=share.num_tokens,
-            num_input_tokens=share.num_input_tokens,
+            TrainState(model, optimizer, precision.new_scaler(), precision, objective=case.objective),
+            share,
             lr=1e-3,
             max_norm=1.0,
             on_gradients=lambda: kept.update(
@@ -183,7 +183,7 @@ def split_of_balance(name: str, model: LanguageModel, chosen: Chosen) -> Result:
     found = []
     for token_budget in (int(samples.lengths.sum()), 1):
         share = share_of(samples, ids, token_budget=token_budget)
-        found.append(gradient_of_step(model, share, precision=FLOAT64))
+        found.append(gradient_of_step(model, share, precision=FLOAT64, objective=CROSS_ENTROPY))
     result = Result.judge(name, "float64", EXACT, compare(found[1], found[0]), "one micro-batch against many")
     return dataclasses.replace(result, verdict="differs") if result.verdict == "failed" else result
 

@@ -16,7 +16,6 @@ from pertoken.engines.choose import choose_engine
 from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import EXACT, FLOAT64, Case
 from pertoken.prove.plain_update import clip_factor
-from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Comparison, Gradient, Result, compare, largest_error
 from pertoken.training.precision import Precision
 from pertoken.training.step import StepMetrics, TrainState, train_step
@@ -59,9 +58,7 @@ def _step(
 
     return train_step(
         state,
-        share.micro_batches,
-        num_tokens=share.num_tokens,
-        num_input_tokens=share.num_input_tokens,
+        share,
         lr=0.0,
         max_norm=max_norm,
         on_gradients=keep,
@@ -73,7 +70,7 @@ def under_a_loss_scale(name: str, case: Case) -> Result:
     max_norm = case.reference.norm / 2
     optimizer = _Recorder(case.model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
-    state = TrainState(case.model, optimizer, scaler, FLOAT64)
+    state = TrainState(case.model, optimizer, scaler, FLOAT64, objective=case.objective)
     factor = clip_factor(case.reference.norm, max_norm)
     expected = Gradient(case.reference.loss, {n: g * factor for n, g in case.reference.gradients.items()})
     found = []
@@ -95,7 +92,15 @@ def in_the_runs_dtype(name: str, case: Case) -> Result:
     kernels = choice.kernels(dtype, precision.device)
     optimizer, max_norm = _Recorder(model), case.reference.norm / _FAR_BELOW
     unclipped: dict[str, Tensor] = {}
-    state = TrainState(model, optimizer, precision.new_scaler(), precision, kernels=kernels, execution=choice.execution)
+    state = TrainState(
+        model,
+        optimizer,
+        precision.new_scaler(),
+        precision,
+        objective=case.objective,
+        kernels=kernels,
+        execution=choice.execution,
+    )
     two = case.share(token_budget=case.num_inputs, ids=case.all_ids[:2])  # it is their own norm
     metrics = _until_it_updates(case, state, unclipped, two)
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in unclipped.values()))
@@ -133,9 +138,9 @@ def float16(name: str, case: Case) -> Result:
         return Result(name, "float16", "failed", note=problem)
     samples = [case.chosen.samples[i] for i in range(len(case.chosen.samples))]
     with precision.autocast():
-        plain = reference_gradient(model, samples, aux_loss_coef=case.aux_loss_coef, scale=2.0**12)
+        plain = case.plain_gradient(samples, model=model, scale=2.0**12)
     tolerance = _FLOAT16_FACTOR * largest_error(plain, case.reference)
-    state = TrainState(model, _Recorder(model), precision.new_scaler(), precision)
+    state = TrainState(model, _Recorder(model), precision.new_scaler(), precision, objective=case.objective)
     unclipped: dict[str, Tensor] = {}  # for clipping would hide a factor that all gradients have in common
     metrics = _until_it_updates(case, state, unclipped)
     found = compare(Gradient(metrics.loss_sum / metrics.num_tokens, unclipped), case.reference)
@@ -147,7 +152,7 @@ def _overflow(case: Case, model: LanguageModel, precision: Precision) -> str | N
     """What is wrong with a step whose loss scale is far too large."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     optimizer = _Recorder(model)
-    metrics = _step(case, TrainState(model, optimizer, scaler, precision), 1.0)
+    metrics = _step(case, TrainState(model, optimizer, scaler, precision, objective=case.objective), 1.0)
     if not metrics.skipped or optimizer.given:
         return f"a gradient of norm {metrics.grad_norm} under a loss scale of 2^60 was not skipped"
     if scaler.get_scale() != 2.0**59:

@@ -56,7 +56,9 @@ def _curve(case: Case, *, in_one: bool) -> np.ndarray:
     choice = choose_engine(model, how, dtype=precision.dtype, device=precision.device, total_steps=STEPS)
     learning_rate = _FALL / case.reference.norm**2
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    state = TrainState(model, optimizer, precision.new_scaler(), precision, execution=choice.execution)
+    state = TrainState(
+        model, optimizer, precision.new_scaler(), precision, objective=case.objective, execution=choice.execution
+    )
     losses = []
     for samples in case.later:
         tokens = int(samples.lengths.sum())
@@ -64,9 +66,7 @@ def _curve(case: Case, *, in_one: bool) -> np.ndarray:
         share = share_of(samples, np.arange(len(samples)), token_budget=budget)
         metrics = train_step(
             state,
-            share.micro_batches,
-            num_tokens=share.num_tokens,
-            num_input_tokens=share.num_input_tokens,
+            share,
             lr=learning_rate,
             max_norm=0.0,
         )

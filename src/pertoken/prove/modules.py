@@ -82,8 +82,8 @@ def _changed(name: str, case: Case, what: str, change: Callable[[nn.Module], Non
         model = copy.deepcopy(case.model).to(getattr(torch, dtype))
         change(model.layers[0].self_attn)  # type: ignore[arg-type]
         two = case.share(token_budget=1, ids=case.all_ids[:2])  # a micro-batch each; more would only cost more
-        execution = Execution(engine) if kernels else PLAIN
-        return gradient_of_step(model, two, precision=Precision(dtype, torch.device("cpu")), execution=execution)
+        execution, precision = Execution(engine) if kernels else PLAIN, Precision(dtype, torch.device("cpu"))
+        return gradient_of_step(model, two, precision=precision, objective=case.objective, execution=execution)
 
     exact = gradient("float64", kernels=False)
     tolerance = _FACTOR * largest_error(gradient("float32", kernels=False), exact)

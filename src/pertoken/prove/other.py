@@ -31,8 +31,8 @@ def transformers_padded(name: str, case: Case) -> Result:
 
     samples = [case.chosen.samples[i] for i in range(len(case.chosen.samples))]
     reference = case.reference
-    if case.aux_loss_coef:  # transformers' balance loss is another one; the cross entropy is compared
-        reference = reference_gradient(case.model, samples)
+    if case.aux_loss_coef:  # transformers' balance loss is another one, and left out
+        reference = reference_gradient(case.model, samples, z_loss_coef=case.train.z_loss_coef)
     with tempfile.TemporaryDirectory() as folder:
         save_folder(copy.deepcopy(case.model).float(), folder, eos_token_id=None)
         with quiet():
@@ -43,7 +43,8 @@ def transformers_padded(name: str, case: Case) -> Result:
         input_ids, labels, attention_mask = _padded(batch)
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         loss_sum = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
-        torch.autograd.backward(loss_sum / num_tokens)
+        log_z = logits.float().logsumexp(-1)[labels != -100]
+        torch.autograd.backward((loss_sum + case.train.z_loss_coef * log_z.square().sum()) / num_tokens)
         loss += float(loss_sum.detach()) / num_tokens
     theirs = _under_our_names({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     ours = {plain_name(name): name for name, _ in case.model.named_parameters()}

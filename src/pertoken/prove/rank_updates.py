@@ -14,6 +14,7 @@ from pertoken.checkpoints.read import Checkpoint, load_model, load_optimizer
 from pertoken.checkpoints.saver import save_checkpoint
 from pertoken.checkpoints.state import TrainerState
 from pertoken.model.protocol import LanguageModel
+from pertoken.objective.choose import objective_of
 from pertoken.prove.case import FLOAT64, Case, balance_loss_of, set_balance_loss
 from pertoken.prove.plain_update import Expected
 from pertoken.prove.report import Result
@@ -68,7 +69,8 @@ def update_of_ranks(
     def state_of(model: LanguageModel) -> TrainState:
         wrapped = parallelize(model, how, world, device=FLOAT64.device, layers=model.layers)
         optimizer = build_optimizer(model, with_settings(recipe, dtype="float64").train)
-        return TrainState(wrapped, optimizer, torch.amp.GradScaler("cpu", enabled=False), FLOAT64, world)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        return TrainState(wrapped, optimizer, scaler, FLOAT64, world, objective=objective_of(recipe.train))
 
     def resumed(model: LanguageModel, state: TrainState) -> tuple[LanguageModel, TrainState]:
         saved = save_checkpoint(

@@ -19,9 +19,15 @@ __all__ = ["reference_gradient"]
 
 
 def reference_gradient(
-    model: LanguageModel, samples: Sequence[Sample], *, aux_loss_coef: float = 0.0, scale: float = 1.0
+    model: LanguageModel,
+    samples: Sequence[Sample],
+    *,
+    aux_loss_coef: float = 0.0,
+    z_loss_coef: float = 0.0,
+    scale: float = 1.0,
 ) -> Gradient:
-    """Of (1/N) sum of mask * nll, plus `aux_loss_coef` times the balance loss, in the precision of the weights.
+    """Of (1/N) sum of mask * (nll + `z_loss_coef` log(Z)^2), plus `aux_loss_coef` times the balance loss, in the
+    precision of the weights. The loss is the mean of nll alone.
 
     N counts the supervised tokens of all samples. The balance loss is each document's own, weighted by its tokens.
     Its backward passes are those of `scale` times the objective, for float16; the gradient is the objective's own.
@@ -39,6 +45,9 @@ def reference_gradient(
         nll = -torch.log_softmax(logits, -1)[torch.arange(len(labels)), labels]
         nll_sum = (nll * mask.to(nll.dtype)).sum()
         objective = nll_sum / num_tokens
+        if z_loss_coef:
+            log_z = torch.logsumexp(logits, -1)
+            objective = objective + z_loss_coef * (log_z**2 * mask.to(log_z.dtype)).sum() / num_tokens
         if aux_loss_coef:
             balance = torch.stack([_balance(router, model.facts.experts_per_token) for router in routers]).sum()
             objective = objective + aux_loss_coef * len(inputs) * balance / num_input_tokens

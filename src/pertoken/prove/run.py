@@ -147,9 +147,10 @@ def _case(recipe: Recipe, model: LanguageModel, data: RunData, chosen: Chosen, l
     samples = [chosen.samples[i] for i in range(len(chosen.samples))]
     balance_loss = model.facts.balance_loss
     coefficient = balance_loss.coefficient if balance_loss is not None and balance_loss.kind == "sequence" else 0.0
-    in_float32 = reference_gradient(model, samples, aux_loss_coef=coefficient)
+    coefficients = {"aux_loss_coef": coefficient, "z_loss_coef": recipe.train.z_loss_coef}
+    in_float32 = reference_gradient(model, samples, **coefficients)
     model = model.double()
-    reference = reference_gradient(model, samples, aux_loss_coef=coefficient)
+    reference = reference_gradient(model, samples, **coefficients)
     return Case(
         model=model,
         chosen=chosen,

@@ -28,7 +28,6 @@ from pertoken.prove.plain_update import (
     scheduled_lr,
     update_error,
 )
-from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Result, Verdict
 from pertoken.prove.samples import InMemory
 from pertoken.recipe.schema import Recipe
@@ -83,7 +82,7 @@ def plan_updates(case: Case, *, clipped: bool) -> list[Planned]:
         gradient = case.reference
         if planned:
             samples = [case.chosen.samples[i] for i in ids]
-            gradient = reference_gradient(case.model, samples, aux_loss_coef=case.aux_loss_coef)
+            gradient = case.plain_gradient(samples)
         weights = {name: p.detach() for name, p in case.model.named_parameters()}
         lr = scheduled_lr(number, case.train, case.total_steps)
         factor = clip_factor(gradient.norm, max_norm)
@@ -167,7 +166,7 @@ def _updated(name: str, case: Case, *, clipped: bool) -> Result:
     optimizer = build_optimizer(case.model, with_settings(case.recipe, dtype="float64").train)
     # A scale that grows after each step: one that is out of date is off by a factor of two.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1, enabled=clipped)
-    state = TrainState(case.model, optimizer, scaler, FLOAT64)
+    state = TrainState(case.model, optimizer, scaler, FLOAT64, objective=case.objective)
     start = {key: p.detach().clone() for key, p in case.model.named_parameters()}
     try:
         taken = updates_of(

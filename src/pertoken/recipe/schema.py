@@ -116,6 +116,8 @@ class TrainConfig(Section):
     weight_decay: float = Field(default=0.01, ge=0)
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
     grad_clip: float = Field(default=1.0, ge=0)
+    # z_loss_coef * log(Z)^2 of every supervised token, as part of the objective (PaLM, section 5, has 1e-4); 0: none.
+    z_loss_coef: float = Field(default=0.0, ge=0)
     # A finite gradient norm above `spike_factor` times the median of the last 100 steps' norms (of at least 20) is a
     # spike; 0 turns this off. "warn" says so and updates, "skip" leaves the update out, "stop" ends the run (exit 3).
     on_spike: Literal["stop", "skip", "warn"] = "warn"

@@ -17,6 +17,7 @@ from pertoken.data.batch.order import steps_per_epoch
 from pertoken.engines.choose import Choice
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.model.protocol import LanguageModel
+from pertoken.objective.choose import objective_of
 from pertoken.recipe.schema import Recipe
 from pertoken.runs.computation import Computation, samples_of
 from pertoken.runs.data import RunData, load_data
@@ -92,7 +93,16 @@ def set_up_computation(
         if checkpoint.recipe.train.micro_batch_tokens == train.micro_batch_tokens:
             token_budget = checkpoint.state.micro_batch_tokens  # smaller, where memory ran out before
     kernels = choice.kernels(precision.dtype, precision.device)
-    state = TrainState(wrapped, optimizer, scaler, precision, world, kernels, choice.execution)
+    state = TrainState(
+        wrapped,
+        optimizer,
+        scaler,
+        precision,
+        world,
+        objective=objective_of(train),
+        kernels=kernels,
+        execution=choice.execution,
+    )
     return Computation(recipe, model, state, data.train, total_steps, token_budget, reporter)
 
 
@@ -130,14 +140,15 @@ def summary_of(computation: Computation, data: RunData, *, engine_note: str, sta
     )
 
 
-def open_output(recipe: Recipe, checkpoint: Checkpoint | None, world: World, reporter: Reporter) -> Output:
+def open_output(
+    recipe: Recipe, checkpoint: Checkpoint | None, ledger: Ledger, world: World, reporter: Reporter
+) -> Output:
     """Rows and trackers, on rank 0, open after the checkpoint's step."""
-    out_dir, start_step = Path(recipe.out_dir), reporter.step
+    out_dir, start_step = Path(recipe.out_dir), checkpoint.step if checkpoint is not None else 0
     run_ids = checkpoint.state.tracker_run_ids if checkpoint is not None else {}
     trackers = world.on_main_alone(
         lambda: open_trackers(recipe.log, out_dir, recipe=recipe.flat(), run_ids=run_ids, last_step=start_step)
     )
-    ledger = Ledger() if checkpoint is None else Ledger.load(checkpoint.folder, start_step)
     metrics = world.on_main_alone(lambda: MetricsFile(out_dir / METRICS, last_step=start_step, ledger=ledger))
     if metrics is not None and metrics.remark is not None:
         reporter.message(metrics.remark)

@@ -95,6 +95,9 @@ def update(
         skipped=metrics.skipped if metrics.skipped or metrics.loss_scale is not None else None,
     )
     row.add_routing(metrics.sums)
+    for term in computation.state.objective.row_terms:
+        total, count = metrics.sums[term.name]
+        row.row_terms[term.name] = float(total) / count
     if not math.isfinite(metrics.grad_norm):
         computation.reporter.report(
             "loss_scale_overflow",
@@ -136,9 +139,7 @@ def _step_within_memory(
         try:
             metrics = train_step(
                 state,
-                share.micro_batches,
-                num_tokens=share.num_tokens,
-                num_input_tokens=share.num_input_tokens,
+                share,
                 lr=lr,
                 max_norm=computation.recipe.train.grad_clip,
                 on_gradients=on_gradients,

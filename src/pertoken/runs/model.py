@@ -13,7 +13,9 @@ from pertoken.folders.files import count_weights, weight_files
 from pertoken.folders.open import resize_embeddings
 from pertoken.model.decoder import CausalLM
 from pertoken.model.protocol import LanguageModel
+from pertoken.objective.choose import objective_of
 from pertoken.objective.fused_heads import require_head
+from pertoken.objective.row_terms import refuse_row_terms
 from pertoken.recipe.model import MOE_KEYS
 from pertoken.recipe.schema import Recipe
 from pertoken.runs.data import RunData
@@ -83,6 +85,7 @@ def prepare_model(
     execution = replace(choice.execution, activation_checkpointing=train.activation_checkpointing)
     if train.loss_impl != "auto":
         require_head(train.loss_impl, precision.device.type, getattr(torch, precision.dtype))
+        refuse_row_terms(train.loss_impl, objective_of(train).row_terms)
         execution = replace(execution, loss_impl=train.loss_impl)
     if choice.remark is not None:
         listener.message(choice.remark)

@@ -33,6 +33,7 @@ from pertoken.runs.model import build_model, prepare_model
 from pertoken.runs.run import Run
 from pertoken.runs.signals import StopRequest, stop_on_signals
 from pertoken.text import one_line
+from pertoken.tracking.ledger import Ledger
 from pertoken.tracking.listener import Listener
 from pertoken.tracking.reporter import Reporter
 from pertoken.tracking.trackers import check_trackers
@@ -125,9 +126,11 @@ def _train(
     world.on_main(lambda: keep_others_out(lock, out_dir))
     folder = world.on_main(lambda: earlier_run(out_dir, resume=resume, overwrite=overwrite, listener=reporter))
     checkpoint = Checkpoint(folder) if folder is not None else None
+    start_step = checkpoint.step if checkpoint is not None else 0
     if checkpoint is not None:
         refuse_changes(recipe, checkpoint)
         _say_where_it_continues(checkpoint, reporter)
+    ledger = Ledger() if checkpoint is None else Ledger.load(checkpoint.folder, start_step)
     data = load_data(recipe, reporter, world, verify_data=verify_data)
     if checkpoint is not None:
         _refuse_other_data(data, checkpoint, force=force, listener=reporter)
@@ -149,8 +152,8 @@ def _train(
         recipe, data, model, checkpoint, total_steps, precision, world, reporter, choice=choice
     )
     probe = verified_probe(computation, checkpoint, compiled=choice.compiled, force=force)
-    summary = summary_of(computation, data, engine_note=choice.note, start_step=reporter.step)
-    output = open_output(recipe, checkpoint, world, reporter)
+    summary = summary_of(computation, data, engine_note=choice.note, start_step=start_step)
+    output = open_output(recipe, checkpoint, ledger, world, reporter)
     run = run_from(computation, data, checkpoint, output, probe, summary, compiled=choice.compiled, started_s=started_s)
     try:
         _say_what_starts(run)

@@ -16,6 +16,7 @@ from pertoken.data.batch.pack import MicroBatch
 from pertoken.data.store.store import Store
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.protocol import TorchModule
+from pertoken.objective.terms import CROSS_ENTROPY, Objective
 from pertoken.training.norms import sum_of_squares
 from pertoken.training.parallel import whole
 from pertoken.training.precision import Precision
@@ -37,13 +38,14 @@ def is_finite(
     precision: Precision,
     execution: Execution = PLAIN,
     gradient_of: Callable[[Any], None] | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> bool:
-    """Whether the loss of `micro_batch` is finite; with `gradient_of`, which takes the model's output backward, whether
-    the loss and every gradient are. Gradients are cleared after."""
+    """Whether every term of the objective is finite over `micro_batch`; with `gradient_of`, which takes the model's
+    output backward, whether they and every gradient are. Gradients are cleared after."""
     with nullcontext() if gradient_of else torch.no_grad():
         with precision.autocast():
-            out = model(micro_batch.to(precision.device), execution)
-        finite = bool(out.loss_sum.isfinite())
+            out = model(micro_batch.to(precision.device), execution, objective=objective)
+        finite = all(bool(term.sum.isfinite()) for term in out.terms.values())
         if gradient_of is None:
             return finite
         try:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pertoken.errors import PertokenError
 from pertoken.model.protocol import TorchModule
-from pertoken.objective.cross_entropy import LossOutput
+from pertoken.objective.terms import LossOutput, Term
 
 __all__ = [
     "World",
@@ -221,8 +221,9 @@ def _show_fsdp_what_is_in_a_loss_output() -> None:
     """FSDP2 hooks its backward pass onto the tensors it finds in a module's output."""
     from torch.utils import _pytree
 
-    if LossOutput not in _pytree.SUPPORTED_NODES:
-        torch.export.register_dataclass(LossOutput)
+    for kind in (LossOutput, Term):
+        if kind not in _pytree.SUPPORTED_NODES:
+            torch.export.register_dataclass(kind)
 
 
 @contextmanager
