@@ -42,10 +42,14 @@ LAYERS = [
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")  # which re-exports, lazily
 
 
-def layer_of(module: str) -> int:
-    """Of `pertoken.part...`, or of `pertoken.part.room...` where the rooms of a part have an order."""
+def room_of(module: str) -> str:
+    """Of `pertoken.part...` the part, or `part.room` where the rooms of a part have an order."""
     _, part, *inner = module.split(".")
-    name = f"{part}.{inner[0]}" if inner and any(f"{part}.{inner[0]}" in names for names in LAYERS) else part
+    return f"{part}.{inner[0]}" if inner and any(f"{part}.{inner[0]}" in names for names in LAYERS) else part
+
+
+def layer_of(module: str) -> int:
+    name = room_of(module)
     return next(i for i, names in enumerate(LAYERS) if name in names)
 
 
@@ -67,10 +71,6 @@ def imports_of(path: Path) -> set[str]:
 def test_imports_point_down_only(path):
     for module in imports_of(path):
         assert layer_of(module) <= layer_of(module_of(path)), f"{path.name} imports {module} from above"
-
-
-def room_of(module: str) -> str:
-    return module.split(".")[1]
 
 
 def test_no_two_rooms_import_each_other():
