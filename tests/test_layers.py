@@ -25,7 +25,12 @@ LAYERS = [
     {"data.store"},
     {"data"},
     {"kernels"},
-    {"objective", "model", "engines", "hf_fallback", "folders", "training"},
+    {"objective"},
+    {"model"},
+    {"engines"},
+    {"hf_fallback"},
+    {"folders"},
+    {"training"},
     {"checkpoints"},
     {"tracking"},
     {"runs"},
@@ -37,10 +42,14 @@ LAYERS = [
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")  # which re-exports, lazily
 
 
-def layer_of(module: str) -> int:
-    """Of `pertoken.part...`, or of `pertoken.part.room...` where the rooms of a part have an order."""
+def room_of(module: str) -> str:
+    """Of `pertoken.part...` the part, or `part.room` where the rooms of a part have an order."""
     _, part, *inner = module.split(".")
-    name = f"{part}.{inner[0]}" if inner and any(f"{part}.{inner[0]}" in names for names in LAYERS) else part
+    return f"{part}.{inner[0]}" if inner and any(f"{part}.{inner[0]}" in names for names in LAYERS) else part
+
+
+def layer_of(module: str) -> int:
+    name = room_of(module)
     return next(i for i, names in enumerate(LAYERS) if name in names)
 
 
@@ -62,6 +71,32 @@ def imports_of(path: Path) -> set[str]:
 def test_imports_point_down_only(path):
     for module in imports_of(path):
         assert layer_of(module) <= layer_of(module_of(path)), f"{path.name} imports {module} from above"
+
+
+def test_no_two_rooms_import_each_other():
+    """Rooms of one layer included, which `test_imports_point_down_only` would let do so."""
+    seen = {(room_of(module_of(path)), room_of(module)) for path in FILES for module in imports_of(path)}
+    assert sorted((a, b) for a, b in seen if a < b and (b, a) in seen) == []
+
+
+def test_plain_modules_know_nothing_of_kernels_and_engines():
+    """A decoder's modules are the reference that every engine is measured against."""
+    for path in (SOURCE / "model").rglob("*.py"):
+        assert not {room_of(module) for module in imports_of(path)} & {"kernels", "engines"}, path
+
+
+MAKE_MODELS = {"model", "engines", "hf_fallback", "folders"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_only_what_makes_models_asks_which_class_one_is(path):
+    """All others know `LanguageModel`. Building one's own from a recipe is no question about its class."""
+    if room_of(module_of(path)) in MAKE_MODELS:
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "cast"):
+            names = {n.id for argument in node.args for n in ast.walk(argument) if isinstance(n, ast.Name)}
+            assert not names & {"CausalLM", "FallbackLM", "LanguageModel"}, f"{path}:{node.lineno}"
 
 
 def test_no_import_of_the_data_leads_back_to_where_it_came_from():

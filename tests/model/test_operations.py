@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pertoken.data.batch.pack import Sample, collate
-from pertoken.model import decoder as transformer
+from pertoken.model import plain
 from pertoken.model.decoder import CausalLM
 from pertoken.model.execution import Execution
 from pertoken.model.operations import body_parameters
@@ -63,7 +63,7 @@ def test_head_operations_are_those_of_supervised_rows():
 
 
 def test_nothing_is_padding_where_documents_are_read_in_place(monkeypatch):
-    monkeypatch.setattr(transformer, "which_attention", lambda *_: "varlen")
+    monkeypatch.setattr(plain, "which_attention", lambda *_: "varlen")
     padding, total = model().padding(batch((20, 19, 18)))
     assert float(padding) == 0.0
     assert float(total) > 0

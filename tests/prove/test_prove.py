@@ -14,7 +14,7 @@ import torch
 from tiny import pertoken
 
 from pertoken import Recipe
-from pertoken.engines.cpu import attention as native_attention
+from pertoken.engines.cpu import attention as cpu_attention
 from pertoken.errors import RecipeError
 from pertoken.objective import cross_entropy
 from pertoken.prove import paths, run
@@ -196,7 +196,7 @@ def test_the_head_has_several_chunks_and_long_documents_several_blocks():
         plain = max(cross_entropy._MIN_CHUNK_ROWS, cross_entropy._CHUNK_BYTES // (4 * vocab_size))
         by_kernels = cross_entropy._chunk_rows(vocab_size, paths._COLUMNS, torch.float32)
         assert min(rows / plain, rows / by_kernels) > 2.2
-    assert LONG == native_attention._ONE_BLOCK
+    assert LONG == cpu_attention._ONE_BLOCK
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])

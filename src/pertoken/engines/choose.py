@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from pertoken.engines.cpu.engine import CpuEngine
-from pertoken.engines.torch_compile import CompileEngine, has_compiler
+from pertoken.engines.torch_compile import CompileEngine, has_compiler, not_compiled
 from pertoken.errors import CompilerError, RecipeError
 from pertoken.kernels.ops import Kernels
 from pertoken.model.decoder import CausalLM
@@ -88,12 +88,12 @@ def _by_kernels(engine: CpuEngine) -> Choice:
 
 
 def _compile(model: object, device: torch.device) -> Choice:
-    why = "torch.compile finds no C++ compiler" if device.type == "cpu" and not has_compiler() else None
-    engine = CompileEngine()
-    why = why or engine.supports(model)
+    why = not_compiled(model)
+    if why is None and device.type == "cpu" and not has_compiler():
+        why = "torch.compile finds no C++ compiler"
     if why is not None:
         raise RecipeError(f'train.engine="compile": {why}; set it to "auto" or "plain"')
-    return Choice(Execution(engine), "layers fused by torch.compile", compiled=True)
+    return Choice(Execution(CompileEngine()), "layers fused by torch.compile", compiled=True)
 
 
 def _fastest_on_a_cpu(model: object, dtype: str) -> Choice:

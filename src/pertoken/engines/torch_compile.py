@@ -19,7 +19,7 @@ from pertoken.model.execution import ForwardPass
 from pertoken.model.hooks import has_global_hook, is_exactly, users_hook
 from pertoken.model.plain import PlainPass
 
-__all__ = ["CompileEngine", "has_compiler"]
+__all__ = ["CompileEngine", "has_compiler", "not_compiled"]
 
 
 class CompileEngine:
@@ -36,22 +36,29 @@ class CompileEngine:
         self._block = partial(torch.compile(Layer.plain, dynamic=True, **options), call_experts=disable(call))
 
     def supports(self, model: object) -> str | None:
-        """The compiler reads the modules' code, whatever it is. It keeps what it made of a module, though, and does not
-        look for hooks again; nor would it find a `plain` of another class than `Layer`."""
-        if not isinstance(model, CausalLM):
-            return "torch.compile is for pertoken's own decoder"
-        if has_global_hook():
-            return "torch.nn has a hook on all modules"
-        for i, layer in enumerate(model.model.layers):
-            why = _difference(f"model.layers.{i}", layer)
-            if why is not None:
-                return why
-        return None
+        return not_compiled(model)
 
     def begin(self, model: CausalLM, micro_batch: MicroBatch, casts: object) -> ForwardPass:
-        if self.supports(model) is not None:
+        if not_compiled(model) is not None:
             return PlainPass(model, micro_batch)
         return PlainPass(model, micro_batch, block=self._block, attend=self._attention)
+
+
+def not_compiled(model: object) -> str | None:
+    """Why `model` cannot run compiled, in words; None if it can.
+
+    The compiler reads the modules' own code, whatever a user has made of it. It does not look for hooks again, though,
+    once it has compiled a module, nor would it find a `plain` of another class than `Layer`.
+    """
+    if not isinstance(model, CausalLM):
+        return "torch.compile is for pertoken's own decoder"
+    if has_global_hook():
+        return "torch.nn has a hook on all modules"
+    for i, layer in enumerate(model.model.layers):
+        why = _difference(f"model.layers.{i}", layer)
+        if why is not None:
+            return why
+    return None
 
 
 def _difference(name: str, layer: nn.Module) -> str | None:

@@ -30,7 +30,7 @@ _BLOCK = 65536  # decoder.c's
 
 @dataclass(frozen=True)
 class PaddedLayout:
-    """Where the rows of a micro-batch sit in attention's padded layout; made by model/native_attention.py."""
+    """Where the rows of a micro-batch sit in attention's padded layout; made by engines/cpu/attention.py."""
 
     table: Tensor  # [N, 5] int32, struct seat of decoder.c
     positions: Tensor  # [N] int32, each row's position in its document

@@ -104,7 +104,7 @@ class CausalLM(nn.Module):
 
     def setting(self, key: str) -> object:
         """What the configuration has for the recipe's key `model.KEY`, None if nothing."""
-        return self.config.model_dump(include={key}).get(key)
+        return dict(self.config).get(key)
 
     def set_balance_loss(self, balance_loss: BalanceLoss) -> None:
         """A part of the objective, which loaded weights do not say; without experts there is none to set."""

@@ -75,7 +75,7 @@ def linear_cross_entropy(
     `impl="reference"` is the plain code above, logits and all; `"chunked"` holds at most one chunk of them; `"cpu"`
     too, through kernels compiled for this processor (bfloat16 and float32 on a CPU; raises CompilerError where they
     cannot be compiled); `"auto"` is that where it can be. `"liger"` and `"cce"` are kernels of others, optional
-    extras: see `fused_loss_sum` for what they do not promise. With `tied`, of native and chunked, the weight's gradient
+    extras: see `fused_loss_sum` for what they do not promise. With `tied`, of cpu and chunked, the weight's gradient
     goes there, not to autograd.
 
     Each of `row_terms` is a further term of the result, its sum weighted by `loss_mask` as the cross entropy is. Native

@@ -18,7 +18,7 @@ from pertoken.data.batch.order import step_at, steps_per_epoch
 from pertoken.data.batch.pack import collate
 from pertoken.data.batch.share import Share, share_of
 from pertoken.engines.cpu.engine import CpuEngine
-from pertoken.engines.torch_compile import CompileEngine, has_compiler
+from pertoken.engines.torch_compile import CompileEngine, has_compiler, not_compiled
 from pertoken.errors import CompilerError
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.protocol import LanguageModel
@@ -104,11 +104,11 @@ def float32(name: str, case: Case) -> Result:
 def compiled(name: str, case: Case) -> Result:
     if not has_compiler():
         return Result(name, "float32", "skipped", note="no C++ compiler on this machine")
-    engine, model = CompileEngine(), copy.deepcopy(case.model).float()
-    why = engine.supports(model)
+    model = copy.deepcopy(case.model).float()
+    why = not_compiled(model)
     if why is not None:
         return Result(name, "float32", "skipped", note=why)
-    return _in_float32(name, case, model, "layers fused by torch.compile", Execution(engine))
+    return _in_float32(name, case, model, "layers fused by torch.compile", Execution(CompileEngine()))
 
 
 def kernels(name: str, case: Case) -> Result:
