@@ -35,6 +35,8 @@ def prove_command(
 
     console = open_console()
     listener = listener_on(console, log_interval=1)
+    for remark in parsed.remarks:
+        listener.message(remark)
     show_proof_header(console)
     proof = prove(
         parsed,

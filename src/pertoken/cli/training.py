@@ -87,6 +87,8 @@ def prepare(
 
     console = open_console(result=False)
     listener = listener_on(console, log_interval=1)
+    for remark in parsed.remarks:
+        listener.message(remark)
     stores = run_preparing(parsed, listener, verify_data=verify_data)
     for name, store in zip(("training", "evaluation"), stores, strict=True):
         if store is not None:
