@@ -67,7 +67,7 @@ def some_tokenizer(work: Path) -> Path:
     shared = SHARED / "tokenizer" / "minimind"
     if shared.is_dir():
         return shared
-    from pertoken.data.tokens.tokenizer import train_tokenizer
+    from pertoken.data.tokens.train import train_tokenizer
 
     (work / "sample.txt").write_text("".join(texts_of(2)), encoding="utf-8")
     train_tokenizer([work / "sample.txt"], vocab_size=6400, out_dir=work / "tokenizer")

@@ -25,7 +25,8 @@ from typing import Any
 from common import Failed, Finished, alternate, claim, main_of, parser_of, python, run, say, spread, write
 from safetensors.torch import save_file
 
-from pertoken.checkpoints.ledger import LEDGER, Ledger
+from pertoken.checkpoints.read import LEDGER
+from pertoken.tracking.ledger import Ledger
 
 LENGTH, BATCH, DOCUMENT = 8, 16, 20_000
 MODELS = {

@@ -64,7 +64,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bpe_folder(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a byte-level tokenizer of 320 tokens, with our chat template."""
-    from pertoken.data.tokens.tokenizer import train_tokenizer
+    from pertoken.data.tokens.train import train_tokenizer
 
     folder = tmp_path_factory.mktemp("bpe")
     train_tokenizer([text_file], vocab_size=320, out_dir=folder)
@@ -74,7 +74,7 @@ def bpe_folder(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def char_folder(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tokenizer with one token per character."""
-    from pertoken.data.tokens.tokenizer import train_tokenizer
+    from pertoken.data.tokens.train import train_tokenizer
 
     folder = tmp_path_factory.mktemp("char")
     train_tokenizer([text_file], vocab_size=None, kind="char", out_dir=folder)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-import pertoken.runs.loop as loop
+import pertoken.runs.computation as computation
 from pertoken import Recipe, train
 from pertoken.data.batch.share import Share
 from pertoken.training.parallel import end_process
@@ -22,7 +22,7 @@ from pertoken.training.parallel import end_process
 
 def _note_samples(out_dir: Path) -> None:
     seen = (out_dir.parent / f"{out_dir.name}-seen-{os.environ['RANK']}.jsonl").open("a")
-    share_of = loop.share_of
+    share_of = computation.share_of
 
     def noted(*args: Any, **kwargs: Any) -> Share:
         share: Share = share_of(*args, **kwargs)
@@ -30,15 +30,15 @@ def _note_samples(out_dir: Path) -> None:
         seen.flush()
         return share
 
-    loop.share_of = noted
+    computation.share_of = noted
 
 
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
-    original = loop.share_of
+    original = computation.share_of
     for job in json.loads((folder / "jobs.json").read_text()):
         recipe = Recipe.parse(job["recipe"])
-        loop.share_of = original
+        computation.share_of = original
         _note_samples(Path(recipe.out_dir))
         train(recipe, resume=job["resume"])
     dist.barrier()

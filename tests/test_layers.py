@@ -14,13 +14,21 @@ import pertoken
 
 SOURCE = Path(pertoken.__file__).parent
 LAYERS = [
-    {"errors", "text", "files"},
+    {"errors", "text", "files", "fast_start"},
     {"families"},
+    {"data.batch", "data.files"},
+    {"data.formats"},  # which the recipe names
     {"recipe"},
+    {"data.tokens"},
+    {"data.chat"},
+    {"data.outcome", "data.samples", "data.view"},
+    {"data.store"},
     {"data"},
     {"kernels"},
     {"objective", "model", "engines", "hf_fallback", "folders", "training"},
-    {"checkpoints", "tracking", "runs"},
+    {"checkpoints"},
+    {"tracking"},
+    {"runs"},
     {"inference", "prove", "adapters"},
     {"console"},
     {"demo"},
@@ -30,9 +38,10 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init
 
 
 def layer_of(module: str) -> int:
-    """Of `pertoken.part...`."""
-    part = module.split(".")[1]
-    return next(i for i, names in enumerate(LAYERS) if part in names)
+    """Of `pertoken.part...`, or of `pertoken.part.room...` where the rooms of a part have an order."""
+    _, part, *inner = module.split(".")
+    name = f"{part}.{inner[0]}" if inner and any(f"{part}.{inner[0]}" in names for names in LAYERS) else part
+    return next(i for i, names in enumerate(LAYERS) if name in names)
 
 
 def module_of(path: Path) -> str:
@@ -53,6 +62,23 @@ def imports_of(path: Path) -> set[str]:
 def test_imports_point_down_only(path):
     for module in imports_of(path):
         assert layer_of(module) <= layer_of(module_of(path)), f"{path.name} imports {module} from above"
+
+
+def test_no_import_of_the_data_leads_back_to_where_it_came_from():
+    """Those within functions included."""
+    imports = {module_of(path).removesuffix(".__init__"): imports_of(path) for path in FILES}
+    done: set[str] = set()
+
+    def walk(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join((*way[way.index(module) :], module))
+        if module not in done:
+            for imported in sorted(imports.get(module, ())):
+                walk(imported, (*way, module))
+            done.add(module)
+
+    for module in sorted(imports):
+        if layer_of(module) <= LAYERS.index({"data"}):
+            walk(module, ())
 
 
 BELOW_THE_COMMAND_LINE = [path for path in FILES if layer_of(module_of(path)) < LAYERS.index({"console"})]

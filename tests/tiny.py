@@ -15,7 +15,8 @@ import numpy as np
 
 from pertoken import Recipe
 from pertoken.cli.commands import main
-from pertoken.data.tokens.tokenizer import train_tokenizer
+from pertoken.data.tokens.train import train_tokenizer
+from pertoken.tracking.rows import StepRow
 
 MODEL = {
     "hidden_size": 32,
@@ -96,6 +97,13 @@ class World:
         path = out.with_suffix(".toml")
         path.write_text(self.recipe(out, **changes).to_toml())
         return path
+
+
+def row_of(step: int, **changes: Any) -> StepRow:
+    """A row of a step of two samples."""
+    figures: dict[str, Any] = {"epoch": 1, "loss": 1.0, "loss_sum": 2.0, "num_tokens": 2, "grad_norm": 3.0, "lr": 0.1}
+    figures |= {"samples": 2, "positions": [2 * step - 2, 2 * step]}
+    return StepRow(step=step, **figures | changes)
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ import pertoken.engines.cpu.blocks
 import pertoken.objective.cross_entropy
 import pertoken.prove.evaluation
 import pertoken.prove.update
-import pertoken.runs.loop
+import pertoken.runs.computation
 import pertoken.training.optim
 import pertoken.training.step
 from pertoken.data.batch.pack import collate, pack_micro_batches
@@ -94,8 +94,8 @@ def not_shuffled(patch: Patch) -> None:
 
 
 def lr_one_step_late(patch: Patch) -> None:
-    lr_at = pertoken.runs.loop.lr_at
-    patch.setattr(pertoken.runs.loop, "lr_at", lambda step, **settings: lr_at(max(1, step - 1), **settings))
+    lr_at = pertoken.runs.computation.lr_at
+    patch.setattr(pertoken.runs.computation, "lr_at", lambda step, **settings: lr_at(max(1, step - 1), **settings))
 
 
 def lr_set_after_the_update(patch: Patch) -> None:
@@ -113,7 +113,7 @@ def lr_set_after_the_update(patch: Patch) -> None:
 def decay_from_the_first_step(patch: Patch) -> None:
     """Warm-up does not count: t is step / total_steps."""
     old, new = "(step - warmup_steps) / max(1, total_steps - warmup_steps)", "step / total_steps"
-    seen_by = (pertoken.runs.loop, pertoken.prove.update)
+    seen_by = (pertoken.runs.computation, pertoken.prove.update)
     _rewrite(patch, pertoken.training.optim, "lr_at", old, new, seen_by=seen_by)
 
 
@@ -295,7 +295,7 @@ def tail_of_the_vocabulary_without_a_gradient(patch: Patch) -> None:
 
 def last_block_of_the_vocabulary_lost(patch: Patch) -> None:
     old, new = "range(0, vocab_size, _VOCAB_BLOCK)", "range(0, max(1, vocab_size - _VOCAB_BLOCK), _VOCAB_BLOCK)"
-    _rewrite(patch, pertoken.objective.cross_entropy, "_native_forward", old, new)
+    _rewrite(patch, pertoken.objective.cross_entropy, "_cpu_forward", old, new)
 
 
 def columns_beyond_a_block_unseen(patch: Patch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,11 @@ from rich.text import Text
 from pertoken.errors import OutputLost
 from pertoken.inference.token_losses import TokenLoss
 from pertoken.prove.report import Proof, Result
-from pertoken.runs.summary import Summary
 from pertoken.text import plain, reason
-from pertoken.tracking.listening import Heard
-from pertoken.tracking.metrics import GradStats, Listener, Row
+from pertoken.tracking.listener import Heard, Listener
+from pertoken.tracking.rows import StepRow
+from pertoken.tracking.summary import Summary
+from pertoken.training.gradient_stats import GradStats
 
 if TYPE_CHECKING:
     from pertoken.runs.replay import Replay
@@ -53,8 +54,10 @@ class ConsoleListener(Heard):
     """Prints: a progress bar in a terminal, a line per `log_interval` everywhere. What goes wrong in it ends no
     training: it is said, and nothing more is shown."""
 
-    def __init__(self, console: Console, *, log_interval: int) -> None:
+    def __init__(self, console: Console, *, log_interval: int, words: Callable[[str], str] = lambda text: text) -> None:
+        """`words`: how a message is said to whoever reads the console; the command line has flags for arguments."""
         self._printer = _Printer(console, log_interval=log_interval)
+        self._words = words
         super().__init__(self._printer)
 
     def failed(self, problem: BaseException) -> None:
@@ -65,6 +68,7 @@ class ConsoleListener(Heard):
         print(f"the display failed ({what}); from here on there are messages only, the work continues", file=sys.stderr)
 
     def message(self, text: str) -> None:
+        text = self._words(text)
         super().message(text)
         if self.problem is not None:
             print(plain(text), file=sys.stderr)
@@ -116,21 +120,16 @@ class _Printer(Listener):
         self._task = self._progress.add_task("", total=summary.total_steps, completed=summary.start_step, status="")
         self._progress.start()
 
-    def stepped(self, row: Row, summary: Summary) -> None:
-        text = (
-            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tok/s"
-        )
+    def stepped(self, row: StepRow, summary: Summary) -> None:
+        text = f"loss {row.loss:.4f}  lr {row.lr:.2e}  norm {row.grad_norm:.3f}  {row.tokens_per_s:,.0f} tok/s"
         if self._progress is not None:
-            self._progress.update(self._task, completed=row["step"], status=text)
+            self._progress.update(self._task, completed=row.step, status=text)
         steps_per_epoch = -(-summary.num_samples // summary.batch_size)
-        last = row["step"] in (summary.total_steps, row["epoch"] * steps_per_epoch)
-        if "eval_loss" in row:
-            text += (
-                f"  eval {row['eval_loss']:.4f}  ppl {row['eval_perplexity']:.2f}"
-                f"  bits/byte {row['eval_bits_per_byte']:.3f}"
-            )
-        if last or "eval_loss" in row or row["step"] % self._log_interval == 0 or row["step"] == 1:
-            self._console.print(f"step {row['step']:>{len(str(summary.total_steps))}}  {text}", highlight=False)
+        last = row.step in (summary.total_steps, row.epoch * steps_per_epoch)
+        if row.eval_loss is not None:
+            text += f"  eval {row.eval_loss:.4f}  ppl {row.eval_perplexity:.2f}  bits/byte {row.eval_bits_per_byte:.3f}"
+        if last or row.eval_loss is not None or row.step % self._log_interval == 0 or row.step == 1:
+            self._console.print(f"step {row.step:>{len(str(summary.total_steps))}}  {text}", highlight=False)
 
     def evaluating(self, step: int) -> None:
         if self._progress is not None:
@@ -164,6 +163,7 @@ def _summary_text(s: Summary) -> Text:
     rows = [
         ("run", f"{s.stage} into {s.out_dir}"),
         ("model", f"{s.family}, {_millions(s.num_parameters)} parameters{active}, {s.dtype} on {s.device}"),
+        ("engine", f"{s.engine}: {s.engine_note}"),
         ("samples", f"{s.num_samples:,} to train on, {s.num_eval_samples:,} to evaluate on"),
         ("supervised", f"{s.num_tokens:,} of {s.total_tokens:,} tokens ({share:.1%})"),
         *(("", note) for note in s.data_notes),

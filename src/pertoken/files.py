@@ -38,12 +38,12 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 def user_path(path: str | Path, what: str) -> Path:
-    """What a user means by `path`, with `~` as the home folder. Raises RecipeError, naming the option `what`, for what
-    cannot be a path."""
+    """What a user means by `path`, with `~` as the home folder. Raises RecipeError, naming the argument `what`, for
+    what cannot be a path."""
     try:
         return Path(check_path(str(path)))
     except ValueError as error:
-        raise RecipeError(f"{what} {shown(str(path))}: {error}") from None
+        raise RecipeError(f"{what}={shown(str(path))}: {error}") from None
 
 
 def check_path(path: str) -> str:

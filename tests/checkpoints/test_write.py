@@ -14,13 +14,15 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import pertoken, rows_of, untimed
+from tiny import pertoken, row_of, rows_of, untimed
 
 from pertoken import train
 from pertoken.checkpoints import read as checkpoint_module
-from pertoken.checkpoints import write as saving
+from pertoken.checkpoints import saver as saving
+from pertoken.checkpoints import snapshot
 from pertoken.errors import CheckpointError, Interrupted
-from pertoken.tracking.metrics import Listener, MetricsFile
+from pertoken.tracking.listener import Listener
+from pertoken.tracking.metrics_file import MetricsFile
 
 DISK_FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -38,7 +40,7 @@ class Told(Listener):
         self.saves.append(folder.name)
 
     def stepped(self, row, summary):
-        self.at.get(row["step"], lambda: None)()
+        self.at.get(row.step, lambda: None)()
 
 
 def contents(run, step):
@@ -75,14 +77,14 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_cannot_change_it(wor
     whole, run = tmp_path / "whole", tmp_path / "run"
     keys = {"train__max_steps": 6, "checkpoint__save_interval": 2, "checkpoint__keep_last": 9}
     train(world.recipe(whole, **keys))
-    three_steps_later, write, saw = threading.Event(), saving._write, []
+    three_steps_later, write, saw = threading.Event(), saving.write_part, []
 
     def slow_write(snapshot):
         if snapshot.step == 2:
             saw.append(three_steps_later.wait(60))
         write(snapshot)
 
-    monkeypatch.setattr(saving, "_write", slow_write)
+    monkeypatch.setattr(saving, "write_part", slow_write)
     told = Told({3: three_steps_later.set})
     train(world.recipe(run, **keys), listener=told)
     assert saw == [True]
@@ -92,7 +94,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_cannot_change_it(wor
 
 
 def test_an_error_lets_the_checkpoint_under_way_be_finished(world, tmp_path, monkeypatch):
-    write, failed = saving._write, threading.Event()
+    write, failed = saving.write_part, threading.Event()
 
     def slow_write(snapshot):
         failed.wait(60)
@@ -103,7 +105,7 @@ def test_an_error_lets_the_checkpoint_under_way_be_finished(world, tmp_path, mon
         failed.set()
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(saving, "_write", slow_write)
+    monkeypatch.setattr(saving, "write_part", slow_write)
     run = tmp_path / "run"
     with pytest.raises(RuntimeError, match="something else"):
         train(world.recipe(run, train__max_steps=6, checkpoint__save_interval=2), listener=Told({3: fail}))
@@ -113,7 +115,7 @@ def test_an_error_lets_the_checkpoint_under_way_be_finished(world, tmp_path, mon
 
 
 @pytest.mark.parametrize("background", [True, False])
-@pytest.mark.parametrize("where", ["_write", "_finish"])
+@pytest.mark.parametrize("where", ["write_part", "finish"])
 def test_a_save_that_fails_is_said_and_training_goes_on_to_the_next(world, tmp_path, monkeypatch, background, where):
     real = getattr(saving, where)
 
@@ -137,7 +139,7 @@ def test_a_save_that_fails_is_said_and_training_goes_on_to_the_next(world, tmp_p
 def test_a_last_save_that_fails_ends_with_an_error_and_the_checkpoint_before_it(
     world, tmp_path, monkeypatch, keep_last
 ):
-    real = saving._finish
+    real = saving.finish
 
     def failing(snapshot):
         if snapshot.step == 5:
@@ -148,7 +150,7 @@ def test_a_last_save_that_fails_ends_with_an_error_and_the_checkpoint_before_it(
     keys = {"train__max_steps": 5, "checkpoint__save_interval": 2, "checkpoint__keep_last": keep_last}
     train(world.recipe(whole, **keys))
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "_finish", failing)
+        patch.setattr(saving, "finish", failing)
         with pytest.raises(CheckpointError, match="step-00000005: could not be saved"):
             train(world.recipe(run, **keys))
     assert steps_saved(run) == [4] if keep_last == 1 else [2, 4]
@@ -158,7 +160,7 @@ def test_a_last_save_that_fails_ends_with_an_error_and_the_checkpoint_before_it(
 
 
 def test_where_there_is_no_room_nothing_is_written(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "free_bytes", lambda folder: 10)
+    monkeypatch.setattr(snapshot, "free_bytes", lambda folder: 10)
     run = tmp_path / "run"
     with pytest.raises(CheckpointError, match=r"it takes 0\.00 GB, 0\.00 GB are free"):
         train(world.recipe(run, train__max_steps=2))
@@ -186,16 +188,16 @@ def test_rows_that_the_disk_refuses_are_written_when_it_takes_them(tmp_path, mon
         def __getattr__(self, name):
             return getattr(self.real, name)
 
-    assert file.write({"step": 1}) is None
-    disk = file._file
-    file._file = Full(disk)
-    assert file.write({"step": 2}).errno == errno.ENOSPC
-    assert path.read_text() == '{"step": 1}\n'
+    assert file.write(row_of(1)) is None
+    disk = file._file._file
+    file._file._file = Full(disk)
+    assert file.write(row_of(2)).errno == errno.ENOSPC
+    assert [row["step"] for row in rows_of(tmp_path)] == [1]
     with pytest.raises(CheckpointError, match="Free space"):
         file.sync()
-    assert file.write({"step": 3}) is None  # it was said already
-    file._file = disk
-    assert file.write({"step": 4}) is None
+    assert file.write(row_of(3)) is None  # it was said already
+    file._file._file = disk
+    assert file.write(row_of(4)) is None
     file.sync()
     file.close()
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4]
@@ -250,7 +252,7 @@ def test_a_resume_under_other_conditions_goes_on_within_rounding_and_says_so(wor
     run = tmp_path / "run"
     recipe = world.write_recipe(run, train__max_steps=3, train__dtype="bfloat16")
     assert pertoken("train", recipe)[0] == 0
-    code, out, err = pertoken("train", recipe, "--resume", "train.max_steps=4", "train.compile=off")
+    code, out, err = pertoken("train", recipe, "--resume", "train.max_steps=4", "train.engine=plain")
     assert code == 0, err
     assert "within rounding" in out
     assert "no longer" not in out

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import pertoken
 
-import pertoken.runs.loop as loop
-import pertoken.training.evaluate as evaluate_module
+import pertoken.inference.model_and_data as model_and_data_module
+import pertoken.runs.computation as computation
 from pertoken.cli.bug_report import report_of, write_report
 
 SECRET = "a line of the data"
@@ -37,13 +37,13 @@ def temporary(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def broken(world, tmp_path, monkeypatch) -> tuple[str, ...]:
     """The command of a run whose third step fails."""
-    real, calls = loop.share_of, []
+    real, calls = computation.share_of, []
 
     def third_fails(*args: object, **kwargs: object) -> object:
         calls.append(1)
         return fail() if len(calls) == 3 else real(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "share_of", third_fails)
+    monkeypatch.setattr(computation, "share_of", third_fails)
     recipe = world.write_recipe(tmp_path / "run", train__max_steps=4, checkpoint__save_interval=100)
     return "train", str(recipe), "train.batch_size=4"
 
@@ -53,7 +53,7 @@ def test_a_run_that_fails_unforeseen_saves_reports_into_its_folder_and_ends_with
     assert code == 70
     assert len(err.splitlines()) == 1
     assert err.startswith(f"error: RuntimeError, which was not foreseen: cannot use '{SECRET}' in two lines; ")
-    assert "step 2 is saved; go on with --resume; " in err
+    assert "step 2 is saved; continue with --resume; " in err
     assert (tmp_path / "run/checkpoints/step-00000002").is_dir()
     (report,) = (tmp_path / "run").glob("error-*.txt")
     assert str(report) in err
@@ -82,7 +82,7 @@ def test_the_traceback_is_shown_where_it_is_asked_for(broken, tmp_path, temporar
 @pytest.fixture
 def failing_eval(world, tmp_path, monkeypatch) -> tuple[str, ...]:
     """A command without an `out_dir` that fails."""
-    monkeypatch.setattr(evaluate_module, "model_and_data", fail)
+    monkeypatch.setattr(model_and_data_module, "model_and_data", fail)
     return "eval", str(tmp_path), str(world.folder / "chats.jsonl")
 
 

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from pertoken.data.chat.render import ChatTemplate, chat_sample, rendered_chat
 from pertoken.data.files.records import Record, read_records
-from pertoken.data.formats import Conversation, to_conversation
+from pertoken.data.formats import Conversation, KeyNames, to_conversation
 from pertoken.data.tokens.encode import Encoded, Encoder, TextWithSpans
-from pertoken.data.tokens.tokenizer import CHATML, load_tokenizer, train_tokenizer
+from pertoken.data.tokens.tokenizer import load_tokenizer
+from pertoken.data.tokens.train import train_tokenizer
+from pertoken.data.tokens.trained import CHATML
 from pertoken.errors import RecipeError
 
 UNMARKED = re.sub(r"{%- (end)?generation %}", "", CHATML)
@@ -122,7 +124,7 @@ def test_gsm8k_through_minimind_supervises_the_answer_and_its_end(minimind_token
     for row, _ in zip(read_records(shared_data / "sft" / "gsm8k" / "test.jsonl"), range(50), strict=False):
         assert isinstance(row, Record)
         assert isinstance(row.value, dict)
-        chat = to_conversation(row, "auto", prompt_key="question", completion_key="answer")
+        chat = to_conversation(row, keys=KeyNames(prompt="question", completion="answer"))
         assert isinstance(chat, Conversation)
         marked = rendered_chat(chat, template)
         start = marked.text.index("</think>\n\n") + len("</think>\n\n")  # the empty block is part of the prompt

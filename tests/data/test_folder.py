@@ -154,7 +154,7 @@ def test_a_store_written_otherwise_is_not_taken_and_its_fingerprint_stays(
     """A run can be resumed by a version that writes its store in another way."""
     path = write_jsonl("a.jsonl", _rows(3))
     before = _build(path, bpe_tokenizer)
-    monkeypatch.setattr("pertoken.data.store.key._FORMAT", 99)
+    monkeypatch.setattr("pertoken.data.store.key.FORMAT_VERSION", 99)
     after = _build(path, bpe_tokenizer)
     assert not after.report.hit
     assert (after.name != before.name, after.fingerprint) == (True, before.fingerprint)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pertoken.data.files.records import BadRow, Record
-from pertoken.data.formats import Conversation, detect_format, to_conversation, to_text
+from pertoken.data.formats import Conversation, KeyNames, to_conversation, to_text
 
 USER = {"role": "user", "content": "2+2?"}
 REPLY = {"role": "assistant", "content": "4"}
@@ -19,7 +19,7 @@ def _record(value: Any) -> Record:
 
 
 def _convert(value: Any, format: str = "auto", **keys: str) -> Any:
-    return to_conversation(_record(value), format, **keys)
+    return to_conversation(_record(value), format, KeyNames(**keys))
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,8 @@ def test_a_row_becomes_its_conversation(value: Any, expected: Conversation) -> N
 def test_prompt_and_completion_keys_are_configurable() -> None:
     value = {"question": "2+2?", "answer": "4"}
     expected = Conversation([USER, REPLY], num_context=1)
-    keys = {"prompt_key": "question", "completion_key": "answer"}
+    keys = {"prompt": "question", "completion": "answer"}
     assert _convert(value, **keys) == _convert(value, "prompt_completion", **keys) == expected
-    assert detect_format(_record(value), **keys) == "prompt_completion"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,7 @@ def test_every_problem_of_a_row_says_field_fault_and_remedy(value: Any, format: 
 
 def test_the_text_of_a_row() -> None:
     assert to_text(_record("whole file\n")) == "whole file\n"
-    assert to_text(_record({"body": "x"}), "body") == "x"
+    assert to_text(_record({"body": "x"}), keys=KeyNames(text="body")) == "x"
     for value, message in [
         ({"text": ""}, "text: empty text, so nothing would be trained; remove the row"),
         ({"text": 3}, "text: a number found; give text"),

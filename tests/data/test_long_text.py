@@ -19,12 +19,12 @@ import pertoken.data.files.long_text
 import pertoken.data.files.records
 import pertoken.data.samples
 import pertoken.data.tokens.cuts
-import pertoken.data.tokens.tokenizer
+import pertoken.data.tokens.train
 from pertoken.data.files.long_text import BOM, LongText, Window, one_of
 from pertoken.data.files.records import BadRow, Record, read_records
 from pertoken.data.store.store import Store, build_store
 from pertoken.data.tokens.encode import Encoder
-from pertoken.data.tokens.tokenizer import train_tokenizer
+from pertoken.data.tokens.train import train_tokenizer
 from pertoken.errors import DataError
 from pertoken.recipe.schema import DataConfig
 
@@ -249,8 +249,8 @@ def test_a_file_that_cannot_be_read_again_is_one_line(
 def test_a_tokenizer_trained_on_a_file_in_blocks_is_the_one_trained_on_it_whole(
     tmp_path: Path, small: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, kind: Any, vocab_size: int | None
 ) -> None:
-    monkeypatch.setattr(pertoken.data.tokens.tokenizer, "_PIECE_CHARS", 200)
-    monkeypatch.setattr(pertoken.data.tokens.tokenizer, "_LONGEST_PIECE_CHARS", 600)
+    monkeypatch.setattr(pertoken.data.tokens.train, "_PIECE_CHARS", 200)
+    monkeypatch.setattr(pertoken.data.tokens.train, "_LONGEST_PIECE_CHARS", 600)
     path = tmp_path / "a.txt"
     path.write_bytes((TEXT + "".join(f"word{i} " for i in range(9)) + "\n").encode() * 30)
     for name, size in (("whole", 1 << 30), ("made", 100)):
@@ -262,10 +262,10 @@ def test_a_tokenizer_trained_on_a_file_in_blocks_is_the_one_trained_on_it_whole(
 
 def test_a_long_line_is_handed_to_the_trainer_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pertoken.data.files.long_text, "_BLOCK_BYTES", 50)
-    monkeypatch.setattr(pertoken.data.tokens.tokenizer, "_PIECE_CHARS", 200)
-    monkeypatch.setattr(pertoken.data.tokens.tokenizer, "_LONGEST_PIECE_CHARS", 600)
+    monkeypatch.setattr(pertoken.data.tokens.train, "_PIECE_CHARS", 200)
+    monkeypatch.setattr(pertoken.data.tokens.train, "_LONGEST_PIECE_CHARS", 600)
     for text in ("a word, " * 500, "天" * 2000, "x"):
-        pieces = list(pertoken.data.tokens.tokenizer._pieces(_long(tmp_path / "a.txt", text)))
+        pieces = list(pertoken.data.tokens.train._pieces(_long(tmp_path / "a.txt", text)))
         assert "".join(pieces) == text
         assert max(map(len, pieces)) <= 600
         assert all(piece.endswith(" ") for piece in pieces[:-1]) or " " not in text

@@ -11,14 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pertoken.data.tokens.tokenizer import (
-    CHATML,
-    SPECIAL_TOKENS,
-    end_of_turn_id,
-    load_tokenizer,
-    render,
-    train_tokenizer,
-)
+from pertoken.data.chat.template import end_of_turn_id, render
+from pertoken.data.tokens.tokenizer import load_tokenizer
+from pertoken.data.tokens.train import train_tokenizer
+from pertoken.data.tokens.trained import CHATML, SPECIAL_TOKENS
 from pertoken.errors import DataError, ModelError, RecipeError
 
 

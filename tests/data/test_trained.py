@@ -7,18 +7,12 @@ from typing import Any
 
 import pytest
 
+from pertoken.data.chat.template import end_of_turn_id
 from pertoken.data.store.key import _tokenizer_identity
 from pertoken.data.tokens.encode import Encoder
-from pertoken.data.tokens.tokenizer import (
-    CHATML,
-    as_transformers,
-    end_of_turn_id,
-    load_tokenizer,
-    open_tokenizer,
-    special_ids,
-    train_tokenizer,
-)
-from pertoken.data.tokens.trained import TrainedTokenizer
+from pertoken.data.tokens.tokenizer import as_transformers, load_tokenizer, open_tokenizer, special_ids
+from pertoken.data.tokens.train import train_tokenizer
+from pertoken.data.tokens.trained import CHATML, TrainedTokenizer
 from pertoken.errors import ModelError
 from pertoken.families import recipe_names
 from pertoken.folders.weights import save_folder

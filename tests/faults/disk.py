@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from faults.failing_disk import Fault, calls_in
-from faults.harness import Desk, Ended, Workshop, difference, forget_after, problem_of, steps_saved
+from faults.harness import Desk, Ended, Workshop, difference, forget_after, problem_of, steps_saved, torn_event
 
 STEPS, INTERVAL, FAILING = 8, 2, 4
 SETTINGS = {
@@ -103,6 +103,13 @@ def rows(reference: Path) -> list[Case]:
     ]
 
 
+def events(reference: Path) -> list[Case]:
+    """events.jsonl, which cannot be written for a while, or never opened, is no reason to stop."""
+    cases = [Fault("write", errno, 2, times=times, match="events.jsonl") for errno in ERRNOS for times in (1, 0)]
+    cases += [Fault("open", errno, times=0, match="events.jsonl") for errno in ("EACCES", "EROFS")]
+    return [Case(fault, ends_well=True) for fault in cases]
+
+
 def full(reference: Path) -> list[Case]:
     """A disk with room for some checkpoints, or for a part of the first."""
     size = sum(path.stat().st_size for path in steps_saved(reference)[2].iterdir())
@@ -151,7 +158,7 @@ def resumed(desk: Desk, recipe: Path, run: Path, reference: Path) -> str | None:
     again = desk.run("train", recipe, f"out_dir={run}", "--resume")
     if again.code != 0:
         return f"the resume ended with {again.code}: {again.err[-2000:]}"
-    lost = difference(run, reference)
+    lost = difference(run, reference) or torn_event(run)
     return lost and f"after the resume {lost}"
 
 

@@ -22,6 +22,8 @@ from typing import Any, Protocol, TypeVar
 from faults.failing_disk import Fault
 from tiny import World, rows_of, untimed
 
+from pertoken.tracking.events import is_event
+
 T = TypeVar("T")
 SERVER = Path(__file__).with_name("server.py")
 PATIENCE_S = 120.0
@@ -317,6 +319,15 @@ def difference(run: Path, reference: Path) -> str | None:
         if row != other:
             return f"row {row['step']} differs: {row} and {other}"
     return None
+
+
+def torn_event(run: Path) -> str | None:
+    """What is wrong with the lines of events.jsonl, which a run that has ended leaves whole."""
+    lines = (run / "events.jsonl").read_bytes().splitlines(keepends=True)
+    torn = [line for line in lines if not is_event(line) or not line.endswith(b"\n")]
+    if torn:
+        return f"events.jsonl has lines that are no events: {torn}"
+    return None if json.loads(lines[-1])["kind"] == "end" else f"events.jsonl does not know the end: {lines[-1]!r}"
 
 
 def forget_after(run: Path, step: int) -> None:

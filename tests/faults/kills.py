@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from faults.harness import PATIENCE_S, Desk, Process, Workshop, difference, whole_steps
+from faults.harness import PATIENCE_S, Desk, Process, Workshop, difference, torn_event, whole_steps
 
 from pertoken.recipe.schema import CheckpointConfig
 
@@ -109,7 +109,7 @@ def trial(desk: Desk, kill: Kill, recipe: Path, reference: Path, duration_s: flo
     ended = desk.run("train", recipe, f"out_dir={run}", "--resume")
     if ended.code != 0:
         return f"{kill}: the resume ended with {ended.code}: {ended.err[-2000:]}"
-    lost = difference(run, reference)
+    lost = difference(run, reference) or torn_event(run)
     return lost and f"{kill}: {lost}"
 
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults.harness import PATIENCE_S, Desk, Process, Running, Workshop, difference, rows_so_far, wait_until
+from faults.harness import PATIENCE_S, Desk, Process, Running, Workshop, difference, rows_so_far, torn_event, wait_until
 from faults.kills import SETTINGS, STEPS, kill_in_a_save, lost_by_a_kill
 
 RANKS = 2
@@ -97,7 +97,7 @@ def trial(workshop: Workshop, kill: RankKill) -> str | None:
                 codes = [start_torchrun(*command, "--resume").wait(PATIENCE_S)]
             else:
                 codes = [r.ended().code for r in start_forks(desks, *command, "--resume")]
-            problem = f"the resume ended with {codes}" if any(codes) else difference(run, whole)
+            problem = f"the resume ended with {codes}" if any(codes) else difference(run, whole) or torn_event(run)
     return problem and f"{kill}: {problem}"
 
 

@@ -11,6 +11,7 @@ import pytest
 from faults.conftest import Record
 from faults.disk import (
     Case,
+    events,
     every_call_once,
     for_ever,
     full,
@@ -30,12 +31,21 @@ from faults.harness import Desk, Workshop, difference, forget_after, steps_saved
 from pertoken.data.tokens.tokenizer import as_transformers, load_tokenizer
 from pertoken.folders.files import save_tokenizer
 
-QUICK = {every_call_once: (1, 40), for_ever: (4,), last_save: (1,), rows: (0,), full: (6, -1), old_ones_stay: (0,)}
+QUICK = {
+    every_call_once: (1, 40),
+    for_ever: (4,),
+    last_save: (1,),
+    rows: (0,),
+    events: (0, 1, 6),
+    full: (6, -1),
+    old_ones_stay: (0,),
+}
 TORTURE = {
     "ENOSPC, EIO, EACCES, once, at each call of a save": every_call_once,
     "ENOSPC, EIO, EROFS, EDQUOT from a save on": for_ever,
     "EIO in each kind of call of the last save": last_save,
     "metrics.jsonl cannot be written for a while": rows,
+    "events.jsonl cannot be written for a while, or ever": events,
     "disk full, at 12 moments; too little room foreseen": full,
     "old checkpoints cannot be removed": old_ones_stay,
 }

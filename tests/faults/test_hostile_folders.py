@@ -20,7 +20,7 @@ from tiny import World, pertoken
 
 from pertoken import load_model, load_tokenizer
 from pertoken.data.chat.render import ChatTemplate
-from pertoken.data.tokens.tokenizer import CHATML
+from pertoken.data.tokens.trained import CHATML
 from pertoken.errors import ModelError, PertokenError, RecipeError
 from pertoken.folders.open import save_folder
 from pertoken.inference.chat import ChatSession

@@ -234,7 +234,7 @@ def test_a_rank_that_is_killed_leaves_the_last_whole_step_saved_by_the_other(wor
         second.ended()
         assert ended.code == 70, ended.said
         step = rows_so_far(run)
-        assert f"step {step} is saved; go on with --resume" in ended.err
+        assert f"step {step} is saved; continue with --resume" in ended.err
         assert whole_steps(run) == [step]
         codes = [running.ended().code for running in ranks.start_forks(desks, *command, "--resume")]
         assert codes == [0, 0]

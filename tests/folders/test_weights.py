@@ -20,11 +20,13 @@ from transformers import (
 )
 
 from pertoken.data.batch.pack import MicroBatch
+from pertoken.engines.cpu.engine import CpuEngine
 from pertoken.errors import ModelError
 from pertoken.folders.minimind import load_minimind, save_minimind
 from pertoken.folders.weights import load_folder, resize_embeddings, save_folder
 from pertoken.inference.generate import generate
 from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import PLAIN, Execution
 from pertoken.recipe.schema import ModelConfig
 
 pytestmark = pytest.mark.numeric
@@ -172,10 +174,9 @@ def test_gradients_equal_those_of_transformers(family, keys, kernels, tmp_path):
     hf_model = random_hf_model(family, **keys).double()
     hf_model.save_pretrained(tmp_path)
     model, docs = load_folder(tmp_path, dtype=torch.float32 if kernels else torch.float64), documents([3, 30, 131])
-    if kernels:
-        model.use_kernels(torch.float32)
-        assert model.unsupported is None
-    model(flat(docs)).loss_sum.backward()
+    execution = Execution(CpuEngine(torch.float32)) if kernels else PLAIN
+    assert execution.engine.supports(model) is None
+    model(flat(docs), execution).loss_sum.backward()
     for doc in docs:  # labels are the inputs themselves in `flat`: unshifted, as good as any
         logits = hf_model(doc[None]).logits[0]
         torch.nn.functional.cross_entropy(logits, doc, reduction="sum").backward()

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pertoken.data.batch.pack import Sample, collate
 from pertoken.model import decoder as transformer
 from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import Execution
 from pertoken.model.operations import body_parameters
 from pertoken.recipe.schema import ModelConfig
 
@@ -50,7 +51,7 @@ def test_the_count_is_that_of_torchs_own_counter():
     """In one rectangle, all supervised, and attention in plain code, which computes both halves of the square."""
     ours, lengths = model(), (64, 60, 56)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        ours(batch(lengths), impl="reference").objective(1.0, 1.0).backward()
+        ours(batch(lengths), Execution(loss_impl="reference")).objective({"supervised": 1.0, "inputs": 1.0}).backward()
     half_of_attention = 6 * 3 * 4 * 16 * 3 * 64**2
     assert counter.get_total_flops() == float(ours.padding(batch(lengths))[1]) + half_of_attention
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from tiny import pertoken
 
-from pertoken import Recipe, loss
+from pertoken import Recipe
 from pertoken.engines.cpu import attention as native_attention
 from pertoken.errors import RecipeError
+from pertoken.objective import cross_entropy
 from pertoken.prove import paths, run
 from pertoken.prove.case import Case
 from pertoken.prove.plain_update import PlainOptimizer
@@ -84,8 +85,8 @@ def test_a_crash_inside_of_a_class_is_its_failure(world, tmp_path, monkeypatch):
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no kernel for this shape")
 
-    monkeypatch.setattr("pertoken.model.decoder.attention", broken)
-    monkeypatch.setattr("pertoken.prove.run.reference_gradient", lambda model, samples, aux_loss_coef: zeros(model))
+    monkeypatch.setattr("pertoken.model.plain.attention", broken)
+    monkeypatch.setattr("pertoken.prove.run.reference_gradient", lambda model, samples, **coefficients: zeros(model))
     proof = prove(world.recipe(tmp_path / "run"), only=["accumulation"])
     (result,) = proof.results
     assert result.verdict == "failed"
@@ -192,8 +193,8 @@ def test_a_family_of_transformers_own_is_proved_too(world, tmp_path):
 def test_the_head_has_several_chunks_and_long_documents_several_blocks():
     for vocab_size in (26, 320, 6400, 151_936):
         rows = paths._CHUNKS * max(paths._ROWS_OF_A_CHUNK, paths._LOGITS_OF_A_CHUNK / vocab_size)
-        plain = max(loss._MIN_CHUNK_ROWS, loss._CHUNK_BYTES // (4 * vocab_size))
-        by_kernels = loss._chunk_rows(vocab_size, paths._COLUMNS, torch.float32)
+        plain = max(cross_entropy._MIN_CHUNK_ROWS, cross_entropy._CHUNK_BYTES // (4 * vocab_size))
+        by_kernels = cross_entropy._chunk_rows(vocab_size, paths._COLUMNS, torch.float32)
         assert min(rows / plain, rows / by_kernels) > 2.2
     assert LONG == native_attention._ONE_BLOCK
 
@@ -280,7 +281,7 @@ def test_a_loss_or_norm_alone_that_is_off_fails():
 
 @pytest.mark.parametrize("name", ["float16 under its loss scale", "balance loss per micro-batch"])
 def test_to_run_no_class_at_all_is_no_proof(world, tmp_path, name):
-    with pytest.raises(RecipeError, match=f"--only '{name}': not of this recipe"):
+    with pytest.raises(RecipeError, match=f"only='{name}': not of this recipe"):
         prove(world.recipe(tmp_path / "run"), only=[name])
 
 

@@ -25,7 +25,7 @@ import pertoken.training.parallel
 from pertoken import Recipe
 from pertoken.errors import PertokenError
 from pertoken.runs import data as run_data
-from pertoken.tracking.metrics import Listener
+from pertoken.tracking.listener import Listener
 
 pertoken.training.parallel._PATIENCE = timedelta(seconds=2)
 recipe, machines = Recipe.load(Path(sys.argv[1])), json.loads(sys.argv[2])

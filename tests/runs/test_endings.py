@@ -10,13 +10,14 @@ import pytest
 import torch
 from tiny import rows_of, untimed
 
+import pertoken.runs.computation as computation
 import pertoken.runs.loop as loop
-import pertoken.tracking.metrics as metrics
+import pertoken.tracking.trackers as trackers
 from pertoken import train
-from pertoken.checkpoints.write import Saver
+from pertoken.checkpoints.saver import Saver
 from pertoken.errors import CheckpointError, PertokenError
-from pertoken.tracking.listening import Heard
-from pertoken.tracking.metrics import Listener
+from pertoken.runs.spikes import Spikes
+from pertoken.tracking.listener import Heard, Listener
 from pertoken.training.optim import AdamW
 
 KEYS = {
@@ -26,7 +27,7 @@ KEYS = {
     "checkpoint__save_interval": 100,
     "checkpoint__keep_best": False,
 }
-SAVED = "step 3 is saved; go on with --resume"
+SAVED = "step 3 is saved; continue with resume=True"
 
 
 def saved(run: Path) -> list[int]:
@@ -80,7 +81,7 @@ def test_what_fails_before_an_update_is_raised_after_the_step_before_was_saved(
     problem = type(problem)(*problem.args)
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        failing(patch, loop, "share_of", problem, call=4)  # the share of step 4: what reads the store
+        failing(patch, computation, "share_of", problem, call=4)  # the share of step 4: what reads the store
         with pytest.raises(type(problem)) as caught:
             train(world.recipe(run, **KEYS, checkpoint__async_save=background))
     assert caught.value is problem
@@ -93,7 +94,7 @@ def test_what_fails_before_an_update_is_raised_after_the_step_before_was_saved(
 
 def test_an_error_lets_the_save_under_way_be_the_one_that_counts(world, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    failing(monkeypatch, loop, "share_of", RuntimeError("x"), call=4)
+    failing(monkeypatch, computation, "share_of", RuntimeError("x"), call=4)
     with pytest.raises(RuntimeError) as caught:
         train(world.recipe(run, **{**KEYS, "checkpoint__save_interval": 3}))
     assert notes(caught) == [SAVED]
@@ -130,7 +131,7 @@ def test_a_step_whose_evaluation_fails_is_saved_with_its_row(world, whole, tmp_p
         failing(patch, loop, "evaluate", RuntimeError("in the evaluation"), call=2)
         with pytest.raises(RuntimeError, match="in the evaluation") as caught:
             train(world.recipe(run, **KEYS))
-    assert notes(caught) == ["step 4 is saved; go on with --resume"]
+    assert notes(caught) == ["step 4 is saved; continue with resume=True"]
     assert saved(run) == [4]
     train(world.recipe(run, **KEYS), resume=True)
     assert contents(run) == contents(whole)
@@ -139,11 +140,11 @@ def test_a_step_whose_evaluation_fails_is_saved_with_its_row(world, whole, tmp_p
 def test_a_step_whose_spike_cannot_be_described_is_saved_with_its_row(world, whole, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Spikes, "ratio", lambda spikes, norm: 11.0 if len(spikes.norms) == 3 else None)
+        patch.setattr(Spikes, "ratio", lambda spikes, norm: 11.0 if len(spikes.norms) == 3 else None)
         failing(patch, loop, "spike_message", OSError(errno.EIO, "Input/output error"), call=1)
         with pytest.raises(OSError, match="Input/output") as caught:
             train(world.recipe(run, **KEYS))
-    assert notes(caught) == ["step 4 is saved; go on with --resume"]
+    assert notes(caught) == ["step 4 is saved; continue with resume=True"]
     assert saved(run) == [4]
     train(world.recipe(run, **KEYS), resume=True)
     assert contents(run) == contents(whole)
@@ -151,7 +152,7 @@ def test_a_step_whose_spike_cannot_be_described_is_saved_with_its_row(world, who
 
 def test_an_error_before_the_first_step_is_over_saves_nothing_and_says_so(world, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    failing(monkeypatch, loop, "share_of", RuntimeError("x"), call=1)
+    failing(monkeypatch, computation, "share_of", RuntimeError("x"), call=1)
     with pytest.raises(RuntimeError) as caught:
         train(world.recipe(run, **KEYS))
     assert notes(caught) == ["no step was made, so there is nothing to save"]
@@ -160,7 +161,7 @@ def test_an_error_before_the_first_step_is_over_saves_nothing_and_says_so(world,
 
 def test_an_error_that_cannot_be_answered_with_a_save_stays_the_error(world, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    failing(monkeypatch, loop, "share_of", RuntimeError("first"), call=4)
+    failing(monkeypatch, computation, "share_of", RuntimeError("first"), call=4)
     failing(monkeypatch, Saver, "start", CheckpointError("no space\nat all"), call=1)
     with pytest.raises(RuntimeError, match="first") as caught:
         train(world.recipe(run, **KEYS))
@@ -210,7 +211,7 @@ def test_what_a_listener_raises_ends_training_after_its_step_saved(world, tmp_pa
     with pytest.raises(type(problem)) as caught:
         train(world.recipe(run, **keys), listener=listener)
     assert caught.value is problem
-    assert notes(caught) == [f"step {saved(run)[-1]} is saved; go on with --resume"]
+    assert notes(caught) == [f"step {saved(run)[-1]} is saved; continue with resume=True"]
     assert saved(run)[-1] == len(rows_of(run))
     if what != "saved":  # told in the background, a step or so later
         assert saved(run)[-1] == step
@@ -249,7 +250,7 @@ def test_no_tracker_ends_training(world, whole, tmp_path, monkeypatch, where):
             if where == "close":
                 raise RuntimeError("the network")
 
-    monkeypatch.setattr(metrics, "_WandB", Tracker)
+    monkeypatch.setattr(trackers, "_WandB", Tracker)
     monkeypatch.setenv("WANDB_MODE", "offline")
     messages = []
 
@@ -267,7 +268,7 @@ def test_no_tracker_ends_training(world, whole, tmp_path, monkeypatch, where):
 def test_the_state_that_is_saved_after_an_error_is_that_of_a_run_that_stops_there(world, tmp_path, monkeypatch):
     stopped, failed = tmp_path / "stopped", tmp_path / "failed"
     train(world.recipe(stopped, **KEYS | {"train__max_minutes": 1e-9}))
-    failing(monkeypatch, loop, "share_of", RuntimeError("x"), call=2)
+    failing(monkeypatch, computation, "share_of", RuntimeError("x"), call=2)
     with pytest.raises(RuntimeError):
         train(world.recipe(failed, **KEYS))
 

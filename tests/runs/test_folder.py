@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pertoken.checkpoints.state import TrainerState
 from pertoken.runs.folder import changed_data
 
 
@@ -21,7 +22,8 @@ from pertoken.runs.folder import changed_data
     ],
 )
 def test_what_is_said_of_changed_data_is_what_changed(before: dict[str, str] | None, said: str) -> None:
-    state = {"data": {"train": "x"}} | ({} if before is None else {"data_files": {"train": before}})
+    files = {} if before is None else {"train": before}
+    state = TrainerState(step=1, recipe={}, data={"train": "x"}, data_files=files, scaler={}, micro_batch_tokens=1)
     checkpoint: Any = SimpleNamespace(state=state, folder=Path("step-1"))
-    told = changed_data(checkpoint, {"train": "y"}, {"train": {"b": "2", "a": "1"}})
+    told = changed_data(checkpoint, {"train": ("y", "z")}, {"train": {"b": "2", "a": "1"}})
     assert told == f"the training data is not what step-1 was trained with: {said}"

@@ -11,7 +11,7 @@ from pertoken.errors import RecipeError
 from pertoken.inference.generate import generate
 from pertoken.runs.data import load_data
 from pertoken.runs.model import build_model
-from pertoken.tracking.metrics import Listener
+from pertoken.tracking.listener import Listener
 from pertoken.training.parallel import World
 from pertoken.training.precision import Precision
 

@@ -11,7 +11,8 @@ import pytest
 from tiny import pertoken, rows_of
 
 from pertoken.checkpoints.read import newest_checkpoint, prune
-from pertoken.runs.files import LIST, claim, remove_run
+from pertoken.runs.files import remove_run
+from pertoken.tracking.run_files import LIST, claim
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_files_of_others_stay_and_are_said_and_all_of_the_run_goes(finished, run
     assert len(rows_of(run)) == 2
     assert not list(run.rglob("step-00000004"))
     ours = [name for name in files_in(run) - kept if not name.startswith("checkpoints/step-00000002/")]
-    assert sorted(ours) == [LIST, "checkpoints/best", "metrics.jsonl", "recipe.toml"]
+    assert sorted(ours) == [LIST, "checkpoints/best", "events.jsonl", "metrics.jsonl", "recipe.toml"]
 
 
 def test_nothing_is_said_where_nothing_is_left(finished, run):
@@ -215,4 +216,4 @@ def test_what_wandb_wrote_for_the_run_goes_and_other_runs_of_it_stay(finished, t
 def test_the_list_is_whole_after_every_claim_and_names_each_path_once(tmp_path):
     for _ in range(2):
         claim(tmp_path, [tmp_path / "b", tmp_path / "a", tmp_path.parent / "elsewhere"])
-    assert json.loads((tmp_path / LIST).read_text()) == {"written": ["a", "b"]}
+    assert json.loads((tmp_path / LIST).read_text()) == {"format_version": 1, "written": ["a", "b"]}

@@ -18,7 +18,7 @@ from pertoken import train
 from pertoken.errors import CheckFailed, CheckpointError, PertokenError, RecipeError
 from pertoken.runs import spikes
 from pertoken.runs.replay import replay
-from pertoken.tracking.metrics import Listener
+from pertoken.tracking.listener import Listener
 from pertoken.training.precision import Precision
 
 pytestmark = pytest.mark.numeric
@@ -164,8 +164,8 @@ CHANGES = {
     "neither rows nor a checkpoint": (lose("metrics.jsonl", "checkpoints"), 7, CheckpointError, "cannot be read"),
     "no run": (lose("."), 7, CheckpointError, "no such run"),
     "nothing to start from": (lose("checkpoints", "recipe.toml"), 7, CheckpointError, "no valid checkpoint before"),
-    "step 0": (lambda run: None, 0, RecipeError, "--step 0: the run has steps 1 to 10"),
-    "a step beyond": (lambda run: None, 12, RecipeError, "--step 12: the run has steps 1 to 10"),
+    "step 0": (lambda run: None, 0, RecipeError, "step=0: the run has steps 1 to 10"),
+    "a step beyond": (lambda run: None, 12, RecipeError, "step=12: the run has steps 1 to 10"),
 }
 
 
@@ -187,7 +187,7 @@ class Told(Listener):
         self.messages.append(text)
 
     def stepped(self, row, summary) -> None:
-        self.steps.append(row["step"])
+        self.steps.append(row.step)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_a_row_on_the_way_that_does_not_fit_is_told(runs, tmp_path):

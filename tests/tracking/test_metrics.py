@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import pertoken, rows_of
+from tiny import pertoken, row_of, rows_of
 
 from pertoken.model import decoder as transformer
-from pertoken.tracking.metrics import MetricsFile
+from pertoken.tracking.metrics_file import MetricsFile
 
 KEYS = """step epoch loss loss_sum num_tokens aux_loss grad_norm lr samples tokens micro_batches padding_share step_s
 tokens_per_s"""
@@ -34,9 +34,11 @@ def test_torn_and_later_rows_are_dropped_on_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     file = MetricsFile(path, last_step=2)
-    file.write({"step": 3, "loss": float("inf")})
+    file.write(row_of(3, loss=float("inf")))
     file.close()
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": null}\n'
+    lines = path.read_text().splitlines(keepends=True)
+    assert lines[:2] == ['{"step": 1}\n', '{"step": 2}\n']
+    assert [json.loads(line)["loss"] for line in lines[2:]] == [None]
 
 
 def test_tensorboard_has_what_the_rows_have_also_after_a_resume(world, tmp_path):
@@ -165,7 +167,7 @@ def test_the_summary_counts_padding_at_the_precision_of_the_step(world, tmp_path
     """Attention's form depends on it."""
     seen, real = [], transformer.which_attention
     monkeypatch.setattr(transformer, "which_attention", lambda *args: seen.append(args[1]) or real(*args))
-    recipe = world.write_recipe(tmp_path / "run", train__max_steps=1, train__dtype="bfloat16", train__compile="off")
+    recipe = world.write_recipe(tmp_path / "run", train__max_steps=1, train__dtype="bfloat16", train__engine="plain")
     assert pertoken("train", recipe)[0] == 0
     assert set(seen) == {torch.bfloat16}
 
@@ -175,7 +177,7 @@ def test_padding_share_is_of_the_whole_step_however_it_is_split(world, tmp_path)
     shares = {}
     for budget in (1, 8192):
         run = tmp_path / f"run{budget}"
-        recipe = world.write_recipe(run, train__max_steps=3, train__micro_batch_tokens=budget, train__compile="off")
+        recipe = world.write_recipe(run, train__max_steps=3, train__micro_batch_tokens=budget, train__engine="plain")
         code, out, err = pertoken("train", recipe)
         assert code == 0, err
         shares[budget] = [row["padding_share"] for row in rows_of(run)]

@@ -18,7 +18,7 @@ from pertoken.errors import PertokenError
 from pertoken.folders.weights import save_folder
 from pertoken.model.decoder import CausalLM
 from pertoken.runs.data import prepare
-from pertoken.tracking.metrics import Listener
+from pertoken.tracking.listener import Listener
 from pertoken.training.evaluate import Evaluation, evaluate
 from pertoken.training.precision import Precision
 
@@ -171,7 +171,7 @@ def test_gradient_statistics_are_of_the_true_gradients_and_name_what_has_none(wo
     norm = math.sqrt(sum(s.norm**2 for s in stats))
     assert norm == pytest.approx(rows_of(tmp_path / "run")[0]["grad_norm"], rel=1e-6)
 
-    from pertoken.tracking.metrics import gradient_stats
+    from pertoken.training.gradient_stats import gradient_stats
 
     model = torch.nn.Linear(2, 2)
     model.weight.grad = torch.tensor([[1.0, 3.0], [1.0, 3.0]])

@@ -31,15 +31,17 @@ def export_model(path: str, out: Path, *, format_: str, dtype: str | None) -> li
     `.pth` is float16, its own habit, unless it does. An `out` that exists already is refused, and nothing is left of
     one that cannot be written whole (RecipeError).
     """
-    out = user_path(out, "--out")
+    out = user_path(out, "out")
     if format_ not in ("hf", "minimind"):
-        raise RecipeError(f"--format {format_}: must be hf or minimind")
+        raise RecipeError(f"format={format_}: must be hf or minimind")
     if dtype is not None and dtype not in _DTYPES:
-        raise RecipeError(f"--dtype {dtype}: must be one of {', '.join(_DTYPES)}")
+        raise RecipeError(f"dtype={dtype}: must be one of {', '.join(_DTYPES)}")
     source = resolve_model_folder(path)
     model = load_model(source)
     if format_ == "minimind":
-        name = f"pertoken_{model.config.hidden_size}{'_moe' if model.config.use_moe else ''}.pth"  # MiniMind's pattern
+        name = (
+            f"pertoken_{model.facts.hidden_size}{'_moe' if model.facts.has_experts else ''}.pth"  # MiniMind's pattern
+        )
         file = out if out.suffix == ".pth" else out / name
         _must_be_new(file)
         with _whole_or_absent(file):
@@ -75,12 +77,12 @@ def _whole_or_absent(path: Path) -> Iterator[None]:
         elif path.parent.is_dir():
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-        raise RecipeError(f"--out {path}: cannot be written ({reason(error)}); choose another, or free space") from None
+        raise RecipeError(f"out={path}: cannot be written ({reason(error)}); choose another, or free space") from None
 
 
 def _must_be_new(path: Path) -> None:
     if os.path.lexists(path):
-        raise RecipeError(f"--out {path}: exists already; name a new one, nothing is overwritten")
+        raise RecipeError(f"out={path}: exists already; name a new one, nothing is overwritten")
 
 
 def _eos_token_id(folder: Path, otherwise: int | None) -> int | None:

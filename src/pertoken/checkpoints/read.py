@@ -10,7 +10,7 @@
       manifest.json                                                          sizes and checksums, written last
     checkpoints/best -> step-00000200                                        the lowest evaluation loss
 
-A checkpoint is written aside, synced, and renamed into place (saving.py). A step draws no random number (the order of
+A checkpoint is written aside, synced, and renamed into place (write.py). A step draws no random number (the order of
 samples is a function of the seed, and nothing drops out), so there is no random state to keep.
 """
 
@@ -27,16 +27,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
-from pertoken.errors import CheckpointError, ModelError
+from pertoken.checkpoints.state import read_state
+from pertoken.errors import CheckpointError, ModelError, RecipeError
 from pertoken.files import plain_file, sha256, user_path
 from pertoken.folders.minimind import load_minimind
 from pertoken.folders.open import load_folder
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel, TorchModule
+from pertoken.recipe.schema import Recipe
+from pertoken.text import one_line, reason
 from pertoken.training.parallel import shard_like
 
 __all__ = [
+    "LEDGER",
     "MANIFEST",
     "OPTIMIZER",
     "OPTIMIZER_INDEX",
@@ -59,6 +62,7 @@ __all__ = [
     "set_best",
 ]
 
+LEDGER = "metrics.ledger"  # safetensors by another name: its checksums cover timings, so equal runs differ in it
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -68,20 +72,29 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 class Checkpoint:
-    """A complete checkpoint folder and its trainer state. Raises CheckpointError where that is none of pertoken's."""
+    """A complete checkpoint folder and its trainer state. Raises CheckpointError where that is none of pertoken's, or
+    a newer version's."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        path = folder / STATE
         try:
-            self.state: dict[str, Any] = json.loads(plain_file(folder / STATE).read_text(encoding="utf-8"))
-            if not isinstance(self.state["step"], int) or not isinstance(self.state["recipe"], dict):
-                raise ValueError("step or recipe is of the wrong type")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{folder / STATE}: not a trainer state of pertoken's ({error!r})") from None
+            text = plain_file(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({reason(error)}); restore the file") from None
+        self.state, self.remarks = read_state(text, path)  # and what to say of keys that are no more
 
     @property
     def step(self) -> int:
-        return int(self.state["step"])
+        return self.state.step
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that it was saved under, with the keys of this version. Raises CheckpointError."""
+        try:
+            return Recipe.parse(self.state.recipe)
+        except RecipeError as error:
+            raise CheckpointError(f"{self.folder / STATE}: recipe: {one_line(str(error))}") from None
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -93,7 +106,7 @@ def optimizer_part(rank: int, size: int) -> str:
     return f"optimizer-{rank + 1:05d}-of-{size:05d}.safetensors"
 
 
-def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(checkpoint: Checkpoint, model: TorchModule, optimizer: torch.optim.Optimizer) -> None:
     """Fill `optimizer` with the saved state of any number of ranks. Raises CheckpointError where it does not fit."""
     tensors = _whole_optimizer_tensors(checkpoint.folder)
     for name, parameter in model.named_parameters():
@@ -280,7 +293,7 @@ def remove_unfinished(run_dir: Path) -> None:
 
 def resolve_model_folder(path: str | Path) -> Path:
     """The folder or `.pth` file that MODEL means: for a run, its newest valid checkpoint. Raises ModelError."""
-    path = user_path(path, "MODEL")
+    path = user_path(path, "model")
     if path.suffix == ".pth" and path.is_file():
         return path
     if (path / "config.json").is_file():
@@ -297,11 +310,10 @@ def recipe_of(folder: Path) -> dict[str, Any] | None:
     """The recipe that a checkpoint was trained by, as a nested dict; None for any other model folder."""
     if not (folder / MANIFEST).is_file():  # transformers writes a trainer_state.json too
         return None
-    recipe: dict[str, Any] = Checkpoint(folder).state["recipe"]
-    return recipe
+    return Checkpoint(folder).state.recipe
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> CausalLM:
+def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A model from a run, a checkpoint, a Hugging Face folder or a MiniMind `.pth`, with parameters in `dtype`.
 
     Raises ModelError where the path is none of these, or neither pertoken nor transformers has the architecture.

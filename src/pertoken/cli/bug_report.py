@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pertoken.cli.words import as_flags
 from pertoken.text import one_line, plain, reason
 
 __all__ = ["Unforeseen", "report_of", "say_unforeseen", "write_report"]
@@ -45,7 +46,7 @@ def say_unforeseen(error: Exception, arguments: Sequence[str]) -> int:
     """
     folder = error.folder if isinstance(error, Unforeseen) else None
     error = error.error if isinstance(error, Unforeseen) else error
-    notes = map(one_line, getattr(error, "__notes__", ()))
+    notes = (as_flags(one_line(note)) for note in getattr(error, "__notes__", ()))
     line = "; ".join((f"error: {type(error).__name__}, which was not foreseen: {reason(error)}", *notes))
     if os.environ.get("PERTOKEN_TRACEBACK", "0") not in ("", "0"):
         traceback.print_exception(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,8 +11,9 @@ import numpy as np
 
 from pertoken.data.chat.render import ChatTemplate, rendered_chat
 from pertoken.data.files.long_text import LongText
-from pertoken.data.files.records import BadRow, Problems, Record, Span, read_records
-from pertoken.data.formats import to_conversation, to_text
+from pertoken.data.files.records import BadRow, Record, Span, read_records
+from pertoken.data.formats import Conversation, read_row
+from pertoken.data.outcome import Counts, Outcome
 from pertoken.data.tokens.cuts import NoCut
 from pertoken.data.tokens.encode import Encoded, Encoder, TextWithSpans
 from pertoken.errors import DataError, RecipeError
@@ -22,44 +23,12 @@ from pertoken.text import reason
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Counts", "Outcome", "Row", "SampleBuilder"]
+__all__ = ["Row", "SampleBuilder"]
 
 # Encoded at a time, by all threads at once: enough to keep them busy, little enough to hold in memory, where a token
 # takes over a hundred bytes until it is a number.
 _CHUNK_DOCUMENTS = 1000
 _CHUNK_CHARS = 500_000
-
-
-@dataclass
-class Counts:
-    """What became of the rows."""
-
-    rows: int = 0  # rows read, bad ones included
-    skipped: int = 0  # bad rows passed over
-    overlong: int = 0  # conversations dropped for having more than max_seq_len inputs
-    truncated: int = 0  # conversations cut to max_seq_len inputs
-    unsupervised: int = 0  # conversations dropped for having no supervised token (left)
-    too_short: int = 0  # documents of one token, which predict nothing
-
-
-@dataclass
-class Outcome:
-    """What there is to say of some rows, beside their samples. `problems` are those that must be raised."""
-
-    counts: Counts = field(default_factory=Counts)
-    problems: Problems = field(default_factory=Problems)
-    skippable: bool = False  # data.on_bad_row="skip" would pass over some of the problems
-
-    def extend(self, other: Outcome) -> None:
-        """Add what there is to say of the rows that follow."""
-        for name, count in asdict(other.counts).items():
-            setattr(self.counts, name, getattr(self.counts, name) + count)
-        self.problems.extend(other.problems)
-        self.skippable |= other.skippable
-
-    def raise_problems(self) -> None:
-        """DataError naming the first rows that cannot be used, if any."""
-        self.problems.raise_if_any('data.on_bad_row="skip" trains on the other rows' if self.skippable else "")
 
 
 @dataclass(frozen=True)
@@ -183,8 +152,8 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
 class _Rows:
     """Reads rows, keeps count of them, and makes documents of the good ones."""
 
-    def __init__(self, making: SampleBuilder, outcome: Outcome, skip: Callable[[BadRow], object]) -> None:
-        self._making = making
+    def __init__(self, builder: SampleBuilder, outcome: Outcome, skip: Callable[[BadRow], object]) -> None:
+        self._builder = builder
         self._outcome = outcome
         self._skip = skip
         self.bytes_done = 0
@@ -192,9 +161,9 @@ class _Rows:
     def documents(self, part: Sequence[Span]) -> Iterator[_Document]:
         before = 0
         for span in part:
-            for row in read_records(self._making.files[span.file], span):
+            for row in read_records(self._builder.files[span.file], span):
                 self._outcome.counts.rows += 1
-                texts = row if isinstance(row, BadRow) else self._texts(row)
+                texts = row if isinstance(row, BadRow) else self._texts(row, span.file)
                 if isinstance(row, Record):
                     self.bytes_done = before + max(0, min(row.end, span.stop) - span.start)
                 if isinstance(texts, BadRow):
@@ -205,13 +174,29 @@ class _Rows:
                     yield _Document(span.file, row.line, row.digest, is_tail, text)
             before += span.stop - span.start
 
-    def _texts(self, row: Record) -> Sequence[tuple[TextWithSpans | LongText, bool]] | BadRow:
-        if self._making.template is not None:
-            return _rendered(row, self._making.template, self._making.data)
-        return _texts(row, self._making.data)
+    def _texts(self, row: Record, file: int) -> Sequence[tuple[TextWithSpans | LongText, bool]] | BadRow:
+        """Each text of the row, and whether it is held out as the tail of another."""
+        data, template = self._builder.data, self._builder.template
+        read = read_row(row, "text" if template is None else "conversation", data.format, data.key_names)
+        if isinstance(read, BadRow):
+            return read
+        value, unread = read
+        unnamed: set[str] = set()
+        if isinstance(value, Conversation):
+            assert template is not None, "conversations are for fine-tuning"
+            try:
+                texts: Sequence[tuple[TextWithSpans | LongText, bool]] = [(rendered_chat(value, template), False)]
+            except ValueError as error:
+                return BadRow(row.file, row.line, "conversation", str(error))
+            unnamed = template.unnamed_keys(value)
+        else:
+            texts = _texts(value, data)
+        if unread or unnamed:
+            self._outcome.unused.add({"row": unread, "message": unnamed}, file, row.line)
+        return texts
 
     def bad(self, row: BadRow) -> None:
-        if self._making.data.on_bad_row == "skip":
+        if self._builder.data.on_bad_row == "skip":
             self._outcome.counts.skipped += 1
             self._skip(row)
         else:
@@ -219,10 +204,8 @@ class _Rows:
             self._outcome.skippable = True
 
 
-def _texts(row: Record, data: DataConfig) -> list[tuple[TextWithSpans | LongText, bool]] | BadRow:
-    text = to_text(row, data.text_key)
-    if isinstance(text, BadRow):
-        return text
+def _texts(text: str | LongText, data: DataConfig) -> list[tuple[TextWithSpans | LongText, bool]]:
+    """The document, its tail apart where that is held out."""
     tail_fraction = data.eval_fraction if data.eval_split == "tail" else 0.0
     cut = int(len(text) * (1 - tail_fraction)) if tail_fraction else len(text)
     return [
@@ -238,16 +221,6 @@ def _part(text: str | LongText, start: int, stop: int) -> TextWithSpans | LongTe
         return text.part(start, stop)
     part = text[start:stop] if isinstance(text, str) else str(text.part(start, stop))
     return TextWithSpans(part, [(0, len(part))])
-
-
-def _rendered(row: Record, template: ChatTemplate, data: DataConfig) -> Sequence[tuple[TextWithSpans, bool]] | BadRow:
-    chat = to_conversation(row, data.format, prompt_key=data.prompt_key, completion_key=data.completion_key)
-    if isinstance(chat, BadRow):
-        return chat
-    try:
-        return [(rendered_chat(chat, template), False)]
-    except ValueError as error:
-        return BadRow(row.file, row.line, "conversation", str(error))
 
 
 def _chunks(documents: Iterator[_Document]) -> Iterator[list[_Document]]:

@@ -11,9 +11,11 @@ from torch import Tensor
 from pertoken.errors import ModelError
 from pertoken.families import FAMILIES
 from pertoken.files import plain_file
-from pertoken.folders.weights import build_model, listed
+from pertoken.folders.weights import build_model
 from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.recipe.model import ModelConfig, ResolvedModelConfig
+from pertoken.text import listed
 
 __all__ = ["load_minimind", "save_minimind"]
 
@@ -85,11 +87,13 @@ def _minimind_config(tensors: dict[str, Tensor], path: Path) -> ResolvedModelCon
     ).resolve(embedding.shape[0])
 
 
-def save_minimind(model: CausalLM, path: str | Path, *, dtype: torch.dtype = torch.float16) -> None:
+def save_minimind(model: LanguageModel, path: str | Path, *, dtype: torch.dtype = torch.float16) -> None:
     """A `.pth` that MiniMind loads (`strict=True` too), in float16 as MiniMind saves it unless `dtype` says otherwise.
 
     The file carries no configuration, so a model that MiniMind would compute differently is refused (ModelError).
     """
+    if not isinstance(model, CausalLM):
+        raise ModelError(f"model.family={model.facts.family!r}: MiniMind has q/k-norm; export as hf")
     config = model.config
     features = (config.qk_norm, config.qkv_bias, config.rope_scaling)
     if features != (_MINIMIND.qk_norm, _MINIMIND.qkv_bias, None):

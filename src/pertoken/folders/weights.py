@@ -19,23 +19,21 @@ from pertoken.errors import ModelError
 from pertoken.files import plain_file
 from pertoken.folders.config import config_from_hf, config_to_hf, family_of
 from pertoken.folders.files import read_json, save_tokenizer, weight_files
+from pertoken.model.aligned import aligned
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.model import ResolvedModelConfig
-from pertoken.text import one_line, reason
+from pertoken.text import listed, reason
 
 __all__ = [
-    "aligned",
     "build_model",
     "config_from_hf",
     "config_to_hf",
-    "listed",
     "load_folder",
     "name_on_disk",
     "resize_embeddings",
     "save_folder",
 ]
 
-_ALIGNMENT = 64  # bytes, as torch allocates
 # Buffers that older files saved among the weights; they follow from the configuration.
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|^model\.freqs_(cos|sin)$")
 
@@ -92,15 +90,6 @@ def build_model(config: ResolvedModelConfig, tensors: dict[str, Tensor], dtype: 
     return model
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy of it where torch's own allocator would put one.
-
-    The last bit of a matrix product may depend on where its factors lie. In a mapped file they lie at any multiple of
-    eight bytes; a resumed run would compute with them what the uninterrupted run computes with aligned ones.
-    """
-    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
-
-
 def _skeleton(config: ResolvedModelConfig, num_tensors: int, source: Path) -> CausalLM:
     """The model without memory for its tensors. What asks for more modules than there are tensors is not begun."""
     modules = config.num_hidden_layers * (config.num_experts if config.use_moe else 1)
@@ -114,11 +103,6 @@ def _skeleton(config: ResolvedModelConfig, num_tensors: int, source: Path) -> Ca
         return CausalLM(config, device="meta")
     except (OverflowError, RuntimeError, TypeError) as error:
         raise ModelError(f"{source}: sizes that no tensor can have ({reason(error)}); correct config.json") from None
-
-
-def listed(names: list[str]) -> str:
-    shown = (one_line(name if len(name) <= 100 else name[:100] + "...") for name in names[:5])
-    return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def save_folder(

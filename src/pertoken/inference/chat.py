@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folder
-from pertoken.data.tokens.tokenizer import end_of_turn_id, open_tokenizer, render
+from pertoken.data.chat.template import end_of_turn_id, render
+from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import ModelError, RecipeError
 from pertoken.inference.generate import generate, stream_text
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.text import reason
 from pertoken.training.precision import resolve_device
 
@@ -22,7 +23,7 @@ __all__ = ["ChatSession"]
 class ChatSession:
     """Turns text or messages into token ids, and token ids into an answer, piece by piece."""
 
-    model: CausalLM
+    model: LanguageModel
     tokenizer: Any
     stop_ids: frozenset[int]
     template_kwargs: dict[str, Any]
@@ -46,13 +47,15 @@ class ChatSession:
         """Text to go on from, encoded as the tokenizer does by itself (with a BOS where it adds one)."""
         ids = self._ids(text)
         if not ids:
-            raise RecipeError("--prompt: gives no token; write something to go on from")
+            raise RecipeError("prompt: gives no token; write something to go on from")
         return ids
 
     def require_template(self) -> None:
         """Raises ModelError for a base model, which has no way to tell turns apart."""
         if self.tokenizer.chat_template is None:
-            raise ModelError("the tokenizer has no chat template; this is a base model, use generate without --chat")
+            raise ModelError(
+                "the tokenizer has no chat template; this is a base model, so give it a text, not a message"
+            )
 
     def encode_latest(
         self, opening: list[dict[str, Any]], turns: list[dict[str, Any]], *, room: int
@@ -62,7 +65,7 @@ class ChatSession:
 
         Raises RecipeError where the last turn alone is too long, and what `encode_chat` raises.
         """
-        limit = self.model.config.max_position_embeddings
+        limit = self.model.facts.max_position_embeddings
         room = min(room, max(1, limit // 2))
         for dropped in range(0, len(turns), 2):  # a question with its answer
             ids = self.encode_chat([*opening, *turns[dropped:]])

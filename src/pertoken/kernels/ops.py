@@ -272,9 +272,18 @@ class Kernels:
             raise ValueError(f"scores of {b} heads: must be a multiple of the {documents} documents")
         return documents, b // max(documents, 1), r, c
 
-    def cross_entropy(self, logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None, *, gradient: bool) -> Tensor:
+    def cross_entropy(
+        self,
+        logits_NV: Tensor,
+        labels_N: Tensor,
+        weights_N: Tensor | None,
+        statistics_N2: Tensor | None = None,
+        *,
+        gradient: bool,
+    ) -> Tensor:
         """Negative log-likelihoods [N] in nats. With `gradient`, `logits` become weight * (softmax - one hot).
 
+        `statistics`, float32 [N, 2], get each row's largest logit and log Z less that logit.
         Raises IndexError for a label outside of the vocabulary.
         """
         _expect("logits", logits_NV, self.dtype, -1, -1, apart=True)
@@ -282,13 +291,34 @@ class Kernels:
         _expect("labels", labels_N, torch.int64, n)
         if weights_N is not None:
             _expect("weights", weights_N, torch.float32, n)
+        if statistics_N2 is not None:
+            _expect("statistics", statistics_N2, torch.float32, n, 2)
         _expect_indices("labels", labels_N, v)
         nll = torch.empty(n)
         self._call(
             "cross_entropy",
-            *(logits_NV, labels_N, weights_N, nll, n, v, logits_NV.stride(0), _I(gradient)),
+            *(logits_NV, labels_N, weights_N, nll, statistics_N2, n, v, logits_NV.stride(0), _I(gradient)),
         )
         return nll
+
+    def cross_entropy_gradient(
+        self, logits_NV: Tensor, labels_N: Tensor, statistics_N2: Tensor, on_softmax_N: Tensor, at_label_N: Tensor
+    ) -> None:
+        """In place: `logits` become on_softmax * softmax - at_label * one hot. `statistics` are `cross_entropy`'s.
+
+        Raises IndexError for a label outside of the vocabulary.
+        """
+        _expect("logits", logits_NV, self.dtype, -1, -1, apart=True)
+        n, v = logits_NV.shape
+        _expect("labels", labels_N, torch.int64, n)
+        _expect("statistics", statistics_N2, torch.float32, n, 2)
+        for name, factor_N in (("on_softmax", on_softmax_N), ("at_label", at_label_N)):
+            _expect(name, factor_N, torch.float32, n)
+        _expect_indices("labels", labels_N, v)
+        self._call(
+            "cross_entropy_gradient",
+            *(logits_NV, labels_N, statistics_N2, on_softmax_N, at_label_N, n, v, logits_NV.stride(0)),
+        )
 
     def sum_of_squares(self, x: Tensor) -> Tensor:
         """Of float32 numbers [n], 0-d float64; the same to the bit for any number of threads."""

@@ -11,20 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pertoken.engines.cpu.blocks import attention_block, mlp_block
-from pertoken.engines.cpu.runner import NativeBatch
 from pertoken.model.mlp import MLP
 from pertoken.model.moe import Documents, ExpertLoad, MixtureOfExperts
 from pertoken.model.rope import Rope, rotate
 from pertoken.recipe.model import ResolvedModelConfig
 
-__all__ = ["Attend", "Attention", "Decoder", "Layer", "call", "compute_dtype"]
+__all__ = ["Attend", "Attention", "Decoder", "Layer", "RunBlock", "call", "compute_dtype"]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H, D]
+# (a block, its hidden states) -> the block's hidden states, and the load of its experts if that is wanted
+RunBlock = Callable[["Layer", Tensor], "Tensor | tuple[Tensor, ExpertLoad]"]
+
+
+def call(module: nn.Module, *arguments: Any) -> Any:
+    """`module(*arguments)`, as a function that an engine can put another in place of."""
+    return module(*arguments)
 
 
 class Decoder(nn.Module):
-    """Only holds what Hugging Face's names begin with `model.` for; `CausalLM` runs it."""
+    """Only holds what Hugging Face's names begin with `model.` for; a `ForwardPass` runs it."""
 
     def __init__(self, config: ResolvedModelConfig) -> None:
         super().__init__()
@@ -44,42 +49,48 @@ class Layer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MixtureOfExperts(config) if config.use_moe else MLP(config.hidden_size, config.intermediate_size)
-        self.call_experts: Callable[..., tuple[Tensor, ExpertLoad | None]] = call
 
-    def forward(
+    def forward(self, hidden: Tensor, run: RunBlock) -> Tensor | tuple[Tensor, ExpertLoad]:
+        """`run(self, hidden)`: the pass brings what computes a block, `plain` or an engine's own code.
+
+        It is called all the same, since hooks on a block (FSDP2 gathers its weights by one) belong around either.
+        """
+        return run(self, hidden)
+
+    def plain(
         self,
         hidden: Tensor,
-        rope: Rope | None,
-        attend: Attend | NativeBatch,
+        rope: Rope,
+        attend: Attend,
         documents: Documents | None,
         output_rows: Tensor | None,
+        call_experts: Callable[..., Any] = call,
     ) -> Tensor | tuple[Tensor, ExpertLoad]:
         """The hidden states, of the rows `output_rows` if given; with `documents` the load of the experts, if any."""
         dtype = compute_dtype(hidden)
-        if isinstance(attend, NativeBatch):
-            hidden = self._native_attention(hidden, attend)
-            if isinstance(self.mlp, MLP):
-                matrices = (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
-                return mlp_block(hidden, self.post_attention_layernorm, matrices, attend)
-        else:
-            # Cast once here, not once in every linear layer that reads it.
-            normed = self.input_layernorm(hidden).to(dtype)
-            hidden = (hidden if output_rows is None else hidden[output_rows]) + self.self_attn(
-                normed, rope, attend, output_rows
-            )
+        # Cast once here, not once in every linear layer that reads it.
+        normed = self.input_layernorm(hidden).to(dtype)
+        hidden = (hidden if output_rows is None else hidden[output_rows]) + self.self_attn(
+            normed, rope, attend, output_rows
+        )
+        return self.feed_forward(hidden, documents, dtype, call_experts)
+
+    def feed_forward(
+        self,
+        hidden: Tensor,
+        documents: Documents | None,
+        dtype: torch.dtype,
+        call_experts: Callable[..., Any] = call,
+    ) -> Tensor | tuple[Tensor, ExpertLoad]:
+        """The second half of `plain`: MLP or experts with their norm and residual sum, products in `dtype`."""
         normed = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, MixtureOfExperts):
-            update, load = self.call_experts(self.mlp, normed, dtype, documents)
+            update, load = call_experts(self.mlp, normed, dtype, documents)
             hidden = hidden + update
             return hidden if load is None else (hidden, load)
         update = self.mlp(normed.to(dtype))
         out: Tensor = hidden + update
         return out
-
-    def _native_attention(self, hidden: Tensor, batch: NativeBatch) -> Tensor:
-        attn = self.self_attn
-        matrices = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)
-        return attention_block(hidden, self.input_layernorm, matrices, (attn.q_norm, attn.k_norm), batch)
 
 
 class Attention(nn.Module):
@@ -118,11 +129,6 @@ class Attention(nn.Module):
         if norm is not None:
             wide = norm(wide)
         return rotate(wide, rope).to(x_NHD.dtype)
-
-
-def call(module: nn.Module, *arguments: Any) -> Any:
-    """`module(*arguments)`, as a function that `compile_layers` can keep out of its graphs."""
-    return module(*arguments)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -126,7 +126,7 @@ def _document(store: Store, i: int, record: Record, recipe: Recipe, tokenizer: A
 def _conversation(store: Store, i: int, record: Record, recipe: Recipe, tokenizer: Any) -> str | None:
     """What is supervised is what the template writes for the assistant's turns, its end of turn included."""
     data = recipe.data
-    chat = to_conversation(record, data.format, prompt_key=data.prompt_key, completion_key=data.completion_key)
+    chat = to_conversation(record, data.format, data.key_names)
     if isinstance(chat, BadRow):
         return str(chat)
     sample = store[i]

@@ -77,7 +77,7 @@ def _counts(store: Store, i: int) -> str | None:
 
 def _document(store: Store, i: int, record: Record, data: DataConfig, tokenizer: Any) -> str | None:
     """All pieces of the document that sample `i` is a piece of."""
-    text = to_text(record, data.text_key)
+    text = to_text(record, data.format, data.key_names)
     if isinstance(text, BadRow):
         return str(text)
     if data.eval_fraction and data.eval_split == "tail":
@@ -106,7 +106,7 @@ def _of_the_same_row(store: Store, i: int) -> range:
 
 
 def _conversation(store: Store, i: int, record: Record, data: DataConfig, tokenizer: Any) -> str | None:
-    chat = to_conversation(record, data.format, prompt_key=data.prompt_key, completion_key=data.completion_key)
+    chat = to_conversation(record, data.format, data.key_names)
     if isinstance(chat, BadRow):
         return str(chat)
     text: str = tokenizer.apply_chat_template(chat.messages, tools=chat.tools, tokenize=False, **data.template_kwargs)

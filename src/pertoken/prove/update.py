@@ -9,17 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pertoken.checkpoints.write import Saver
 from pertoken.data.batch.order import Step
 from pertoken.data.store.store import Store
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import EXACT, FLOAT64, Case
 from pertoken.prove.plain_update import (
     UPDATE_ERROR,
@@ -30,15 +28,11 @@ from pertoken.prove.plain_update import (
     scheduled_lr,
     update_error,
 )
-from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Result, Verdict
 from pertoken.prove.samples import InMemory
 from pertoken.recipe.schema import Recipe
-from pertoken.runs.loop import Run, update
-from pertoken.runs.probe import Probe
-from pertoken.runs.spikes import Spikes
-from pertoken.runs.summary import Summary
-from pertoken.tracking.metrics import Listener
+from pertoken.runs.computation import Computation, update
+from pertoken.tracking.reporter import Reporter
 from pertoken.training.optim import build_optimizer, lr_at
 from pertoken.training.parallel import whole
 from pertoken.training.step import TrainState
@@ -63,6 +57,9 @@ class Planned:
     changes: dict[str, Expected]  # on rank 0
 
 
+_Between = Callable[[LanguageModel, TrainState], tuple[LanguageModel, TrainState]]
+
+
 @dataclass(frozen=True)
 class Taken:
     """What came of it. `changes` are rank 0's alone."""
@@ -85,7 +82,7 @@ def plan_updates(case: Case, *, clipped: bool) -> list[Planned]:
         gradient = case.reference
         if planned:
             samples = [case.chosen.samples[i] for i in ids]
-            gradient = reference_gradient(case.model, samples, aux_loss_coef=case.aux_loss_coef)
+            gradient = case.plain_gradient(samples)
         weights = {name: p.detach() for name, p in case.model.named_parameters()}
         lr = scheduled_lr(number, case.train, case.total_steps)
         factor = clip_factor(gradient.norm, max_norm)
@@ -115,12 +112,12 @@ def updates_of(
     recipe: Recipe,
     planned: Sequence[Planned],
     samples: InMemory,
-    model: CausalLM,
+    model: LanguageModel,
     state: TrainState,
     *,
     total_steps: int,
     token_budget: int,
-    between: Callable[[CausalLM, TrainState], tuple[CausalLM, TrainState]] = lambda model, state: (model, state),
+    between: _Between = lambda model, state: (model, state),
 ) -> list[Taken]:
     """The loop's own updates of `model`; `between` may replace model and state after the first."""
     taken: list[Taken] = []
@@ -129,54 +126,23 @@ def updates_of(
             model, state = between(model, state)
         before = _weights(model, state)
         settings = with_settings(recipe, dtype="float64", grad_clip=step.max_norm)
-        run = _run(settings, samples, model, state, total_steps=total_steps, token_budget=token_budget)
+        store = cast(Store, samples)
+        computation = Computation(settings, model, state, store, total_steps, token_budget, Reporter())
         ids = np.array(step.ids)
-        row = update(run, Step(step.number, 1, ids, 0, len(ids), False), skips=lambda norm: False)
+        row = update(computation, Step(step.number, 1, ids, 0, len(ids), False), skips=lambda norm: False)
         after = _weights(model, state)
         changes = {name: after[name] - before[name] for name in after}
-        taken.append(Taken(row["lr"], row["grad_norm"], row["loss"], changes))
+        taken.append(Taken(row.lr, row.grad_norm, row.loss, changes))
     return taken
 
 
-def _weights(model: CausalLM, state: TrainState) -> dict[str, Tensor]:
+def _weights(model: LanguageModel, state: TrainState) -> dict[str, Tensor]:
     weights = {}
     for name, parameter in model.named_parameters():
         full = whole(parameter.detach())  # which every rank must ask for
         if state.world.is_main:
             weights[name] = full.clone()
     return weights
-
-
-def _run(
-    recipe: Recipe, samples: InMemory, model: CausalLM, state: TrainState, *, total_steps: int, token_budget: int
-) -> Run:
-    """What the loop makes a step of. Nothing is written or evaluated."""
-    return Run(
-        recipe=recipe,
-        out_dir=Path(recipe.out_dir),
-        model=model,
-        state=state,
-        world=state.world,
-        tokenizer=None,
-        eos_token_id=0,
-        train_store=cast(Store, samples),
-        eval_store=None,
-        start_step=0,
-        total_steps=total_steps,
-        token_budget=token_budget,
-        best_eval_loss=None,
-        last_checkpoint=None,
-        last_saved=None,
-        saver=Saver(state.world),
-        probe=cast(Probe, None),  # a save's, as the summary is the console's: no step reads them
-        spikes=Spikes("warn", 0.0, ()),
-        checkpoint_meta={},
-        metrics=None,
-        trackers={},
-        summary=cast(Summary, None),
-        listener=Listener(),
-        started_s=0.0,
-    )
 
 
 def judge_updates(name: str, taken: Sequence[Taken], planned: Sequence[Planned], note: str) -> Result:
@@ -200,7 +166,7 @@ def _updated(name: str, case: Case, *, clipped: bool) -> Result:
     optimizer = build_optimizer(case.model, with_settings(case.recipe, dtype="float64").train)
     # A scale that grows after each step: one that is out of date is off by a factor of two.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1, enabled=clipped)
-    state = TrainState(case.model, optimizer, scaler, FLOAT64)
+    state = TrainState(case.model, optimizer, scaler, FLOAT64, objective=case.objective)
     start = {key: p.detach().clone() for key, p in case.model.named_parameters()}
     try:
         taken = updates_of(

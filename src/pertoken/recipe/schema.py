@@ -5,6 +5,7 @@ Every message is one line that names the key, the value and the remedy.
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 import types
 import typing
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from pertoken.data.formats import FORMATS, KeyNames
 from pertoken.errors import RecipeError
 from pertoken.files import check_path, plain_file, user_path
 from pertoken.recipe.explain import explain
 from pertoken.recipe.model import ModelConfig, ResolvedModelConfig, Section
+from pertoken.recipe.old_keys import without_old_keys
 from pertoken.text import reason, shown
 
 __all__ = [
@@ -44,7 +47,7 @@ class DataConfig(Section):
     eval_path: tuple[str, ...] = ()
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     eval_split: Literal["rows", "tail"] = "rows"
-    format: Literal["auto", "messages", "conversations", "prompt_completion", "text"] = "auto"
+    format: str = "auto"
     text_key: str = Field(default="text", min_length=1)
     prompt_key: str = Field(default="prompt", min_length=1)
     completion_key: str = Field(default="completion", min_length=1)
@@ -62,6 +65,16 @@ class DataConfig(Section):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return _as_tuple(value)
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        known = ["auto", *FORMATS]
+        if value not in known:
+            near = difflib.get_close_matches(value, known, 1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"must be one of {', '.join(map(repr, known))}{meant}")
+        return value
 
     @field_validator("path", "eval_path")
     @classmethod
@@ -81,6 +94,11 @@ class DataConfig(Section):
             )
         return self
 
+    @property
+    def key_names(self) -> KeyNames:
+        """What the formats that have no keys of their own read."""
+        return KeyNames(self.text_key, self.prompt_key, self.completion_key)
+
 
 class TrainConfig(Section):
     """The objective's optimization, and the plan it is computed by."""
@@ -98,6 +116,8 @@ class TrainConfig(Section):
     weight_decay: float = Field(default=0.01, ge=0)
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
     grad_clip: float = Field(default=1.0, ge=0)
+    # z_loss_coef * log(Z)^2 of every supervised token, as part of the objective (PaLM, section 5, has 1e-4); 0: none.
+    z_loss_coef: float = Field(default=0.0, ge=0)
     # A finite gradient norm above `spike_factor` times the median of the last 100 steps' norms (of at least 20) is a
     # spike; 0 turns this off. "warn" says so and updates, "skip" leaves the update out, "stop" ends the run (exit 3).
     on_spike: Literal["stop", "skip", "warn"] = "warn"
@@ -106,7 +126,7 @@ class TrainConfig(Section):
     device: str = "auto"
     seed: int = Field(default=42, ge=0)
     micro_batch_tokens: int = Field(default=8192, ge=1)
-    compile: Literal["auto", "on", "off"] = "auto"
+    engine: Literal["auto", "cpu", "compile", "plain"] = "auto"
     loss_impl: Literal["auto", "liger", "cce"] = "auto"
     activation_checkpointing: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -179,6 +199,12 @@ class Recipe(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    _remarks: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know of keys that have changed their names, a line each."""
+        return self._remarks
 
     @field_validator("out_dir", "init_from")
     @classmethod
@@ -209,12 +235,15 @@ class Recipe(Section):
             )
         if self.init_from is None:
             self.model.check_without_a_model()
-        if self.stage == "pretrain" and self.data.format not in ("auto", "text"):
+        gives = None if self.data.format == "auto" else FORMATS[self.data.format].gives
+        if self.stage == "pretrain" and gives == "conversation":
             raise ValueError(
                 f'data.format="{self.data.format}": stage = "pretrain" reads raw text; use "text" or stage = "sft"'
             )
-        if self.stage == "sft" and self.data.format == "text":
-            raise ValueError('data.format="text": stage = "sft" reads conversations; use stage = "pretrain" for text')
+        if self.stage == "sft" and gives == "text":
+            raise ValueError(
+                f'data.format="{self.data.format}": stage = "sft" reads conversations; use stage = "pretrain" for text'
+            )
         if self.data.eval_split == "tail" and self.stage != "pretrain":
             raise ValueError('data.eval_split="tail": only raw text has a tail; use "rows" for conversations')
         return self
@@ -222,7 +251,7 @@ class Recipe(Section):
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         """Read a TOML recipe and apply dotted `key=value` overrides. Raises RecipeError."""
-        path = user_path(path, "RECIPE")
+        path = user_path(path, "recipe")
         try:
             values = tomllib.loads(plain_file(path).read_text(encoding="utf-8-sig"))
         except OSError as error:
@@ -239,10 +268,13 @@ class Recipe(Section):
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Recipe:
-        """Validate a nested dict. Raises RecipeError with one line per problem."""
+        """Validate a nested dict, keys of earlier versions included. Raises RecipeError with one line per problem."""
         try:
             _check_numbers(values)
-            return cls.model_validate(values)
+            values, remarks = without_old_keys(values)
+            recipe = cls.model_validate(values)
+            recipe._remarks = remarks
+            return recipe
         except RecursionError:
             raise RecipeError("the recipe is nested too deeply; no key needs more than a few levels") from None
         except ValidationError as error:

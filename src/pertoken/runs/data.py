@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pertoken.checkpoints.read import resolve_model_folder
+from pertoken.data.chat.template import end_of_turn_id
 from pertoken.data.store.folder import Check
 from pertoken.data.store.store import Store, build_store, open_store
-from pertoken.data.tokens.tokenizer import end_of_turn_id, open_tokenizer
+from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import DataError, RecipeError
 from pertoken.recipe.schema import DataConfig, Recipe
-from pertoken.tracking.metrics import Listener
+from pertoken.tracking.listener import Listener
 from pertoken.training.parallel import World
 
 __all__ = ["RunData", "load_data", "prepare"]
@@ -29,6 +30,12 @@ class RunData:
     @property
     def fingerprints(self) -> dict[str, str | None]:
         return {"train": self.train.fingerprint, "eval": self.eval.fingerprint if self.eval else None}
+
+    @property
+    def accepted_fingerprints(self) -> dict[str, tuple[str | None, ...]]:
+        """What a checkpoint that was trained on these data may hold; (None,) where there is no evaluation data."""
+        stores = {"train": self.train, "eval": self.eval}
+        return {part: store.fingerprints if store else (None,) for part, store in stores.items()}
 
     @property
     def files(self) -> dict[str, dict[str, str] | None]:

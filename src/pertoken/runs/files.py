@@ -1,47 +1,37 @@
-"""Which files in `out_dir` are a run's, so that `--overwrite` removes these alone.
+"""Which files in `out_dir` are a run's, so that a run that replaces it removes these alone.
 
-`.pertoken.json` lists what the run has made, as paths relative to `out_dir`; checkpoints list their files themselves,
-in their manifests. Runs of earlier versions have no list: of theirs only what can be told by its content counts.
+The run's list (`tracking/run_files.py`) names what it has made; checkpoints list their files themselves, in their
+manifests. Runs of earlier versions have no list: of theirs only what can be told by its content counts.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tomllib
-from collections.abc import Iterable
 from pathlib import Path
 
 import tomli_w
 
-from pertoken.checkpoints.ledger import lines_of, parsed
 from pertoken.checkpoints.read import remove_checkpoints
 from pertoken.errors import RecipeError
-from pertoken.files import free_name, plain_file, write_whole
+from pertoken.files import free_name
 from pertoken.recipe.schema import Recipe
+from pertoken.tracking.events import is_event
+from pertoken.tracking.ledger import lines_of, parsed
+from pertoken.tracking.run_files import LIST, claimed
 
-__all__ = ["LIST", "claim", "holds_a_run", "keep_others_aside", "remove_run"]
+__all__ = ["EVENTS", "METRICS", "RECIPE", "holds_a_run", "keep_others_aside", "remove_run"]
 
-LIST = ".pertoken.json"
-_FIXED = ("recipe.toml", "metrics.jsonl")
+RECIPE, METRICS, EVENTS = "recipe.toml", "metrics.jsonl", "events.jsonl"
+_FIXED = (RECIPE, METRICS)
 _IN_A_ROW = {"step", "loss_sum", "num_tokens", "positions"}
 _IN_A_RECIPE = {"stage", "out_dir", "model", "data", "train", "checkpoint", "log"}  # users leave out what has a default
 
 
-def claim(out_dir: Path, paths: Iterable[Path], *, anew: bool = False) -> None:
-    """Note that the run makes `paths`, files or whole folders in `out_dir`; others are passed over. `anew` forgets what
-    is noted already. Raises OSError."""
-    inside = [str(path.relative_to(out_dir)) for path in paths if path.is_relative_to(out_dir)]
-    noted = [] if anew else _noted(out_dir)
-    everything = sorted({*noted, *inside})
-    if everything != noted or not (out_dir / LIST).exists():
-        write_whole(out_dir / LIST, json.dumps({"written": everything}, indent=1) + "\n")
-
-
 def holds_a_run(out_dir: Path) -> bool:
     """Whether something is there that a new run would have to replace."""
-    return any(os.path.lexists(out_dir / name) for name in (*_FIXED, "checkpoints", *_noted(out_dir)))
+    return any(os.path.lexists(out_dir / name) for name in (*_FIXED, "checkpoints", *claimed(out_dir)))
 
 
 def remove_run(out_dir: Path) -> list[str]:
@@ -51,7 +41,7 @@ def remove_run(out_dir: Path) -> list[str]:
     run's `claim`.
     """
     remove_checkpoints(out_dir)
-    noted = _noted(out_dir)
+    noted = claimed(out_dir)
     ours = [*noted, *(name for name in _FIXED if name not in noted and _is_ours(out_dir / name))]
     for name in sorted(ours, key=lambda name: name in _FIXED):
         _remove(out_dir, out_dir / name)
@@ -63,30 +53,20 @@ def remove_run(out_dir: Path) -> list[str]:
     ]
 
 
-def keep_others_aside(out_dir: Path) -> list[str]:
-    """Rename files that are not the run's, and whose names it needs; what to say of each. Raises OSError."""
+def keep_others_aside(out_dir: Path, *, continues: bool) -> list[str]:
+    """Rename files that are not the run's, and whose names it needs; what to say of each. Raises OSError.
+
+    Of a run that `continues` from a checkpoint recipe and rows are its own, whatever is in them; events need not be,
+    since earlier versions wrote none.
+    """
     said = []
-    for name in _FIXED:
+    for name in (EVENTS,) if continues else (*_FIXED, EVENTS):
         path = out_dir / name
-        if path.is_file() and name not in _noted(out_dir) and not _is_ours(path):
+        if path.is_file() and name not in claimed(out_dir) and not _is_ours(path):
             aside = free_name(path, "kept")
             os.replace(path, aside)
             said.append(f"{path}: not written by pertoken; it is {aside.name} now")
     return said
-
-
-def _noted(out_dir: Path) -> list[str]:
-    """The paths in the list; none where there is no list, or it is none of ours."""
-    try:
-        names = json.loads(plain_file(out_dir / LIST).read_text(encoding="utf-8"))["written"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
-    return [name for name in names if isinstance(name, str) and _is_below(name)] if isinstance(names, list) else []
-
-
-def _is_below(name: str) -> bool:
-    parts = Path(name).parts
-    return bool(parts) and not Path(name).is_absolute() and ".." not in parts and "\0" not in name
 
 
 def _remove(out_dir: Path, path: Path) -> None:
@@ -113,7 +93,10 @@ def _is_ours(path: Path) -> bool:
     """Whether the content says that pertoken wrote it: rows of steps, or a recipe as it writes one."""
     if not path.is_file() or path.is_symlink():
         return False
-    if path.name == "metrics.jsonl":
+    if path.name == EVENTS:
+        first = next(lines_of(path), b"")
+        return not first or is_event(first)
+    if path.name == METRICS:
         first = next(lines_of(path), b"")
         row = parsed(first) or {}
         return not first or row.keys() >= _IN_A_ROW or row.get("lost") is True

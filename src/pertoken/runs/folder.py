@@ -9,17 +9,18 @@ from pertoken.checkpoints.read import Checkpoint, newest_checkpoint, remove_unfi
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.files import FolderLock, write_whole
 from pertoken.recipe.schema import Recipe
-from pertoken.runs.files import claim, holds_a_run, keep_others_aside, remove_run
+from pertoken.runs.files import EVENTS, METRICS, RECIPE, holds_a_run, keep_others_aside, remove_run
 from pertoken.text import names
-from pertoken.tracking.metrics import Listener
+from pertoken.tracking.listener import Listener
+from pertoken.tracking.run_files import claim, refuse_newer_run
 
 __all__ = ["changed_data", "earlier_run", "keep_others_out", "make_room", "refuse_changes"]
 
-# What may differ from the checkpoint on --resume. Paths of data and tokenizer may, since their contents are compared.
+# What may differ from the checkpoint on a resume. Paths of data and tokenizer may, since their contents are compared.
 _MAY_CHANGE = {
     *("out_dir", "data.path", "data.eval_path", "data.tokenizer", "data.store", "data.workers"),
     *("train.epochs", "train.max_steps", "train.max_minutes", "train.eval_interval"),
-    *("train.micro_batch_tokens", "train.device", "train.compile", "train.activation_checkpointing", "train.parallel"),
+    *("train.micro_batch_tokens", "train.device", "train.engine", "train.activation_checkpointing", "train.parallel"),
     *("train.loss_impl", "train.on_spike", "train.spike_factor"),
 }
 _SECTIONS_MAY_CHANGE = ("log.", "checkpoint.")
@@ -41,6 +42,8 @@ def keep_others_out(lock: FolderLock, out_dir: Path) -> None:
 
 def earlier_run(out_dir: Path, *, resume: bool, overwrite: bool, listener: Listener) -> Path | None:
     """The checkpoint to continue from, if any. Refuses an `out_dir` in use without a word on what becomes of it."""
+    if resume or overwrite:
+        refuse_newer_run(out_dir)
     if resume:
         checkpoint, damaged = newest_checkpoint(out_dir)
         for line in damaged:
@@ -49,7 +52,7 @@ def earlier_run(out_dir: Path, *, resume: bool, overwrite: bool, listener: Liste
             raise CheckpointError(f"{out_dir}: no checkpoint is valid, so there is nothing to resume; see above")
         return checkpoint.folder if checkpoint is not None else None
     if not overwrite and holds_a_run(out_dir):
-        raise CheckpointError(f"{out_dir}: holds a run already; --resume continues it, --overwrite replaces it")
+        raise CheckpointError(f"{out_dir}: holds a run already; resume=True continues it, overwrite=True replaces it")
     return None
 
 
@@ -64,16 +67,16 @@ def make_room(out_dir: Path, recipe: Recipe, lock: FolderLock, *, resume: bool, 
         raise _unwritable(out_dir, error) from None
     keep_others_out(lock, out_dir)
     if not resume and not overwrite and holds_a_run(out_dir):  # of a process that was faster
-        raise CheckpointError(f"{out_dir}: holds a run already; --resume continues it, --overwrite replaces it")
+        raise CheckpointError(f"{out_dir}: holds a run already; resume=True continues it, overwrite=True replaces it")
     said = []
     try:
         if overwrite and (left := remove_run(out_dir)):
-            said.append(f"--overwrite: left in {out_dir}, since the earlier run did not write it: {names(left)}")
+            said.append(f"overwrite=True: left in {out_dir}, since the earlier run did not write it: {names(left)}")
         remove_unfinished(out_dir)
-        if not any((out_dir / "checkpoints").glob("step-*")):  # else the two files belong to the resumed run
-            said += keep_others_aside(out_dir)
-        claim(out_dir, [out_dir / "recipe.toml", out_dir / "metrics.jsonl"], anew=overwrite)
-        write_whole(out_dir / "recipe.toml", recipe.to_toml())
+        continues = any((out_dir / "checkpoints").glob("step-*"))
+        said += keep_others_aside(out_dir, continues=continues)
+        claim(out_dir, [out_dir / name for name in (RECIPE, METRICS, EVENTS)], anew=overwrite)
+        write_whole(out_dir / RECIPE, recipe.to_toml())
     except OSError as error:
         raise _unwritable(out_dir, error) from None
     return said
@@ -85,10 +88,10 @@ def _unwritable(out_dir: Path, error: OSError) -> CheckpointError:
 
 def refuse_changes(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Raises RecipeError, naming each key that cannot change on a resume."""
-    before, now = Recipe.parse(checkpoint.state["recipe"]).flat(), recipe.flat()
+    before, now = checkpoint.recipe.flat(), recipe.flat()
     changed = [
         f"{key}={now.get(key)!r}: was {before.get(key)!r} when {checkpoint.folder.name} was saved, and cannot change "
-        "on --resume; put it back, or start a new run from it with init_from"
+        "with resume=True; put it back, or start a new run from it with init_from"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key not in _MAY_CHANGE and not key.startswith(_SECTIONS_MAY_CHANGE)
     ]
@@ -96,17 +99,18 @@ def refuse_changes(recipe: Recipe, checkpoint: Checkpoint) -> None:
         raise RecipeError("\n".join(changed))
 
 
-def changed_data(checkpoint: Checkpoint, now: dict[str, Any], files: dict[str, Any]) -> str | None:
+def changed_data(checkpoint: Checkpoint, now: dict[str, tuple[str | None, ...]], files: dict[str, Any]) -> str | None:
     """What of the data is no longer what the checkpoint was trained on, file by file; None if nothing.
 
-    `now` are the fingerprints of the training and the evaluation data, `files` the checksums of their files by name.
+    `now` are the fingerprints that the training and the evaluation data may have there, `files` the checksums of their
+    files by name.
     """
     lines = []
-    for part, fingerprint in now.items():
-        if checkpoint.state["data"].get(part) == fingerprint:
+    for part, accepted in now.items():
+        if checkpoint.state.data.get(part) in accepted:
             continue
         kind = "training" if part == "train" else "evaluation"
-        before, after = checkpoint.state.get("data_files", {}).get(part) or {}, files[part] or {}
+        before, after = checkpoint.state.data_files.get(part) or {}, files[part] or {}
         contents = set(before.values())
         which = [f"{name} changed" for name in after if name in before and before[name] != after[name]]
         which += [f"{name} is new" for name in after if name not in before and after[name] not in contents]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pertoken.checkpoints.state import ProbeLoss
 from pertoken.data.batch.order import permute
 from pertoken.data.batch.pack import collate
 from pertoken.data.store.store import Store
@@ -49,16 +50,16 @@ class Probe:
         self.where = store.where(self.sample_id)
 
     @torch.no_grad()
-    def measure(self, state: TrainState) -> dict[str, Any]:
+    def measure(self, state: TrainState) -> ProbeLoss:
         """The sample's loss as the state stands, for a checkpoint. Every rank computes the same."""
         was_training = state.model.training
         state.model.eval()
         try:
             with state.precision.autocast():
-                out = state.model(collate([self._sample]).to(state.precision.device))
+                out = state.model(collate([self._sample]).to(state.precision.device), state.execution)
         finally:
             state.model.train(was_training)
-        return {"sample_id": self.sample_id, "num_tokens": float(out.num_tokens), "loss_sum": float(out.loss_sum)}
+        return ProbeLoss(self.sample_id, float(out.num_tokens), float(out.loss_sum))
 
 
 def environment(precision: Precision, *, ranks: int, compiled: bool) -> dict[str, Any]:
@@ -84,27 +85,25 @@ def _processor() -> str:
     return " ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *names[:1]])
 
 
-def verify(
-    saved: dict[str, Any], now: dict[str, Any], *, same: bool, dtype: str, where: str, force: bool
-) -> str | None:
+def verify(saved: ProbeLoss, now: ProbeLoss, *, same: bool, dtype: str, where: str, force: bool) -> str | None:
     """Compare two measurements of the sample at `where`; what the user should know, None where they are equal.
 
     `same`: whether the environment is. Raises CheckpointError where they differ by more than rounding, unless `force`.
     """
-    before, after = saved["loss_sum"], now["loss_sum"]
-    if before == after and saved["num_tokens"] == now["num_tokens"]:
+    before, after = saved.loss_sum, now.loss_sum
+    if before == after and saved.num_tokens == now.num_tokens:
         return None
     apart = abs(after - before) / max(abs(before), 1e-300)
     bound = (_SAME if same else _OTHER)[dtype]
     what = (
-        f"the loss of {where} is {after:.9g} over {now['num_tokens']:g} tokens; it was {before:.9g} over "
-        f"{saved['num_tokens']:g} when the checkpoint was saved ({apart:.1e} of it apart; rounding allows {bound:.0e})"
+        f"the loss of {where} is {after:.9g} over {now.num_tokens:g} tokens; it was {before:.9g} over "
+        f"{saved.num_tokens:g} when the checkpoint was saved ({apart:.1e} of it apart; rounding allows {bound:.0e})"
     )
-    if apart <= bound and saved["num_tokens"] == now["num_tokens"]:  # false for NaN
+    if apart <= bound and saved.num_tokens == now.num_tokens:  # false for NaN
         return f"not bitwise the run as it was, but within rounding: {what}"
     if force:
         return f"going on, though {what}"
     raise CheckpointError(
-        f"--resume: {what}; weights, data or code are no longer those of the run. Restore them, start a new run "
-        "from it with init_from, or go on all the same with --force"
+        f"resume=True: {what}; weights, data or code are no longer those of the run. Restore them, start a new run "
+        "from it with init_from, or continue all the same with force=True"
     )

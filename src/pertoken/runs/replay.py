@@ -14,16 +14,19 @@ from typing import Any, Literal
 
 import torch
 
-from pertoken.checkpoints.ledger import Ledger, lines_of, parsed, ranges
 from pertoken.checkpoints.read import Checkpoint, newest_checkpoint
 from pertoken.data.batch.pack import collate
 from pertoken.errors import CheckFailed, CheckpointError, RecipeError
 from pertoken.files import user_path
 from pertoken.kernels.memory import forget_blocks
 from pertoken.recipe.schema import LogConfig, Recipe
-from pertoken.runs.loop import Run, samples_of, update
-from pertoken.runs.setup import rebuild
-from pertoken.tracking.metrics import Listener, Row
+from pertoken.runs.assemble import rebuild
+from pertoken.runs.computation import Computation, samples_of, update
+from pertoken.tracking.ledger import Ledger, lines_of, parsed, ranges
+from pertoken.tracking.listener import Listener
+from pertoken.tracking.reporter import Reporter
+from pertoken.tracking.rows import StepRow
+from pertoken.tracking.run_files import refuse_newer_run
 from pertoken.training.step import NonFiniteStep
 
 __all__ = ["Compared", "Replay", "SampleLoss", "for_json", "replay"]
@@ -63,7 +66,7 @@ class SampleLoss:
 
 @dataclass(frozen=True)
 class Replay:
-    """A step computed again. `run` holds the weights that the step met, the data and the tokenizer."""
+    """A step computed again. `computation` holds the weights that the step met, and the data."""
 
     step: int
     checkpoint: Path | None  # where it was rebuilt from; None: from the run's start
@@ -72,7 +75,8 @@ class Replay:
     problem: str | None  # why the step's loss or gradient is not finite
     samples: tuple[SampleLoss, ...]  # worst first, non-finite ones before all
     rounding: float  # relative, what counts as rounding in the run's dtype
-    run: Run
+    computation: Computation
+    tokenizer: Any
 
     @property
     def different(self) -> tuple[Compared, ...]:
@@ -84,7 +88,7 @@ class Replay:
             shown = ", ".join(f"{c.name} {c.replayed}, recorded {c.recorded}" for c in self.different)
             raise CheckFailed(
                 f"step {self.step}: not what metrics.jsonl says, beyond rounding ({self.rounding:g} in "
-                f"{self.run.recipe.train.dtype}): {shown}"
+                f"{self.computation.recipe.train.dtype}): {shown}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,37 +113,39 @@ def replay(run_dir: Path, step: int, *, device: str = "auto", listener: Listener
     have, CheckpointError for a folder that is no run or data that has changed, and CheckFailed where a step before
     this one cannot be repeated.
     """
-    listener = listener or Listener()
-    run_dir = user_path(run_dir, "RUN")
+    reporter = Reporter([listener] if listener is not None else ())
+    run_dir = user_path(run_dir, "run")
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir}: no such run; name the out_dir of one")
+    refuse_newer_run(run_dir)
     known, _ = newest_checkpoint(run_dir)
     rows, last, missing = _read_rows(run_dir / "metrics.jsonl", known)
     if not 1 <= step <= last + 1:
-        raise RecipeError(f"--step {step}: the run has steps 1 to {last}; name one, or the next one")
+        raise RecipeError(f"step={step}: the run has steps 1 to {last}; name one, or the next one")
     if missing is not None:
-        listener.message(missing)
+        reporter.message(missing)
     checkpoint, damaged = newest_checkpoint(run_dir, at_most=step - 1)
     for line in damaged:
-        listener.message(line)
+        reporter.message(line)
     start = 0 if checkpoint is None else checkpoint.step
     if gaps := [s for s in range(start + 1, step) if s not in rows]:
         raise CheckpointError(
             f"{run_dir / 'metrics.jsonl'}: no row of step {ranges(gaps)}, on the way to step {step}; restore the file"
         )
-    run = rebuild(_recipe(run_dir, checkpoint, device), checkpoint, known, listener)
+    run = rebuild(_recipe(run_dir, checkpoint, device), checkpoint, known, reporter)
+    computation = run.computation
     try:
         repeated = step - 1 - run.start_step
-        listener.message(
+        reporter.message(
             f"step {step} from {'the start' if checkpoint is None else checkpoint.folder.name}: "
             f"{repeated} step{'' if repeated == 1 else 's'} before it to repeat"
         )
         for before in range(run.start_step + 1, step):
-            listener.stepped(_repeat(run, rows[before], listener), run.summary)
-        row, problem = _compute(run, step)
+            reporter.stepped(_repeat(computation, rows[before], before), run.summary)
+        row, problem = _compute(computation, step)
     finally:
         forget_blocks()
-    rounding = _ROUNDING[run.recipe.train.dtype]
+    rounding = _ROUNDING[computation.recipe.train.dtype]
     recorded = rows.get(step)
     return Replay(
         step=step,
@@ -147,42 +153,52 @@ def replay(run_dir: Path, step: int, *, device: str = "auto", listener: Listener
         repeated=repeated,
         compared=() if recorded is None else _compare(recorded, row, rounding),
         problem=problem,
-        samples=_sample_losses(run, step),
+        samples=_sample_losses(computation, step),
         rounding=rounding,
-        run=run,
+        computation=computation,
+        tokenizer=run.tokenizer,
     )
 
 
-def _repeat(run: Run, recorded: Row, listener: Listener) -> Row:
+@dataclass(frozen=True)
+class _Recorded:
+    """What the ledger says of a step. Its figures are JSON of whatever type: somebody may have edited them."""
+
+    lr: float | None
+    skipped: bool
+    figures: dict[str, Any]
+
+
+def _repeat(computation: Computation, recorded: _Recorded, step: int) -> StepRow:
     """A step on the way, as it was made: with its learning rate, and without its update if that was skipped."""
-    step = recorded["step"]
+    this = samples_of(computation, step)
     try:
-        row = update(run, samples_of(run, step), skips=lambda _: bool(recorded.get("skipped")), lr=recorded["lr"])
+        row = update(computation, this, skips=lambda _: recorded.skipped, lr=recorded.lr)
     except NonFiniteStep as problem:
         raise CheckFailed(
             f"step {step}: {problem}, which the run was not; the checkpoint, the data or the code is another one"
         ) from None
-    rounding = _ROUNDING[run.recipe.train.dtype]
-    different = [c.name for c in _compare(recorded, row, rounding) if c.verdict == "different"]
+    rounding = _ROUNDING[computation.recipe.train.dtype]
+    different = [c.name for c in _compare(recorded, row.to_json(), rounding) if c.verdict == "different"]
     if different:
-        listener.message(f"step {step}, on the way: {', '.join(different)} not as recorded")
+        computation.reporter.message(f"step {step}, on the way: {', '.join(different)} not as recorded")
     return row
 
 
-def _compute(run: Run, step: int) -> tuple[Row, str | None]:
-    """The figures of the step, and why they are not finite. The weights stay as they are."""
-    this = samples_of(run, step)
+def _compute(computation: Computation, step: int) -> tuple[dict[str, Any], str | None]:
+    """The figures of the step as JSON, and why they are not finite. The weights stay as they are."""
+    this = samples_of(computation, step)
     try:
-        return update(run, this, skips=lambda _: True), None
+        return update(computation, this, skips=lambda _: True).to_json(), None
     except NonFiniteStep as problem:
-        num_tokens = int(run.train_store.num_tokens[this.sample_ids].sum())
+        num_tokens = int(computation.store.num_tokens[this.sample_ids].sum())
         return {"positions": [this.position_start, this.position_end], "num_tokens": num_tokens}, str(problem)
 
 
-def _compare(recorded: Row, replayed: Row, rounding: float) -> tuple[Compared, ...]:
+def _compare(recorded: _Recorded, replayed: dict[str, Any], rounding: float) -> tuple[Compared, ...]:
     compared = []
     for name in (*_EXACT, *_ROUNDED):
-        a, b = recorded.get(name), for_json(replayed.get(name))
+        a, b = recorded.figures.get(name), replayed.get(name)
         verdict: Literal["equal", "within rounding", "different"] = "equal" if a == b else "different"
         numbers = isinstance(a, int | float) and isinstance(b, int | float)
         if verdict == "different" and name in _ROUNDED and numbers and math.isclose(a, b, rel_tol=rounding):  # type: ignore[arg-type]
@@ -201,13 +217,13 @@ def for_json(value: Any) -> Any:
 
 
 @torch.no_grad()
-def _sample_losses(run: Run, step: int) -> tuple[SampleLoss, ...]:
+def _sample_losses(computation: Computation, step: int) -> tuple[SampleLoss, ...]:
     """Each sample alone, in the precision of training."""
-    store, precision = run.train_store, run.state.precision
+    store, precision = computation.store, computation.state.precision
     losses = []
-    for i in samples_of(run, step).sample_ids.tolist():
+    for i in samples_of(computation, step).sample_ids.tolist():
         with precision.autocast():
-            out = run.model(collate([store[i]]).to(precision.device))
+            out = computation.model(collate([store[i]]).to(precision.device), computation.state.execution)
         losses.append(SampleLoss(i, store.where(i), int(store.lengths[i]), float(out.num_tokens), float(out.loss_sum)))
     return tuple(sorted(losses, key=lambda s: (math.isfinite(s.loss), -s.loss if math.isfinite(s.loss) else 0.0)))
 
@@ -215,7 +231,7 @@ def _sample_losses(run: Run, step: int) -> tuple[SampleLoss, ...]:
 def _recipe(run_dir: Path, checkpoint: Checkpoint | None, device: str) -> Recipe:
     """As at the checkpoint, or as the run was started; on this machine, and telling no tracker."""
     if checkpoint is not None:
-        recipe = Recipe.parse(checkpoint.state["recipe"])
+        recipe = checkpoint.recipe
     elif (run_dir / "recipe.toml").is_file():
         recipe = Recipe.load(run_dir / "recipe.toml")
     else:
@@ -230,7 +246,7 @@ def _recipe(run_dir: Path, checkpoint: Checkpoint | None, device: str) -> Recipe
     return recipe.model_copy(update={"out_dir": str(run_dir), "train": train, "log": LogConfig()})
 
 
-def _read_rows(path: Path, known: Checkpoint | None) -> tuple[dict[int, Row], int, str | None]:
+def _read_rows(path: Path, known: Checkpoint | None) -> tuple[dict[int, _Recorded], int, str | None]:
     """The rows by step, the last step, and what to say of rows that are not as the run wrote them.
 
     A torn last line is left out, as on a resume. Rows that the file lacks come from the checkpoint `known`; for those
@@ -246,7 +262,7 @@ def _read_rows(path: Path, known: Checkpoint | None) -> tuple[dict[int, Row], in
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); name the out_dir of a run") from None
     lines = [row for row in lines if isinstance(row.get("lr"), float | int)]
     most = 2 * max(len(lines), len(ledger))  # a step far beyond the rows that are there: somebody has edited it
-    rows: dict[int, Row] = {}
+    rows: dict[int, dict[str, Any]] = {}
     for row in lines:
         if row["step"] <= most:
             rows.setdefault(row["step"], row)
@@ -259,4 +275,5 @@ def _read_rows(path: Path, known: Checkpoint | None) -> tuple[dict[int, Row], in
     said = [f"rows of steps {ranges(rebuilt)} taken from {known.folder.name}"] if rebuilt and known is not None else []
     if gaps := [step for step in range(1, last + 1) if step not in rows]:
         said.append(f"rows of steps {ranges(gaps)} are missing")
-    return rows, last, f"{path}: {'; '.join(said)}" if said else None
+    recorded = {step: _Recorded(row["lr"], bool(row.get("skipped")), row) for step, row in rows.items()}
+    return recorded, last, f"{path}: {'; '.join(said)}" if said else None

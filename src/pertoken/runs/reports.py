@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import numpy as np
 
 from pertoken.data.batch.order import Step
 from pertoken.data.batch.pack import collate
+from pertoken.data.batch.share import denominators_of
 from pertoken.data.store.store import Store
 from pertoken.errors import NonFiniteError, SpikeError
-from pertoken.model.decoder import CausalLM
-from pertoken.objective.cross_entropy import LossOutput
+from pertoken.model.protocol import LanguageModel
+from pertoken.objective.terms import LossOutput
 from pertoken.runs.spikes import Spikes, SpikeStep
-from pertoken.tracking.metrics import Row
+from pertoken.tracking.rows import StepRow
 from pertoken.training.faults import first_non_finite, is_finite, shown_samples
 from pertoken.training.step import NonFiniteStep, TrainState
 
@@ -28,7 +28,7 @@ def non_finite_error(
     problem: NonFiniteStep,
     suspects: np.ndarray,
     state: TrainState,
-    model: CausalLM,
+    model: LanguageModel,
     store: Store,
     out_dir: Path,
     saved: str,
@@ -38,15 +38,16 @@ def non_finite_error(
     `saved` says what became of the step before.
     """
     ids = [int(i) for i in suspects]
-    num_tokens, num_input_tokens = (
-        float(counts[this.sample_ids].sum()) for counts in (store.num_tokens, store.lengths)
-    )
+    denominators = denominators_of(store, this.sample_ids)
 
     def run_backward(out: LossOutput) -> None:
-        state.backward(out.objective(num_tokens, num_input_tokens) * state.world.size)
+        state.backward(out.objective(denominators) * state.world.size)
 
     gradient_of = run_backward if problem.parameter is not None else None
-    verdicts = [is_finite(model, collate([store[i]]), state.precision, gradient_of) for i in ids]
+    verdicts = [
+        is_finite(model, collate([store[i]]), state.precision, state.execution, gradient_of, objective=state.objective)
+        for i in ids
+    ]
     everyones = state.world.gather(verdicts)  # one processor's fault must not lead ranks apart
     guilty = [i for i, finite in zip(ids, map(all, zip(*everyones, strict=True)), strict=True) if not finite]
     lines = [
@@ -59,7 +60,7 @@ def non_finite_error(
     return NonFiniteError("\n".join(lines))
 
 
-def _where(problem: NonFiniteStep, ids: list[int], state: TrainState, model: CausalLM, store: Store) -> str:
+def _where(problem: NonFiniteStep, ids: list[int], state: TrainState, model: LanguageModel, store: Store) -> str:
     if problem.parameter is not None:
         return f"the gradient of {problem.parameter}; the forward pass is finite"
     if problem.micro_batch is None:
@@ -75,19 +76,20 @@ def spike_error(this: Step, problem: SpikeStep, store: Store, out_dir: Path, sav
         f'step {this.step}: {problem}; train.on_spike="stop": the weights were not touched and {saved}'
         f"\nits samples: {shown_samples(store, this.sample_ids.tolist())}\n"
         f"look closer with: {_replay(out_dir, this.step)}\n"
-        'go on with --resume and train.on_spike="skip" or "warn"'
+        'continue with resume=True and train.on_spike="skip" or "warn"'
     )
 
 
-def spike_message(this: Step, spikes: Spikes, row: Row, store: Store, out_dir: Path) -> str:
+def spike_message(this: Step, spikes: Spikes, row: StepRow, store: Store, out_dir: Path) -> str:
     """Of a spike that the run goes on after. `spikes` do not remember it yet."""
-    what = "update skipped" if row.get("skipped") else "updated all the same"
+    what = "update skipped" if row.skipped else "updated all the same"
     return (
-        f'step {this.step}: {spikes.describe(row["grad_norm"])}; {what} (train.on_spike="{spikes.on_spike}"). '
+        f'step {this.step}: {spikes.describe(row.grad_norm)}; {what} (train.on_spike="{spikes.on_spike}"). '
         f"Its samples: {shown_samples(store, this.sample_ids.tolist(), _FEW)}. "
         f"Look closer with: {_replay(out_dir, this.step)}"
     )
 
 
 def _replay(out_dir: Path, step: int) -> str:
-    return f"pertoken replay {shlex.quote(str(out_dir))} --step {step}"
+    """As in Python; the command line has words of its own for it."""
+    return f"replay({str(out_dir)!r}, step={step})"

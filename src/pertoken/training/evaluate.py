@@ -5,27 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
-from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folder
 from pertoken.data.batch.pack import collate, pack_micro_batches
-from pertoken.data.files.find import find_files
-from pertoken.data.files.records import Record, read_records
-from pertoken.data.store.store import Store, build_store
-from pertoken.data.tokens.tokenizer import open_tokenizer
+from pertoken.data.store.store import Store
 from pertoken.errors import PertokenError
 from pertoken.kernels.memory import forget_blocks
-from pertoken.model.decoder import CausalLM
-from pertoken.recipe.schema import Recipe, apply_override
+from pertoken.model.execution import PLAIN, Execution
+from pertoken.model.protocol import TorchModule
 from pertoken.training.memory import out_of_memory
 from pertoken.training.parallel import World
-from pertoken.training.precision import Precision, keeping_casts
+from pertoken.training.precision import Precision
 
-__all__ = ["Evaluation", "evaluate", "model_and_data"]
+__all__ = ["Evaluation", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,13 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, store: Store, precision: Precision, *, token_budget: int, world: World | None = None
+    model: TorchModule,
+    store: Store,
+    precision: Precision,
+    *,
+    token_budget: int,
+    world: World | None = None,
+    execution: Execution = PLAIN,
 ) -> Evaluation:
     """Token-weighted loss over every sample of `store`, shared among the ranks of `world` (alone if not given).
 
@@ -69,7 +68,7 @@ def evaluate(
             micro_batches = pack_micro_batches(
                 store.lengths.tolist(), world_size=world.size, token_budget=token_budget
             )[world.rank]
-            loss_sum = _loss_sum(model, store, precision, micro_batches)
+            loss_sum = _loss_sum(model, store, precision, execution, micro_batches)
             if loss_sum is None and (world.size > 1 or len(micro_batches) >= len(store)):
                 raise PertokenError(
                     f"evaluation: out of memory with {token_budget} tokens in a micro-batch; "
@@ -83,15 +82,19 @@ def evaluate(
 
 
 def _loss_sum(
-    model: nn.Module, store: Store, precision: Precision, micro_batches: Sequence[Sequence[int]]
+    model: TorchModule,
+    store: Store,
+    precision: Precision,
+    execution: Execution,
+    micro_batches: Sequence[Sequence[int]],
 ) -> float | None:
     """In nats; None where memory ends."""
     loss_sum = 0.0
     try:
-        with keeping_casts(model):
+        with execution.keeping_casts() as this:
             for indices in micro_batches:
                 with precision.autocast():
-                    out = model(collate([store[i] for i in indices]).to(precision.device))
+                    out = model(collate([store[i] for i in indices]).to(precision.device), this)
                 loss_sum += float(out.loss_sum)
     except Exception as error:
         if not out_of_memory(error):
@@ -99,52 +102,3 @@ def _loss_sum(
         forget_blocks()
         return None
     return loss_sum
-
-
-def _data_recipe(folder: Path, path: str, overrides: Sequence[str], *, longest: int) -> Recipe:
-    """A recipe that makes samples of the data at `path` as the model in `folder` was trained on them.
-
-    A pertoken checkpoint brings its own settings; any other folder gets the defaults, at most 2,048 tokens a sample and
-    the stage that the first row suggests. `overrides` come last. Evaluation has no split and never drops what is long.
-    """
-    values: dict[str, Any] = {"out_dir": "unused", "init_from": None}
-    data: dict[str, Any] = {"max_seq_len": min(longest, 2048), "overlong": "truncate"}
-    if saved := recipe_of(folder):
-        data = {k: v for k, v in saved["data"].items() if k not in ("eval_path", "eval_fraction", "eval_split")}
-    values["data"] = data | {"path": path, "tokenizer": data.get("tokenizer")}
-    if folder.is_dir():  # the tokenizer as it was saved with the model, added tokens and template included
-        values["data"] |= {"tokenizer": str(folder), "add_tokens": [], "chat_template": None}
-    for override in overrides:
-        apply_override(values, override)
-    values.setdefault("stage", _stage_of(values["data"]))
-    if values["stage"] == "pretrain" and values["data"].get("format", "auto") != "text":
-        values["data"]["format"] = "text"
-    return Recipe.parse(values)
-
-
-def _stage_of(data: dict[str, Any]) -> str:
-    """`pretrain` for raw text, `sft` for conversations, by the first row."""
-    path, text_key = data["path"], data.get("text_key", "text")
-    for file in find_files((path,)):
-        for record in read_records(file):
-            if isinstance(record, Record):
-                text = not isinstance(record.value, dict) or isinstance(record.value.get(text_key), str)
-                return "pretrain" if text else "sft"
-    return "sft"
-
-
-def model_and_data(
-    model: str, data: str, overrides: Sequence[str], *, dtype: torch.dtype = torch.float32
-) -> tuple[CausalLM, Store, Any]:
-    """The model at `model`, the samples that its own training would make of `data`, and its tokenizer.
-
-    `overrides` are recipe keys, for what a model folder alone does not tell. Raises ModelError, DataError, RecipeError.
-    """
-    loaded = load_model(model, dtype=dtype)
-    recipe = _data_recipe(resolve_model_folder(model), data, overrides, longest=loaded.config.max_position_embeddings)
-    settings = recipe.data
-    assert settings.tokenizer is not None, "Recipe requires one"
-    tokenizer = open_tokenizer(settings.tokenizer, add_tokens=settings.add_tokens, chat_template=settings.chat_template)
-    store = build_store(settings.path, stage=recipe.stage, tokenizer=tokenizer, data=settings)
-    store.check_vocab(loaded.config.vocab_size)
-    return loaded, store, tokenizer

@@ -34,11 +34,11 @@ def out_of_memory(error: BaseException) -> bool:
 def memory_problem(*, updated: bool, world: World, token_budget: int) -> str:
     """Why a step that memory did not suffice for cannot be done again in smaller micro-batches, and what to do."""
     if updated:
-        return "out of memory while the weights were updated; free memory and go on with --resume"
+        return "out of memory while the weights were updated; free memory and continue with resume=True"
     if world.size > 1:
         return (
-            f"rank {world.rank} is out of memory; lower train.micro_batch_tokens (now {token_budget}) and go on with "
-            "--resume"
+            f"rank {world.rank} is out of memory; lower train.micro_batch_tokens (now {token_budget}) and continue "
+            "with resume=True"
         )
     return (
         "out of memory with one sample in a micro-batch; lower data.max_seq_len, "

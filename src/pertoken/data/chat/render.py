@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pertoken.data.batch.sample import Sample
+from pertoken.data.chat.template import end_of_turn_id, render
 from pertoken.data.formats import Conversation
 from pertoken.data.tokens.encode import Encoder, TextWithSpans
-from pertoken.data.tokens.tokenizer import end_of_turn_id, render
 from pertoken.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["ChatTemplate", "chat_sample", "rendered_chat"]
 
 _MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+
+
+@cache
+def _words(template: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", template))
 
 
 class ChatTemplate:
@@ -43,6 +49,16 @@ class ChatTemplate:
     def has_marks(self, tools: list[dict[str, Any]] | None) -> bool:
         """Whether the template itself says what is generated."""
         return _MARK.search(self._tokenizer.get_chat_template(tools=tools)) is not None
+
+    def unnamed_keys(self, chat: Conversation) -> set[str]:
+        """The keys of messages, and `tools`, whose names are nowhere in the template: it makes nothing of them."""
+        template, found = self._tokenizer.get_chat_template(tools=chat.tools), set[str]()
+        words = _words(template)
+        for message in chat.messages:
+            found |= message.keys() - words
+        if chat.tools and "tools" not in words:
+            found.add("tools")
+        return {key for key in found if key.isidentifier() or key not in template}
 
     def text(self, chat: Conversation, upto: int | None = None, *, prompt: bool = False) -> str:
         """The rendering of the first `upto` messages, with `prompt` up to where the assistant would go on."""

@@ -1,7 +1,7 @@
 """The folder of a store, written once, checked whenever it is opened.
 
     samples.arrow   an Arrow IPC file, one row per sample (see columns.py)
-    store.json      files, settings, counts, the checksums of the other two, and its own
+    store.json      format_version, files, settings, counts, the checksums of the other two, and its own
     skipped.txt     the bad rows that were skipped, one line each
 
 It is built aside and renamed into place, so a folder of that name was whole once.
@@ -22,9 +22,11 @@ from pertoken.data.store.sums import damaged_block
 from pertoken.errors import DataError
 from pertoken.files import sha256, sync
 
-__all__ = ["SKIPPED", "Check", "Damaged", "open_folder", "put_in_place", "write_folder"]
+__all__ = ["FORMAT_VERSION", "SKIPPED", "Check", "Damaged", "open_folder", "put_in_place", "write_folder"]
 
 Check = Literal["none", "sample", "full"]
+
+FORMAT_VERSION = 4  # of the folder: raise it when it is written otherwise; the samples, and their fingerprint, stay
 
 SKIPPED = "skipped.txt"
 _SAMPLES, _META = "samples.arrow", "store.json"
@@ -50,7 +52,7 @@ def write_folder(folder: Path, samples: Sequence[Path], skipped: Sequence[Path],
                     shutil.copyfileobj(lines, listed)
         sync(folder / SKIPPED)
         sums["skipped"] = sha256(folder / SKIPPED)
-    content = {**meta, "sums": sums}
+    content = {"format_version": FORMAT_VERSION, **meta, "sums": sums}
     text = json.dumps({**content, "checksum": _checksum(content)}, indent=1, ensure_ascii=False)
     (folder / _META).write_text(text, encoding="utf-8")
     sync(folder / _META)
@@ -61,7 +63,8 @@ def open_folder(folder: Path, check: Check) -> tuple[Columns, dict[str, Any]] | 
 
     "sample" reads store.json, the list of skipped rows, the columns of numbers and some blocks of the samples, drawn
     anew each time; "full" reads everything; "none" only store.json.
-    Raises Damaged where something is missing or differs from its checksum, DataError where it cannot be known.
+    Raises Damaged where something is missing or differs from its checksum, and for a folder of an earlier version;
+    DataError where it cannot be known, and for a folder of a newer version, which is left as it is.
     """
     if not folder.is_dir():
         return None
@@ -69,6 +72,7 @@ def open_folder(folder: Path, check: Check) -> tuple[Columns, dict[str, Any]] | 
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         if meta.pop("checksum") != _checksum(meta):
             raise Damaged(f"{_META} differs from its checksum")
+        _check_version(folder, meta.pop("format_version", 0))
         sums = meta.pop("sums")
         skipped, samples = sums.get("skipped"), sums["samples"]
         if check != "none":
@@ -90,6 +94,17 @@ def open_folder(folder: Path, check: Check) -> tuple[Columns, dict[str, Any]] | 
     except (AttributeError, KeyError, TypeError, ValueError):
         raise Damaged(f"{_META} or {_SAMPLES} is not what pertoken writes") from None
     return columns, meta
+
+
+def _check_version(folder: Path, version: int) -> None:
+    """A store's name holds its version, so another one is there only if somebody renamed its folder."""
+    if version > FORMAT_VERSION:
+        raise DataError(
+            f"{folder}: a token store of a newer pertoken (format_version {version}, this one knows {FORMAT_VERSION}); "
+            "update pertoken, or name another folder with data.store"
+        )
+    if version < FORMAT_VERSION:
+        raise Damaged(f"of an earlier pertoken, format_version {version}")
 
 
 def put_in_place(aside: Path, folder: Path) -> None:

@@ -1,4 +1,8 @@
-"""The name of a store: a hash over everything that decides its contents."""
+"""The name of a store: a hash over everything that decides its contents.
+
+All settings of the recipe's [data] are part of it but those of `DO_NOT_DECIDE`. A setting that nobody thought of is
+therefore part of it, and costs a store that is made again; it never serves samples that were made otherwise.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pertoken.data.formats import formats_that_give
 from pertoken.data.store.columns import SCHEMA
+from pertoken.data.store.folder import FORMAT_VERSION
 from pertoken.data.tokens.encode import Encoder
 from pertoken.data.tokens.tokenizer import special_ids
 from pertoken.recipe.schema import DataConfig
@@ -17,10 +23,26 @@ from pertoken.recipe.schema import DataConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["StoreKey"]
+__all__ = ["DO_NOT_DECIDE", "StoreKey"]
 
-_VERSION = 2  # of how samples are made: raise it when the same data would give others
-_FORMAT = 3  # of the folder: raise it when it is written otherwise; the samples, and their fingerprint, stay the same
+_VERSION = 3  # of how samples are made: raise it when the same data and settings, defaults too, would give others
+
+DO_NOT_DECIDE = {  # the settings that do not decide the samples, and why
+    "path": "the contents of the files are part of the key",
+    "eval_path": "makes a store of its own",
+    "eval_fraction": "chooses among the samples; where it cuts documents, it is part of the key as `tail`",
+    "eval_split": "as eval_fraction",
+    "tokenizer": "what is in it is part of the key",
+    "add_tokens": "part of the tokenizer",
+    "chat_template": "part of the tokenizer",
+    "store": "where the samples are, not what they are",
+    "workers": "any number of processes makes the same samples",
+}
+
+# Fingerprints of before this version, which named the settings that decide, instead of those that do not.
+_V2_SETTINGS = {"format", "text_key", "prompt_key", "completion_key", "template_kwargs", "max_seq_len"}
+_V2_SETTINGS |= {"overlong", "on_bad_row"}
+_V2_FORMATS = ["messages", "conversations", "prompt_completion"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +50,7 @@ class StoreKey:
     """What decides a store, beside the contents of its files."""
 
     settings: dict[str, Any]
+    settings_v2: dict[str, Any] | None  # None: version 2 had no such samples
     tokenizer: list[Any]
     files: list[str]  # their names
 
@@ -41,24 +64,64 @@ class StoreKey:
         tokenizer: PreTrainedTokenizerBase,
         encoder: Encoder,
     ) -> StoreKey:
-        return cls(_settings(stage, data), _tokenizer_identity(tokenizer, encoder), [str(file) for file in files])
+        identity, names = _tokenizer_identity(tokenizer, encoder), [str(file) for file in files]
+        return cls(_settings(stage, data), _settings_v2(stage, data), identity, names)
 
     def fingerprint(self, contents: list[str]) -> str:
+        """Of the samples: what a run and its resume must agree on. `contents` are the files' SHA-256."""
         return _hash(_VERSION, self.settings, contents, self.tokenizer)
+
+    def fingerprint_v2(self, contents: list[str]) -> str | None:
+        """The fingerprint that checkpoints of before `format_version` 1 hold, so that they can be resumed.
+
+        It goes when checkpoints without a `format_version` are no longer read.
+        """
+        return None if self.settings_v2 is None else _hash(2, self.settings_v2, contents, self.tokenizer)
 
     def name(self, contents: list[str]) -> str:
         """The folder's. The files' names decide it too, for `file:line` must be right."""
-        return _hash(_FORMAT, str(SCHEMA), self.fingerprint(contents), self.files)
+        return _hash(FORMAT_VERSION, str(SCHEMA), self.fingerprint(contents), self.files)
+
+    def earlier_name(self, contents: list[str]) -> str | None:
+        """The folder's that the version before this one would have made; goes with `fingerprint_v2`."""
+        fingerprint = self.fingerprint_v2(contents)
+        return None if fingerprint is None else _hash(3, str(SCHEMA), fingerprint, self.files)
 
     def meta(self, contents: list[str]) -> dict[str, Any]:
-        named = {"fingerprint": self.fingerprint(contents), "files": self.files, "settings": self.settings}
-        return {**named, "contents": contents}
+        """What store.json keeps: of the fingerprints first this version's, then what an earlier one would have said."""
+        earlier = self.fingerprint_v2(contents)
+        return {
+            "fingerprints": [self.fingerprint(contents), *([earlier] if earlier is not None else [])],
+            "files": self.files,
+            "settings": self.settings,
+            "contents": contents,
+        }
 
 
 def _settings(stage: str, data: DataConfig) -> dict[str, Any]:
-    """Everything in the recipe that decides the samples."""
-    names = ("format", "text_key", "prompt_key", "completion_key", "template_kwargs", "max_seq_len")
-    values = data.model_dump(mode="json", include={*names, "overlong", "on_bad_row"})
+    """Everything in the recipe that decides the samples.
+
+    Settings at their defaults are left out, so that a new one does not change the key of the samples of before it.
+    """
+    values = data.model_dump(mode="json", exclude=set(DO_NOT_DECIDE), exclude_defaults=True)
+    values |= {"stage": stage, "tail": data.eval_fraction if data.eval_split == "tail" else 0.0}
+    if _skips_unknown_formats(data):
+        values["formats"] = formats_that_give("text" if stage == "pretrain" else "conversation")
+    return values
+
+
+def _skips_unknown_formats(data: DataConfig) -> bool:
+    """Then a new format reads rows that were bad before; otherwise there are none in a store."""
+    return data.format == "auto" and data.on_bad_row == "skip"
+
+
+def _settings_v2(stage: str, data: DataConfig) -> dict[str, Any] | None:
+    """As version 2 wrote them. None where a setting that it did not have says anything."""
+    if data.model_dump(exclude={*DO_NOT_DECIDE, *_V2_SETTINGS}, exclude_defaults=True):
+        return None
+    if stage == "sft" and _skips_unknown_formats(data) and formats_that_give("conversation") != _V2_FORMATS:
+        return None
+    values = data.model_dump(mode="json", include=_V2_SETTINGS)
     return {**values, "stage": stage, "tail": data.eval_fraction if data.eval_split == "tail" else 0.0}
 
 

@@ -1,52 +1,33 @@
-"""Parts of the data made into files of samples, which an interrupted build finds again.
-
-A work folder beside the store holds, for every part that is finished,
-
-    part-000000.arrow     its samples
-    part-000000.skipped   the bad rows that were skipped, one line each
-    part-000000.json      what became of its rows, and checksums of the other two; written last
+"""All parts of the data made into files of samples, by this process or by several, those of an interrupted build found
+again.
 
 How many processes make the parts changes nothing in them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pertoken.data.files.records import BadRow, Problems
-from pertoken.data.samples import Counts, Outcome, SampleBuilder
-from pertoken.data.store.columns import write
+from pertoken.data.samples import SampleBuilder
+from pertoken.data.store.made_part import MadePart, find_part, make_part
 from pertoken.data.store.parts import Part, part_bytes
+from pertoken.data.store.workers import share_out
 from pertoken.errors import PertokenError
 
-__all__ = ["MadePart", "make_part", "make_parts", "work_folder"]
+__all__ = ["make_parts", "work_folder"]
 
-_SUFFIXES = (".arrow", ".skipped")
 _LITTLE_BYTES = 16 << 20  # less is not worth the second or two that starting processes takes
-
-
-@dataclass(frozen=True)
-class MadePart:
-    """A finished part."""
-
-    samples: Path
-    skipped: Path
-    outcome: Outcome
-    totals: dict[str, int]
 
 
 def make_parts(
     parts: Sequence[Part],
-    making: SampleBuilder,
+    builder: SampleBuilder,
     folder: Path,
     *,
     workers: int | None = None,
@@ -59,7 +40,7 @@ def make_parts(
     Raises DataError where a file cannot be read, ChildProcessError where a process was killed or had no
     memory left.
     """
-    made = {i: found for i, part in enumerate(parts) if (found := _find(folder, i, part))}
+    made = {i: found for i, part in enumerate(parts) if (found := find_part(folder, i, part))}
     missing = {i: part for i, part in enumerate(parts) if i not in made}
     done = {i: part_bytes(parts[i]) for i in made}
 
@@ -71,70 +52,15 @@ def make_parts(
         on_progress(sum(done.values()))
     workers = min(workers or _processors(), len(missing))
     if workers > 1 and sum(map(part_bytes, missing.values())) >= _LITTLE_BYTES and os.name == "posix":
-        from pertoken.data.store.workers import share_out
-
-        share_out(missing, making, folder, workers=workers, on_bytes=on_bytes)
+        share_out(missing, builder, folder, workers=workers, on_bytes=on_bytes)
     else:
         for i, part in missing.items():
-            make_part(folder, i, part, making, on_bytes)
+            make_part(folder, i, part, builder, on_bytes)
     for i, part in missing.items():
-        found = _find(folder, i, part, check=False)
+        found = find_part(folder, i, part, check=False)
         assert found is not None, (folder, i)
         made[i] = found
     return [made[i] for i in range(len(parts))]
-
-
-def make_part(
-    folder: Path, index: int, part: Part, making: SampleBuilder, on_bytes: Callable[[int, int], None]
-) -> None:
-    """Write the files of one part. `on_bytes` is told (index, bytes done)."""
-    outcome = Outcome()
-    ours = [folder / f"{_name(index)}{suffix}.{os.getpid()}" for suffix in _SUFFIXES]
-    with ours[1].open("w", encoding="utf-8") as skipped:
-        rows = making.samples(
-            part, outcome, skip=lambda row: skipped.write(f"{row}\n"), on_bytes=lambda count: on_bytes(index, count)
-        )
-        totals = write(ours[0], rows)
-    meta = {
-        "part": [list(asdict(span).values()) for span in part],
-        "checksums": [_checksum(path) for path in ours],
-        "totals": totals,
-        "counts": asdict(outcome.counts),
-        "problems": {"count": outcome.problems.count, "first": [asdict(row) for row in outcome.problems.first]},
-        "skippable": outcome.skippable,
-    }
-    for path in ours:
-        path.replace(path.with_suffix(""))
-    aside = folder / f"{_name(index)}.json.{os.getpid()}"
-    aside.write_text(json.dumps(meta), encoding="utf-8")
-    aside.replace(aside.with_suffix(""))
-
-
-def _find(folder: Path, index: int, part: Part, *, check: bool = True) -> MadePart | None:
-    """A part that was finished; None where it was not, is damaged, or was cut from the files otherwise."""
-    samples, skipped = (folder / f"{_name(index)}{suffix}" for suffix in _SUFFIXES)
-    try:
-        meta = json.loads((folder / f"{_name(index)}.json").read_text(encoding="utf-8"))
-        if meta["part"] != json.loads(json.dumps([list(asdict(span).values()) for span in part])):
-            return None
-        if check and meta["checksums"] != [_checksum(path) for path in (samples, skipped)]:
-            return None
-        problems = Problems()
-        problems.count = int(meta["problems"]["count"])
-        problems.first = [BadRow(**row) for row in meta["problems"]["first"]]
-        outcome = Outcome(Counts(**meta["counts"]), problems, bool(meta["skippable"]))
-        return MadePart(samples, skipped, outcome, meta["totals"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _name(index: int) -> str:
-    return f"part-{index:06d}"
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _processors() -> int:

@@ -1,6 +1,6 @@
 """Tokenized samples on disk: made once, memory-mapped ever after.
 
-A store is a folder of the cache (`store_folder.py`), named by a hash over everything that decides its contents.
+A store is a folder of the cache (`folder.py`), named by a hash over everything that decides its contents.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
@@ -19,12 +19,15 @@ from pertoken.data.batch.sample import Sample
 from pertoken.data.files.find import find_files
 from pertoken.data.files.hashes import recall, remember, see
 from pertoken.data.files.records import BadRow, Problems
-from pertoken.data.samples import Outcome, SampleBuilder
+from pertoken.data.outcome import Outcome
+from pertoken.data.samples import SampleBuilder
 from pertoken.data.store.columns import Columns
 from pertoken.data.store.folder import SKIPPED, Check, Damaged, open_folder, put_in_place, write_folder
 from pertoken.data.store.key import StoreKey
+from pertoken.data.store.made_part import MadePart
 from pertoken.data.store.parts import part_bytes, scan
-from pertoken.data.store.prepare import MadePart, make_parts, work_folder
+from pertoken.data.store.prepare import make_parts, work_folder
+from pertoken.data.store.report import StoreReport, to_json
 from pertoken.data.tokens.encode import Encoder
 from pertoken.errors import DataError
 from pertoken.recipe.schema import DataConfig
@@ -33,38 +36,7 @@ from pertoken.text import reason
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Store", "StoreReport", "build_store", "open_store"]
-
-
-@dataclass(frozen=True)
-class StoreReport:
-    """What became of the rows of a store's files."""
-
-    rows: int  # rows read, bad ones included
-    samples: int
-    tokens: int  # inputs, over all samples
-    num_tokens: int  # supervised tokens
-    skipped: int  # bad rows passed over, listed in skipped_file
-    overlong: int  # conversations dropped for being longer than data.max_seq_len
-    truncated: int  # conversations cut to data.max_seq_len
-    unsupervised: int  # conversations dropped for having no supervised token (left)
-    too_short: int  # documents of one token, which predict nothing
-    skipped_file: str | None
-    hit: bool  # the store was there already
-
-    def notes(self) -> list[str]:
-        """One line for each way in which rows were lost or cut."""
-        return [
-            note.format(count=count)
-            for count, note in (
-                (self.skipped, f"{{count}} bad rows skipped, listed in {self.skipped_file}"),
-                (self.overlong, "{count} conversations longer than data.max_seq_len dropped"),
-                (self.truncated, "{count} conversations cut to data.max_seq_len"),
-                (self.unsupervised, "{count} conversations without a supervised token dropped"),
-                (self.too_short, "{count} documents of a single token dropped"),
-            )
-            if count
-        ]
+__all__ = ["Store", "build_store", "open_store"]
 
 
 class Store:
@@ -75,14 +47,14 @@ class Store:
         columns: Columns,
         *,
         name: str,
-        fingerprint: str,
+        fingerprints: tuple[str, ...],
         files: tuple[str, ...],
         contents: tuple[str, ...],
         report: StoreReport,
         ids: np.ndarray | None = None,
     ) -> None:
         self.name = name  # of the folder in the cache
-        self.fingerprint = fingerprint  # hash over contents of files, tokenizer and settings
+        self.fingerprints = fingerprints  # hashes over contents of files, tokenizer and settings; see `StoreKey`
         self.files = files
         self._contents = contents  # the SHA-256 of each file
         self.report = report  # of the whole build, in both halves of a split
@@ -94,6 +66,11 @@ class Store:
 
     def __getitem__(self, i: SupportsIndex) -> Sample:
         return self._columns.sample(self._row(i))
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash that says which samples these are."""
+        return self.fingerprints[0]
 
     @property
     def checksums(self) -> dict[str, str]:
@@ -179,7 +156,7 @@ class Store:
         return Store(
             self._columns,
             name=self.name,
-            fingerprint=self.fingerprint,
+            fingerprints=self.fingerprints,
             files=self.files,
             contents=self._contents,
             report=self.report,
@@ -207,8 +184,8 @@ def build_store(
     that change meanwhile.
     """
     files, cache = find_files(paths, on_message), _cache(data.store)
-    making = SampleBuilder.of(files, data, stage=stage, tokenizer=tokenizer, encoder=Encoder(tokenizer))
-    key = StoreKey.of(files, data, stage=stage, tokenizer=tokenizer, encoder=making.encoder)
+    builder = SampleBuilder.of(files, data, stage=stage, tokenizer=tokenizer, encoder=Encoder(tokenizer))
+    key = StoreKey.of(files, data, stage=stage, tokenizer=tokenizer, encoder=builder.encoder)
     check: Check = "full" if verify_data else "sample"
     try:
         known = recall(cache, files) if not verify_data else None
@@ -221,10 +198,12 @@ def build_store(
     remember(cache, files, seen, contents)
     if (store := _open_or_tell(cache, key, contents, check, on_message)) is not None:  # others built it meanwhile, too
         return store
+    if (earlier := key.earlier_name(contents)) is not None and (cache / earlier).is_dir():
+        on_message(f"{cache / earlier}: a token store of an earlier version; making a new one, so it can be removed")
     name, progress = key.name(contents), _Progress(sum(map(part_bytes, parts)), on_progress)
     try:
         with work_folder(cache, name) as work:
-            made = make_parts(parts, making, work, workers=data.workers, on_progress=progress.at)
+            made = make_parts(parts, builder, work, workers=data.workers, on_progress=progress.at)
             _write(work / "store", made, paths, key.meta(contents))
             put_in_place(work / "store", cache / name)
     except ChildProcessError as error:
@@ -277,30 +256,20 @@ class _Progress:
             self._tell(self._total, self._total)
 
 
-def _report(made: Sequence[MadePart]) -> dict[str, int]:
-    outcome = _outcome(made)
-    totals = {name: sum(part.totals[name] for part in made) for name in ("samples", "tokens", "num_tokens")}
-    return {**asdict(outcome.counts), **totals}
-
-
-def _outcome(made: Sequence[MadePart]) -> Outcome:
+def _write(folder: Path, made: Sequence[MadePart], paths: Sequence[str], meta: dict[str, Any]) -> None:
+    """A store's folder from its parts. Raises DataError for bad rows and for no sample at all."""
     outcome = Outcome()
     for part in made:
         outcome.extend(part.outcome)
-    return outcome
-
-
-def _write(folder: Path, made: Sequence[MadePart], paths: Sequence[str], meta: dict[str, Any]) -> None:
-    """A store's folder from its parts. Raises DataError for bad rows and for no sample at all."""
-    outcome = _outcome(made)
     outcome.raise_problems()
-    if not sum(part.totals["samples"] for part in made):
+    totals = {name: sum(part.totals[name] for part in made) for name in ("samples", "tokens", "num_tokens")}
+    if not totals["samples"]:
         found = ", ".join(f"{name} {count}" for name, count in asdict(outcome.counts).items() if count)
         raise DataError(
             f"{', '.join(paths)}: no sample results ({found}); see data.max_seq_len, data.overlong and data.on_bad_row"
         )
     skipped = [part.skipped for part in made] if outcome.counts.skipped else []
-    write_folder(folder, [part.samples for part in made], skipped, {**meta, "report": _report(made)})
+    write_folder(folder, [part.samples for part in made], skipped, {**meta, "report": to_json(outcome, totals)})
 
 
 def _open_or_tell(
@@ -324,16 +293,17 @@ def _open(folder: Path, check: Check, *, hit: bool) -> Store | None:
     columns, meta = found
     skipped = folder / SKIPPED
     try:
-        report = StoreReport(**meta["report"], skipped_file=str(skipped) if skipped.exists() else None, hit=hit)
+        skipped_file = str(skipped) if skipped.exists() else None
+        report = StoreReport.of(meta["report"], meta["files"], skipped_file=skipped_file, hit=hit)
         return Store(
             columns,
             name=folder.name,
-            fingerprint=meta["fingerprint"],
+            fingerprints=tuple(meta["fingerprints"]),
             files=tuple(meta["files"]),
             contents=tuple(meta["contents"]),
             report=report,
         )
-    except (KeyError, TypeError):
+    except (IndexError, KeyError, TypeError, ValueError):
         raise Damaged("store.json is not what pertoken writes") from None
 
 

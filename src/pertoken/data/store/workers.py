@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from pertoken.data.samples import SampleBuilder
+from pertoken.data.store.made_part import make_part
 from pertoken.data.store.parts import Part
-from pertoken.data.store.prepare import make_part
 from pertoken.errors import PertokenError
 from pertoken.text import one_line
 
@@ -33,7 +33,7 @@ __all__ = ["share_out"]
 
 def share_out(
     parts: Mapping[int, Part],
-    making: SampleBuilder,
+    builder: SampleBuilder,
     folder: Path,
     *,
     workers: int,
@@ -46,12 +46,12 @@ def share_out(
     """
     # What workers write goes there: of one that ran out of memory, a trace that is of no use to anybody.
     with tempfile.TemporaryFile() as said:
-        _share_out(parts, making, folder, workers, on_bytes, said)
+        _share_out(parts, builder, folder, workers, on_bytes, said)
 
 
 def _share_out(
     parts: Mapping[int, Part],
-    making: SampleBuilder,
+    builder: SampleBuilder,
     folder: Path,
     workers: int,
     on_bytes: Callable[[int, int], None],
@@ -71,7 +71,7 @@ def _share_out(
                 given += 1
 
         for connection in started:
-            connection.send((making, folder))
+            connection.send((builder, folder))
             give(connection)
         for connection in started:
             give(connection)  # a second one, at hand when the first is done
@@ -136,11 +136,11 @@ def main(connection: Any) -> None:
     """Make the parts that the parent sends, until it goes."""
     jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, jobs), daemon=True).start()
-    making, folder = jobs.get()
+    builder, folder = jobs.get()
     while True:
         index, part = jobs.get()
         try:
-            make_part(folder, index, part, making, lambda *news: connection.send(news))
+            make_part(folder, index, part, builder, lambda *news: connection.send(news))
             connection.send((index, None))
         except (BrokenPipeError, ConnectionError):
             return

@@ -3,7 +3,7 @@ and its residual sum.
 
 Of the gradients of weights, d^T x and (x^T d)^T, the one is computed that has the narrower of d and x transposed, by a
 kernel: oneDNN multiplies by a transposed left matrix at half of its rate. A frozen weight costs no product and no
-transpose. Suffixes as in native.py.
+transpose. Suffixes as in runner.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pertoken.engines.cpu.attention import attention_backward, attention_forward
-from pertoken.engines.cpu.runner import NativeBatch
+from pertoken.engines.cpu.runner import CpuBatch
 from pertoken.kernels.memory import empty
 from pertoken.objective.cross_entropy import first_order_only
 
@@ -37,7 +37,7 @@ def attention_block(
     norm: nn.RMSNorm,
     projections: Sequence[nn.Linear],
     head_norms: Sequence[nn.RMSNorm | None],
-    batch: NativeBatch,
+    batch: CpuBatch,
 ) -> Tensor:
     """hidden + attention(norm(hidden)), of the rows asked for; projections of q, k, v and out, norms of q and k.
 
@@ -56,7 +56,7 @@ class _AttentionBlock(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        batch: NativeBatch,
+        batch: CpuBatch,
         low: tuple[Tensor, Tensor],
         hidden: Tensor,
         norm: Tensor,
@@ -95,7 +95,7 @@ class _AttentionBlock(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         first_order_only()
         hidden, norm, rstd, q_rows, projected, mixed, w_qkv, w_out, q_norm, k_norm, *log_zs = ctx.saved_tensors
-        batch: NativeBatch = ctx.batch
+        batch: CpuBatch = ctx.batch
         kernels, heads, plan = batch.kernels, batch.heads, batch.plan
         needs = _AttentionNeeds(*ctx.needs_input_grad[2:])
         d_out = grads[0].contiguous()
@@ -168,7 +168,7 @@ def _d_biases(needs: _AttentionNeeds, d_rows: tuple[Tensor, Tensor], sizes: list
 
 
 def _d_qkv(
-    batch: NativeBatch,
+    batch: CpuBatch,
     needs: _AttentionNeeds,
     normed: tuple[Tensor, Tensor, Tensor],
     d_rows: tuple[Tensor, Tensor],
@@ -187,7 +187,7 @@ def _d_qkv(
 
 
 def _d_weights(
-    batch: NativeBatch,
+    batch: CpuBatch,
     normed: tuple[Tensor, Tensor, Tensor],
     d_rows: Tensor,
     sizes: list[int],
@@ -220,7 +220,7 @@ def _rows(x: Tensor, index: Tensor, rows: int) -> Tensor:
 
 
 def _seat_all(
-    batch: NativeBatch, q_rows: Tensor, kv_rows: Tensor, q_norm: Tensor | None, k_norm: Tensor | None
+    batch: CpuBatch, q_rows: Tensor, kv_rows: Tensor, q_norm: Tensor | None, k_norm: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys normalized and turned, all in attention's layout."""
     heads, plan = batch.heads, batch.plan
@@ -232,7 +232,7 @@ def _seat_all(
 
 
 def _unseat_all(
-    batch: NativeBatch,
+    batch: CpuBatch,
     gradients: tuple[Tensor, Tensor, Tensor],
     rows: tuple[Tensor, Tensor],
     to: tuple[Tensor, Tensor],
@@ -250,7 +250,7 @@ def _unseat_all(
     return d_q_norm, d_k_norm
 
 
-def mlp_block(hidden: Tensor, norm: nn.RMSNorm, projections: Sequence[nn.Linear], batch: NativeBatch) -> Tensor:
+def mlp_block(hidden: Tensor, norm: nn.RMSNorm, projections: Sequence[nn.Linear], batch: CpuBatch) -> Tensor:
     """hidden + mlp(norm(hidden)); projections of gate, up and down."""
     weights = [p.weight for p in projections]
     low = batch.cast(weights[:2]), batch.cast(weights[2:])
@@ -262,7 +262,7 @@ class _MLPBlock(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        batch: NativeBatch,
+        batch: CpuBatch,
         low: tuple[Tensor, Tensor],
         hidden: Tensor,
         norm: Tensor,
@@ -283,7 +283,7 @@ class _MLPBlock(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         first_order_only()
         hidden, norm, rstd, gate_up, w_gate_up, w_down = ctx.saved_tensors
-        batch: NativeBatch = ctx.batch
+        batch: CpuBatch = ctx.batch
         kernels = batch.kernels
         needs_hidden, needs_norm, *needs_gate_up, needs_down = ctx.needs_input_grad[2:]
         d_out = grads[0].contiguous()

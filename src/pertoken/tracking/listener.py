@@ -1,20 +1,45 @@
-"""A listener whose failure does not end a step: somebody who is told about training must not cost any of it."""
+"""Who is told what happens in a run: the listener a caller can pass, and what becomes of one that fails."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pertoken.runs.summary import Summary
-from pertoken.tracking.metrics import GradStats, Listener, Row
+from pertoken.tracking.events import Event
+from pertoken.tracking.rows import StepRow
+from pertoken.tracking.summary import Summary
+from pertoken.training.gradient_stats import GradStats
 
-__all__ = ["Heard"]
+__all__ = ["Heard", "Listener"]
+
+
+class Listener:
+    """Told what happens; does nothing. Subclass what you want to hear (the command line prints)."""
+
+    def preparing(self, done_bytes: int, total_bytes: int) -> None: ...
+
+    def started(self, summary: Summary) -> None: ...
+
+    def stepped(self, row: StepRow, summary: Summary) -> None: ...
+
+    def evaluating(self, step: int) -> None: ...
+
+    def saved(self, folder: Path) -> None: ...
+
+    def gradients(self, stats: Sequence[GradStats]) -> None: ...
+
+    def message(self, text: str) -> None:
+        """What the user should know."""
+
+    def event(self, event: Event) -> None:
+        """What `events.jsonl` keeps: each message once more, with its kind and figures, and what has no message."""
 
 
 class Heard(Listener):
     """Passes on all that happens to `listener`, until that fails: `problem` is what it raised, and it is told no more.
 
-    KeyboardInterrupt passes: it may be a signal's that came while the listener was at work.
+    Who is told about training must not cost any of it. KeyboardInterrupt passes: it may be a signal's that came while
+    the listener was at work.
     """
 
     def __init__(self, listener: Listener) -> None:
@@ -30,7 +55,7 @@ class Heard(Listener):
     def started(self, summary: Summary) -> None:
         self._tell(lambda: self._listener.started(summary))
 
-    def stepped(self, row: Row, summary: Summary) -> None:
+    def stepped(self, row: StepRow, summary: Summary) -> None:
         self._tell(lambda: self._listener.stepped(row, summary))
 
     def evaluating(self, step: int) -> None:
@@ -44,6 +69,9 @@ class Heard(Listener):
 
     def message(self, text: str) -> None:
         self._tell(lambda: self._listener.message(text))
+
+    def event(self, event: Event) -> None:
+        self._tell(lambda: self._listener.event(event))
 
     def _tell(self, tell: Callable[[], None]) -> None:
         if self.problem is not None:

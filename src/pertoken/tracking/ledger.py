@@ -22,9 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["LEDGER", "Ledger", "Mended", "lines_of", "mend", "parsed", "ranges"]
+from pertoken.checkpoints.read import LEDGER
+from pertoken.checkpoints.state import refuse_newer
+from pertoken.tracking.rows import ROWS_VERSION, StepRow
 
-LEDGER = "metrics.ledger"  # safetensors by another name: its checksums cover timings, so equal runs differ in it
+__all__ = ["Ledger", "Mended", "lines_of", "mend", "parsed", "ranges"]
+
 _MOST_LINE_BYTES = 16 * 2**20  # a row has a few hundred; what has no newline for longer is none
 
 _COLUMNS = {  # name -> array's type code
@@ -50,19 +53,22 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._columns["check"])
 
-    def add(self, row: dict[str, Any], line: bytes) -> None:
-        """The next step's row, as it stands in the file. One that lacks a figure counts as lost."""
+    def add(self, row: StepRow | None, line: bytes) -> None:
+        """The next step's row, and its line in the file. None, a row that lacks a figure, counts as lost."""
+        if row is None:
+            return self.add_lost()
         try:
-            start, end = row["positions"]
-            values = {name: _float(row[name]) for name in ("loss", "loss_sum", "grad_norm", "lr")}
-            values |= {"num_tokens": row["num_tokens"], "position_end": end, "epoch": row["epoch"]}
-            values |= {"samples": end - start, "check": _check(line), "skipped": _SKIPPED[row.get("skipped")]}
+            start, end = row.positions
+            values = {name: _finite(getattr(row, name)) for name in ("loss", "loss_sum", "grad_norm", "lr")}
+            values |= {"num_tokens": row.num_tokens, "position_end": end, "epoch": row.epoch}
+            values |= {"samples": end - start, "check": _check(line), "skipped": _SKIPPED[row.skipped]}
             cells: dict[str, Any] = {name: array(code, [values[name]]) for name, code in _COLUMNS.items()}
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except (ValueError, OverflowError):  # of a file that somebody has edited
             return self.add_lost()
         for name, cell in cells.items():
             self._columns[name].extend(cell)
-        if extras := {key: row[key] for key in _EXTRAS if key in row}:
+        in_file = row.to_json()
+        if extras := {key: in_file[key] for key in _EXTRAS if key in in_file}:
             self._extras[len(self)] = extras
         return None
 
@@ -91,7 +97,8 @@ class Ledger:
         return {check: i for i, check in enumerate(self._columns["check"], start=1) if self.has(i)}
 
     def row(self, step: int) -> dict[str, Any]:
-        """The row of `step` without what is not kept (timings), marked as rebuilt; as lost where nothing is known."""
+        """The row of `step` as a resume writes it: without what is not kept (timings), marked as rebuilt; as lost where
+        nothing is known. In its own order of keys, by which a line that an earlier resume wrote is known again."""
         if not self.has(step):
             return {"step": step, "lost": True}
         at: dict[str, Any] = {name: column[step - 1] for name, column in self._columns.items()}
@@ -112,14 +119,19 @@ class Ledger:
         """A copy, for a safetensors file."""
         tensors = {name: torch.from_numpy(np.array(column)) for name, column in self._columns.items()}
         extras = json.dumps(self._extras).encode()
-        return tensors | {"extras": torch.from_numpy(np.frombuffer(extras, dtype=np.uint8).copy())}
+        tensors["extras"] = torch.from_numpy(np.frombuffer(extras, dtype=np.uint8).copy())
+        return tensors | {"format_version": torch.tensor(ROWS_VERSION)}
 
     @classmethod
     def load(cls, folder: Path, step: int) -> Ledger:
-        """Of a checkpoint after `step`; empty where it has none, as those of earlier versions."""
+        """Of a checkpoint after `step`; empty where it has none, as those of earlier versions.
+
+        Raises CheckpointError where a newer version of pertoken wrote it.
+        """
         ledger = cls()
         try:
             tensors = load_file(folder / LEDGER)
+            refuse_newer(folder / LEDGER, int(tensors.get("format_version", 1)), ROWS_VERSION)
             extras = json.loads(tensors["extras"].numpy().tobytes())
             for name, code in _COLUMNS.items():
                 cells = tensors[name][:step].numpy()
@@ -158,7 +170,7 @@ def mend(path: Path, ledger: Ledger, last_step: int) -> Mended:
     for step in range(len(ledger) + 1, last_step + 1):
         if step in claimed:
             found[step] = claimed[step]
-            ledger.add(json.loads(claimed[step]), claimed[step])
+            ledger.add(StepRow.from_json(json.loads(claimed[step])), claimed[step])
         else:
             ledger.add_lost()
     missing = [step for step in range(1, last_step + 1) if step not in found]
@@ -199,8 +211,8 @@ def ranges(steps: Iterable[int]) -> str:
     return ", ".join(texts) + (", ..." if len(found) > 8 else "")
 
 
-def _float(value: Any) -> float:
-    return math.nan if value is None else float(value)
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else math.nan
 
 
 def _check(line: bytes) -> int:

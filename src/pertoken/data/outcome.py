@@ -1,0 +1,135 @@
+"""What became of rows: how many, what is wrong with them, and which of their keys nothing was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field
+from typing import Any, Literal
+
+from pertoken.data.files.records import Problems
+from pertoken.text import one_line
+
+__all__ = ["Counts", "Outcome", "UnusedKeys"]
+
+Of = Literal["row", "message"]
+
+_OF = {
+    "row": "keys of rows that data.format does not use",
+    "message": "keys of messages that the chat template does not name",
+}
+_MOST_KEYS = 100  # that are counted: a file whose keys are data has millions
+_KEY_CHARS = 80
+_SHOWN = 8
+
+
+@dataclass
+class Counts:
+    """What became of the rows."""
+
+    rows: int = 0  # rows read, bad ones included
+    skipped: int = 0  # bad rows passed over
+    overlong: int = 0  # conversations dropped for having more than max_seq_len inputs
+    truncated: int = 0  # conversations cut to max_seq_len inputs
+    unsupervised: int = 0  # conversations dropped for having no supervised token (left)
+    too_short: int = 0  # documents of one token, which predict nothing
+
+
+@dataclass
+class _Use:
+    """A key that nothing was made of."""
+
+    rows: int  # that have it
+    file: int  # of the first of them: index into the files
+    line: int
+
+
+class UnusedKeys:
+    """The keys that nothing was made of: of rows those that their format does not read, of messages those that the chat
+    template does not name.
+
+    Of more than 100 keys the first in alphabetical order are kept. A key among the first of all rows is among the first
+    of any of them, so the counts are exact, and do not depend on how the rows are split into parts.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[str, _Use]] = {of: {} for of in _OF}
+        self._more: set[str] = set()  # of which there are others
+
+    def add(self, keys: Mapping[Of, Iterable[str]], file: int, line: int) -> None:
+        """Count the keys of one row. `file` is an index into the files."""
+        for of, names in keys.items():
+            found = self._found[of]
+            for name in {name if len(name) <= _KEY_CHARS else name[:_KEY_CHARS] + "..." for name in names}:
+                use = found.get(name)
+                if use is None:
+                    found[name] = _Use(1, file, line)
+                else:
+                    use.rows += 1
+            if len(found) > 2 * _MOST_KEYS:
+                self._keep_first()
+
+    def extend(self, later: UnusedKeys) -> None:
+        """Add the keys of the rows that follow."""
+        for of, uses in later._found.items():
+            for name, use in uses.items():
+                before = self._found[of].setdefault(name, _Use(0, use.file, use.line))
+                before.rows += use.rows
+        self._more |= later._more
+        self._keep_first()
+
+    def _keep_first(self) -> None:
+        for of, uses in self._found.items():
+            if len(uses) > _MOST_KEYS:
+                self._more.add(of)
+            self._found[of] = {name: uses[name] for name in sorted(uses)[:_MOST_KEYS]}
+
+    def to_json(self) -> dict[str, Any]:
+        self._keep_first()
+        keys = [[of, name, *astuple(use)] for of, uses in self._found.items() for name, use in uses.items()]
+        return {"keys": keys, "more": sorted(self._more)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> UnusedKeys:
+        """Raises KeyError, TypeError or ValueError for what `to_json` did not make."""
+        unused = cls()
+        for of, name, rows, file, line in values["keys"]:
+            unused._found[of][name] = _Use(int(rows), int(file), int(line))
+        unused._more = set(values["more"])
+        return unused
+
+    def notes(self, files: Sequence[str]) -> list[str]:
+        """At most one line on keys of rows and one on keys of messages, the most frequent keys first."""
+        self._keep_first()
+        notes = []
+        for of, what in _OF.items():
+            uses = sorted(self._found[of].items(), key=lambda item: (-item[1].rows, item[0]))
+            shown = [
+                f"{name} ({use.rows:,} rows, the first {files[use.file]}:{use.line})" for name, use in uses[:_SHOWN]
+            ]
+            if of in self._more or len(uses) > _SHOWN:
+                shown.append("and others")
+            if uses:
+                notes.append(one_line(f"{what}: {', '.join(shown)}"))
+        return notes
+
+
+@dataclass
+class Outcome:
+    """What there is to say of some rows, beside their samples. `problems` are those that must be raised."""
+
+    counts: Counts = field(default_factory=Counts)
+    problems: Problems = field(default_factory=Problems)
+    unused: UnusedKeys = field(default_factory=UnusedKeys)
+    skippable: bool = False  # data.on_bad_row="skip" would pass over some of the problems
+
+    def extend(self, other: Outcome) -> None:
+        """Add what there is to say of the rows that follow."""
+        for name, count in asdict(other.counts).items():
+            setattr(self.counts, name, getattr(self.counts, name) + count)
+        self.problems.extend(other.problems)
+        self.unused.extend(other.unused)
+        self.skippable |= other.skippable
+
+    def raise_problems(self) -> None:
+        """DataError naming the first rows that cannot be used, if any."""
+        self.problems.raise_if_any('data.on_bad_row="skip" trains on the other rows' if self.skippable else "")

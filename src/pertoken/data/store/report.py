@@ -1,0 +1,55 @@
+"""What became of the rows of a store's files, as it is kept in store.json and said at every start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pertoken.data.outcome import Outcome, UnusedKeys
+
+__all__ = ["StoreReport", "to_json"]
+
+
+@dataclass(frozen=True)
+class StoreReport:
+    """What became of the rows of a store's files."""
+
+    rows: int  # rows read, bad ones included
+    samples: int
+    tokens: int  # inputs, over all samples
+    num_tokens: int  # supervised tokens
+    skipped: int  # bad rows passed over, listed in skipped_file
+    overlong: int  # conversations dropped for being longer than data.max_seq_len
+    truncated: int  # conversations cut to data.max_seq_len
+    unsupervised: int  # conversations dropped for having no supervised token (left)
+    too_short: int  # documents of one token, which predict nothing
+    unused_keys: tuple[str, ...]  # lines on the keys of rows that nothing was made of
+    skipped_file: str | None
+    hit: bool  # the store was there already
+
+    @classmethod
+    def of(cls, values: dict[str, Any], files: Sequence[str], *, skipped_file: str | None, hit: bool) -> StoreReport:
+        """From what `to_json` made. Raises KeyError, TypeError or ValueError for anything else."""
+        counts = {name: int(value) for name, value in values.items() if name != "unused"}
+        unused = UnusedKeys.from_json(values["unused"]).notes(files)
+        return cls(**counts, unused_keys=tuple(unused), skipped_file=skipped_file, hit=hit)
+
+    def notes(self) -> list[str]:
+        """One line for each way in which rows, or keys of them, were lost or cut."""
+        return [
+            note.format(count=count)
+            for count, note in (
+                (self.skipped, f"{{count}} bad rows skipped, listed in {self.skipped_file}"),
+                (self.overlong, "{count} conversations longer than data.max_seq_len dropped"),
+                (self.truncated, "{count} conversations cut to data.max_seq_len"),
+                (self.unsupervised, "{count} conversations without a supervised token dropped"),
+                (self.too_short, "{count} documents of a single token dropped"),
+            )
+            if count
+        ] + list(self.unused_keys)
+
+
+def to_json(outcome: Outcome, totals: dict[str, int]) -> dict[str, Any]:
+    """What store.json keeps: of all rows their outcome, of all samples the totals."""
+    return {**asdict(outcome.counts), **totals, "unused": outcome.unused.to_json()}
