@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from native_cases import BATCHES, batch_of, model_of
+from decoder_cases import BATCHES, batch_of, model_of
 
 from pertoken.data.batch.share import share_of_all
 from pertoken.objective.terms import LossOutput, Term

@@ -136,10 +136,10 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_found_and_cleared(
         taken.append(nearest_bad_gradient(model))
 
     taken: list[str | None] = []
-    assert is_finite(model, collate(SAMPLES), precision, run_backward)
+    assert is_finite(model, collate(SAMPLES), precision, gradient_of=run_backward)
     spoil_gradient(model, f"{LAYER}.mlp.up_proj")
     assert is_finite(model, collate(SAMPLES), precision)
-    assert not is_finite(model, collate(SAMPLES), precision, run_backward)
+    assert not is_finite(model, collate(SAMPLES), precision, gradient_of=run_backward)
     assert taken == [None, f"{LAYER}.mlp.up_proj.weight"]
     assert all(p.grad is None for p in model.parameters())
 
