@@ -89,7 +89,8 @@ def test_counts_do_not_depend_on_how_rows_are_split_and_are_bounded() -> None:
         for piece in pieces:
             part = UnusedKeys()
             for i in piece:
-                part.add({"row": rows[i], "message": ["x"]}, 0, i + 1)
+                part.add("row", tuple(rows[i]), 0, i + 1)
+                part.add("message", ("x",), 0, i + 1)
             whole.extend(UnusedKeys.from_json(json.loads(json.dumps(part.to_json()))))
         return whole.to_json()
 
@@ -109,5 +110,5 @@ def test_counts_do_not_depend_on_how_rows_are_split_and_are_bounded() -> None:
 
 def test_a_long_key_is_shortened() -> None:
     unused = UnusedKeys()
-    unused.add({"row": ["x" * 10_000, "x" * 20_000]}, 0, 1)
+    unused.add("row", ("x" * 10_000, "x" * 20_000), 0, 1)
     assert unused.notes(["a"]) == [f"{ROWS}: {'x' * 80}... (1 rows, the first a:1)"]

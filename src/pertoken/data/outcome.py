@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, Literal
 
@@ -54,19 +54,20 @@ class UnusedKeys:
     def __init__(self) -> None:
         self._found: dict[str, dict[str, _Use]] = {of: {} for of in _OF}
         self._more: set[str] = set()  # of which there are others
+        self._together: dict[tuple[str, ...], list[_Use]] = {}  # most rows have the keys of the row before
 
-    def add(self, keys: Mapping[Of, Iterable[str]], file: int, line: int) -> None:
+    def add(self, of: Of, names: tuple[str, ...], file: int, line: int) -> None:
         """Count the keys of one row. `file` is an index into the files."""
-        for of, names in keys.items():
+        uses = self._together.get((of, *names))
+        if uses is None:
             found = self._found[of]
-            for name in {name if len(name) <= _KEY_CHARS else name[:_KEY_CHARS] + "..." for name in names}:
-                use = found.get(name)
-                if use is None:
-                    found[name] = _Use(1, file, line)
-                else:
-                    use.rows += 1
-            if len(found) > 2 * _MOST_KEYS:
-                self._keep_first()
+            short = {name if len(name) <= _KEY_CHARS else name[:_KEY_CHARS] + "..." for name in names}
+            uses = [found.setdefault(name, _Use(0, file, line)) for name in short]
+            self._together[of, *names] = uses
+        for use in uses:
+            use.rows += 1
+        if len(self._together) > _MOST_KEYS or len(self._found[of]) > 2 * _MOST_KEYS:
+            self._keep_first()
 
     def extend(self, later: UnusedKeys) -> None:
         """Add the keys of the rows that follow."""
@@ -78,6 +79,7 @@ class UnusedKeys:
         self._keep_first()
 
     def _keep_first(self) -> None:
+        self._together.clear()
         for of, uses in self._found.items():
             if len(uses) > _MOST_KEYS:
                 self._more.add(of)

@@ -12,7 +12,7 @@ import numpy as np
 from pertoken.data.chat.render import ChatTemplate, rendered_chat
 from pertoken.data.files.long_text import LongText
 from pertoken.data.files.records import BadRow, Record, Span, read_records
-from pertoken.data.formats import Conversation, read_row
+from pertoken.data.formats import Conversation, Gives, read_row
 from pertoken.data.outcome import Counts, Outcome
 from pertoken.data.tokens.cuts import NoCut
 from pertoken.data.tokens.encode import Encoded, Encoder, TextWithSpans
@@ -154,6 +154,8 @@ class _Rows:
 
     def __init__(self, builder: SampleBuilder, outcome: Outcome, skip: Callable[[BadRow], object]) -> None:
         self._builder = builder
+        self._gives: Gives = "text" if builder.template is None else "conversation"
+        self._keys = builder.data.key_names
         self._outcome = outcome
         self._skip = skip
         self.bytes_done = 0
@@ -177,11 +179,11 @@ class _Rows:
     def _texts(self, row: Record, file: int) -> Sequence[tuple[TextWithSpans | LongText, bool]] | BadRow:
         """Each text of the row, and whether it is held out as the tail of another."""
         data, template = self._builder.data, self._builder.template
-        read = read_row(row, "text" if template is None else "conversation", data.format, data.key_names)
+        read = read_row(row, self._gives, data.format, self._keys)
         if isinstance(read, BadRow):
             return read
         value, unread = read
-        unnamed: set[str] = set()
+        unnamed: tuple[str, ...] = ()
         if isinstance(value, Conversation):
             assert template is not None, "conversations are for fine-tuning"
             try:
@@ -191,8 +193,10 @@ class _Rows:
             unnamed = template.unnamed_keys(value)
         else:
             texts = _texts(value, data)
-        if unread or unnamed:
-            self._outcome.unused.add({"row": unread, "message": unnamed}, file, row.line)
+        if unread:
+            self._outcome.unused.add("row", unread, file, row.line)
+        if unnamed:
+            self._outcome.unused.add("message", unnamed, file, row.line)
         return texts
 
     def bad(self, row: BadRow) -> None:

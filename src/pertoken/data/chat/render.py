@@ -50,15 +50,16 @@ class ChatTemplate:
         """Whether the template itself says what is generated."""
         return _MARK.search(self._tokenizer.get_chat_template(tools=tools)) is not None
 
-    def unnamed_keys(self, chat: Conversation) -> set[str]:
+    def unnamed_keys(self, chat: Conversation) -> tuple[str, ...]:
         """The keys of messages, and `tools`, whose names are nowhere in the template: it makes nothing of them."""
         template, found = self._tokenizer.get_chat_template(tools=chat.tools), set[str]()
         words = _words(template)
         for message in chat.messages:
-            found |= message.keys() - words
+            if not message.keys() <= words:
+                found |= message.keys() - words
         if chat.tools and "tools" not in words:
             found.add("tools")
-        return {key for key in found if key.isidentifier() or key not in template}
+        return tuple(sorted(key for key in found if key.isidentifier() or key not in template)) if found else ()
 
     def text(self, chat: Conversation, upto: int | None = None, *, prompt: bool = False) -> str:
         """The rendering of the first `upto` messages, with `prompt` up to where the assistant would go on."""

@@ -24,6 +24,7 @@ __all__ = [
     "ROLES",
     "Conversation",
     "Format",
+    "Gives",
     "KeyNames",
     "formats_that_give",
     "read_row",
@@ -47,7 +48,7 @@ KEY_NAMES = KeyNames()  # the recipe's defaults
 
 def read_row(
     record: Record, gives: Gives, format: str = "auto", keys: KeyNames = KEY_NAMES
-) -> tuple[Conversation | str | LongText, list[str]] | BadRow:
+) -> tuple[Conversation | str | LongText, tuple[str, ...]] | BadRow:
     """(what the row is, the keys of it that were not read). `format` is a key of FORMATS that gives this, or "auto".
 
     "auto" is the one format whose keys the row has; a BadRow where none or several fit. A text of a file without keys,
@@ -56,7 +57,7 @@ def read_row(
     try:
         if not isinstance(record.value, dict):
             if gives == "text":
-                return record.value, []
+                return record.value, ()
             raise RowProblem("row", 'raw text has no turns; give .jsonl or .parquet, or train with stage = "pretrain"')
         chosen = _detect(record.value, gives, keys) if format == "auto" else FORMATS[format]
         fields = Fields(record.value)
@@ -89,7 +90,7 @@ def formats_that_give(gives: Gives) -> list[str]:
 
 
 def _detect(row: dict[str, Any], gives: Gives, keys: KeyNames) -> Format:
-    formats = [FORMATS[name] for name in formats_that_give(gives)]
+    formats = [format for format in FORMATS.values() if format.gives == gives]
     if len(formats) == 1:
         return formats[0]
     fitting = [format for format in formats if all(row.get(key) is not None for key in format.keys(keys))]

@@ -27,13 +27,15 @@ class KeyNames:
 class Fields:
     """The keys and values of one row. A format reads them here, so that the keys that it does not read are known."""
 
+    __slots__ = ("_read", "_row")
+
     def __init__(self, row: dict[str, Any]) -> None:
         self._row = row
-        self._read: set[str] = set()
+        self._read: list[str] = []
 
     def get(self, key: str) -> Any:
         """The value, None where the row has no such key. Columnar files hold None for it, which means the same."""
-        self._read.add(key)
+        self._read.append(key)
         return self._row.get(key)
 
     def need(self, key: str) -> Any:
@@ -44,9 +46,9 @@ class Fields:
             raise RowProblem(key, f"{state}; add it, or name the right key in the recipe's [data]")
         return value
 
-    def unread(self) -> list[str]:
+    def unread(self) -> tuple[str, ...]:
         """The keys that have a value and were not read."""
-        return [key for key, value in self._row.items() if key not in self._read and value is not None]
+        return tuple([key for key, value in self._row.items() if key not in self._read and value is not None])
 
 
 @dataclass(frozen=True)
