@@ -26,6 +26,20 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 OURS = "pertoken"
 STEP = re.compile(r"^step\s+(\d+)(?:\s+loss\b|\s*$)")  # the line that a contender prints after each step
+# The [model] keys of the families that finetune.py and pretrain.py measure; Llama 3's scaling is that of Llama-3.2-1B.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {"family": "qwen3"},
+    "qwen2": {"family": "qwen2"},
+    "llama": {"family": "llama"},
+    "llama3": {
+        "family": "llama",
+        "rope_theta": 500000.0,
+        "rope_scaling.factor": 32.0,
+        "rope_scaling.low_freq_factor": 1.0,
+        "rope_scaling.high_freq_factor": 4.0,
+        "rope_scaling.original_max_position_embeddings": 8192,
+    },
+}
 _POLL_S = 0.02
 _PACKAGES = ("torch", "numpy", "transformers", "tokenizers", "datasets", "accelerate", "trl", "cut-cross-entropy")
 

@@ -1,6 +1,6 @@
 """Fine-tuning a 30M model on GSM8K as chat: pertoken, TRL's SFTTrainer and MiniMind's script, side by side.
 
-    python benchmarks/finetune.py [--minimind CHECKOUT] [--rounds 2] [--steps 200] [--set key=value ...]
+    python benchmarks/finetune.py [--family F] [--minimind CHECKOUT] [--rounds 2] [--steps 200] [--set key=value ...]
 
 Two measures. Steady state: rounds of one process per contender, one after the other; each plans the whole run, does
 `--round-steps` steps and is stopped, and the first `--warm-up` of them do not count. Whole run: `--steps` steps of
@@ -26,6 +26,7 @@ from typing import Any
 
 from common import (
     DATA,
+    FAMILIES,
     OURS,
     ROOT,
     STEP,
@@ -260,6 +261,7 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="of the whole run, and planned in every round")
     parser.add_argument("--no-whole", action="store_true", help="leave out the whole runs")
     parser.add_argument("--eval-rows", type=int, default=500, help="held-out rows for the evaluation; 0: all 1,319")
+    parser.add_argument("--family", choices=FAMILIES, help="of the model, in place of the recipe's")
     parser.add_argument("--only", nargs="+", choices=[OURS, *TRL, "MiniMind"], help="these contenders alone")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="recipe keys for pertoken")
     return parser.parse_args()
@@ -275,6 +277,7 @@ def main() -> None:
         f"data.tokenizer={data / 'tokenizer/minimind'}",
         f"data.max_seq_len={MAX_SEQ_LEN}",
         f"data.store={work / 'store'}",
+        *(f"model.{key}={value}" for key, value in FAMILIES.get(arguments.family, {}).items()),
         *arguments.set,
     )
     task = Task(arguments.recipe, keys, work, arguments.steps)
@@ -310,6 +313,7 @@ def main() -> None:
             "mean length": round(inputs["mean_length"], 1),
             "supervised": f"{inputs['supervised_share']:.0%}",
             "rounds": arguments.rounds,
+            "family": arguments.family or "the recipe's",
             "overrides": " ".join(arguments.set) or "none",
         },
         rows=figures.rows,

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from pertoken.data.batch.pack import Sample, collate, pack_micro_batches
+from pertoken.data.batch.share import share_of_all
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.schema import ModelConfig
 from pertoken.training.optim import build_adamw
@@ -56,14 +57,7 @@ def new_state(experts: int, hidden_size: int, layers: int, precision: Precision)
 def step_seconds(state: TrainState, batch: list[Sample], token_budget: int) -> float:
     start = time.perf_counter()
     (cut,) = pack_micro_batches([len(s) for s in batch], world_size=1, token_budget=token_budget)
-    train_step(
-        state,
-        [collate([batch[i] for i in indices]) for indices in cut],
-        num_tokens=float(sum(s.loss_mask.sum() for s in batch)),
-        num_input_tokens=float(sum(map(len, batch))),
-        lr=1e-4,
-        max_norm=1.0,
-    )
+    train_step(state, share_of_all([collate([batch[i] for i in indices]) for indices in cut]), lr=1e-4, max_norm=1.0)
     return time.perf_counter() - start
 
 

@@ -1,6 +1,6 @@
 """Pretraining on the CPU: tokens a second, and the share of the processor's own matrix rate that they are worth.
 
-    python benchmarks/pretrain.py [--rounds 2] [--steps 10] [--set key=value ...]
+    python benchmarks/pretrain.py [--family F] [--rounds 2] [--steps 10] [--set key=value ...]
 
 The 30M model of recipes/gsm8k-30m.toml (26.7M without its embedding) on samples of 512 tokens, 16 a step, in
 bfloat16, by `pertoken train`. The text is made up: uniform over 6,000 characters, which is a vocabulary like
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import OURS, Failed, alternate, claim, main_of, parser_of, python, run, spread, write
+from common import FAMILIES, OURS, Failed, alternate, claim, main_of, parser_of, python, run, spread, write
 from finetune import steady_steps
 
 CHARACTERS, LENGTH, BATCH = 6000, 512, 16
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=4, help="first steps of a round that do not count")
     parser.add_argument("--planned-steps", type=int, default=1000, help="what pertoken is told; rounds stop earlier")
     parser.add_argument("--repeats", type=int, default=20, help="of each matrix product")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen3", help="of the model, whose sizes stay")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="recipe keys for pertoken")
     parser.add_argument("--matrix-rates", type=int, metavar="ROWS", help="print the matrix rates as JSON and stop")
     arguments = parser.parse_args()
@@ -87,7 +88,7 @@ def main() -> None:
     write_text(text, arguments.steps)
     run(python("-m", "pertoken", "tokenizer", "train", text, "--kind", "char", "--out", tokenizer))
     model = {
-        "family": "qwen3",
+        **FAMILIES[arguments.family],
         "hidden_size": 512,
         "num_hidden_layers": 8,
         "num_attention_heads": 8,
@@ -129,10 +130,11 @@ def main() -> None:
     )
     if reasons:
         raise Failed("; ".join(reasons.values()))
-    # Counted here and not asked of pertoken: matrices of a layer, its norms (two of the width, two of a head), the last
+    # Counted here and not asked of pertoken: matrices of a layer, its two norms, what the family adds, the last norm
     head = model["hidden_size"] // model["num_attention_heads"]
     wide, kv = model["hidden_size"], model["num_key_value_heads"] * head
-    layer = 2 * wide * wide + 2 * wide * kv + 3 * wide * model["intermediate_size"] + 2 * wide + 2 * head
+    layer = 2 * wide * wide + 2 * wide * kv + 3 * wide * model["intermediate_size"] + 2 * wide
+    layer += {"qwen3": 2 * head, "qwen2": wide + 2 * kv}.get(model["family"], 0)  # norms of heads; biases of q, k, v
     parameters = model["vocab_size"] * wide + model["num_hidden_layers"] * layer + wide
     operations = useful_operations(model, parameters, model["vocab_size"])
 
@@ -145,6 +147,7 @@ def main() -> None:
         "pretrain",
         title="Pretraining: 26.7M (and its embedding) at 512 tokens, bfloat16",
         settings={
+            "family": arguments.family,
             "parameters": f"{parameters:,}",
             "tokens a step": BATCH * LENGTH,
             "useful GFLOP a step": round(operations / 1e9),

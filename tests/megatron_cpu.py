@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from pertoken.adapters.megatron import forward_step
 from pertoken.data.batch.pack import Sample, collate
+from pertoken.data.batch.share import share_of_all
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.schema import ModelConfig, ResolvedModelConfig
 from pertoken.training.precision import Precision
@@ -244,9 +245,7 @@ def our_step(model: CausalLM) -> Result:
     state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.0), precision.new_scaler(), precision)
     metrics = train_step(
         state,
-        [collate(samples()[:4]), collate(samples()[4:])],
-        num_tokens=float(sum(SUPERVISED)),
-        num_input_tokens=float(sum(LENGTHS)),
+        share_of_all([collate(samples()[:4]), collate(samples()[4:])]),
         lr=0.0,
         max_norm=0.0,
         on_gradients=keep,

@@ -23,18 +23,24 @@ import pertoken.data.batch.order
 import pertoken.data.batch.share
 import pertoken.data.chat.render
 import pertoken.data.samples
+import pertoken.engines.cpu.engine
 import pertoken.engines.cpu.runner
 import pertoken.model.attention
-import pertoken.model.decoder
+import pertoken.model.plain
 import pertoken.objective.cross_entropy
 import pertoken.prove.case
 import pertoken.prove.checks
 import pertoken.prove.classes
 import pertoken.prove.ranks
 from pertoken.data.batch.pack import MicroBatch, Sample
+from pertoken.data.batch.share import Share
 from pertoken.data.tokens.encode import TextWithSpans
 from pertoken.kernels.ops import Kernels
-from pertoken.objective.cross_entropy import LossOutput
+from pertoken.model.execution import Casts, Execution
+from pertoken.objective.choose import objective_of
+from pertoken.objective.row_terms import RowFactors
+from pertoken.objective.terms import LossOutput, Term
+from pertoken.recipe.schema import TrainConfig
 from pertoken.training.step import TrainState
 
 Patch = pytest.MonkeyPatch
@@ -44,9 +50,9 @@ def _counting_micro_batches(patch: Patch) -> Callable[[], int]:
     """How many micro-batches the step under way has."""
     train_step, count = pertoken.prove.case.train_step, [1]
 
-    def counted(state: TrainState, micro_batches: Any, **settings: Any) -> Any:
-        count[0] = len(micro_batches)
-        return train_step(state, micro_batches, **settings)
+    def counted(state: TrainState, share: Share, **settings: Any) -> Any:
+        count[0] = len(share.micro_batches)
+        return train_step(state, share, **settings)
 
     patch.setattr(pertoken.prove.case, "train_step", counted)
     return lambda: count[0]
@@ -55,7 +61,7 @@ def _counting_micro_batches(patch: Patch) -> Callable[[], int]:
 def mean_of_micro_batch_means(patch: Patch) -> None:
     count = _counting_micro_batches(patch)
 
-    def objective(self: LossOutput, num_tokens: float, num_input_tokens: float) -> torch.Tensor:
+    def objective(self: LossOutput, denominators: dict[str, float]) -> torch.Tensor:
         return self.loss_sum / self.num_tokens.clamp(min=1) / count()
 
     patch.setattr(LossOutput, "objective", objective)
@@ -97,7 +103,11 @@ def padding_supervised(patch: Patch) -> None:
 def padding_in_the_count(patch: Patch) -> None:
     """The mean is over padded rows: the sums are right, N is not."""
     objective = LossOutput.objective
-    patch.setattr(LossOutput, "objective", lambda self, tokens, routed: objective(self, 1.3 * tokens, routed))
+
+    def padded(self: LossOutput, denominators: dict[str, float]) -> torch.Tensor:
+        return objective(self, denominators | {"supervised": 1.3 * denominators["supervised"]})
+
+    patch.setattr(LossOutput, "objective", padded)
 
 
 def tail_of_the_epoch_dropped(patch: Patch) -> None:
@@ -112,30 +122,104 @@ def tail_under_scaled(patch: Patch) -> None:
     patch.setattr(TrainState, "backward", lambda self, objective: backward(self, objective * min(1.0, count() / 2)))
 
 
+def _with_another_term(patch: Patch, name: str, change: Callable[[Term], Term]) -> None:
+    """`change` one term before the objective is formed."""
+    objective = LossOutput.objective
+
+    def changed(self: LossOutput, denominators: dict[str, float]) -> torch.Tensor:
+        terms = self.more_terms | {name: change(self.more_terms[name])}
+        return objective(dataclasses.replace(self, more_terms=terms), denominators)
+
+    patch.setattr(LossOutput, "objective", changed)
+
+
 def balance_loss_times_accumulation(patch: Patch) -> None:
     count = _counting_micro_batches(patch)
 
-    def objective(self: LossOutput, num_tokens: float, num_input_tokens: float) -> torch.Tensor:
-        assert self.aux_sum is not None
-        return self.loss_sum / num_tokens + self.aux_sum / num_input_tokens * count()
-
-    patch.setattr(LossOutput, "objective", objective)
+    _with_another_term(patch, "aux_loss", lambda term: dataclasses.replace(term, sum=term.sum * count()))
 
 
 def balance_loss_by_supervised_tokens(patch: Patch) -> None:
-    objective = LossOutput.objective
-    patch.setattr(LossOutput, "objective", lambda self, tokens, routed: objective(self, tokens, tokens))
+    _with_another_term(patch, "aux_loss", lambda term: dataclasses.replace(term, denominator="supervised"))
 
 
 def router_dead(patch: Patch) -> None:
     """No gradient of the balance loss reaches the routers; they are a hundredth of the parameters."""
-    objective = LossOutput.objective
+    _with_another_term(patch, "aux_loss", lambda term: dataclasses.replace(term, coefficient=0.0))
 
-    def detached(self: LossOutput, num_tokens: float, num_input_tokens: float) -> torch.Tensor:
-        assert self.aux_sum is not None
-        return objective(dataclasses.replace(self, aux_sum=self.aux_sum * 0), num_tokens, num_input_tokens)
 
-    patch.setattr(LossOutput, "objective", detached)
+def _with_other_factors(patch: Patch, change: Callable[[RowFactors], RowFactors]) -> None:
+    """`change` what the gradient of the head's further terms is made of, in every implementation but the plain one."""
+    row_factors = pertoken.objective.cross_entropy.row_factors
+
+    def changed(*arguments: Any) -> Any:
+        values, factors = row_factors(*arguments)
+        return values, factors and change(factors)
+
+    patch.setattr(pertoken.objective.cross_entropy, "row_factors", changed)
+
+
+def z_loss_without_a_gradient(patch: Patch) -> None:
+    _with_other_factors(patch, lambda f: RowFactors(f.at_label, f.at_label))
+
+
+def z_loss_of_the_label_too(patch: Patch) -> None:
+    """Its gradient is made with softmax - one hot, as the cross entropy's is."""
+    _with_other_factors(patch, lambda f: RowFactors(f.on_softmax, f.on_softmax))
+
+
+def z_loss_as_a_mean_of_micro_batch_means(patch: Patch) -> None:
+    """Divided by each micro-batch's own count, and by how many there are."""
+    count, objective = _counting_micro_batches(patch), LossOutput.objective
+
+    def by_its_own(self: LossOutput, denominators: dict[str, float]) -> torch.Tensor:
+        z_loss = self.more_terms["z_loss"]
+        mean = z_loss.coefficient * z_loss.sum / self.num_tokens.clamp(min=1) / count()
+        return objective(dataclasses.replace(self, more_terms={}), denominators) + mean
+
+    patch.setattr(LossOutput, "objective", by_its_own)
+
+
+def z_loss_times_accumulation(patch: Patch) -> None:
+    count, row_factors = _counting_micro_batches(patch), pertoken.objective.cross_entropy.row_factors
+
+    def more(terms: Any, *arguments: Any) -> Any:
+        return row_factors([dataclasses.replace(t, coefficient=t.coefficient * count()) for t in terms], *arguments)
+
+    patch.setattr(pertoken.objective.cross_entropy, "row_factors", more)
+
+
+def z_loss_of_every_token(patch: Patch) -> None:
+    """Of those too that nobody supervises, where the head sees them. In the plain loss."""
+    plain = pertoken.objective.cross_entropy._plain
+
+    def without_the_mask(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, terms: Any) -> LossOutput:
+        of_all = plain(logits, torch.zeros_like(labels), torch.ones_like(mask), terms)
+        return dataclasses.replace(plain(logits, labels, mask, terms), more_terms=of_all.more_terms)
+
+    patch.setattr(pertoken.objective.cross_entropy, "_plain", without_the_mask)
+
+
+def z_loss_lost_by_the_kernels(patch: Patch) -> None:
+    """The kernels' gradient has the factor of the label alone."""
+    gradient = Kernels.cross_entropy_gradient
+
+    def of_the_label(self: Kernels, logits: Any, labels: Any, statistics: Any, on_softmax: Any, at_label: Any) -> None:
+        gradient(self, logits, labels, statistics, at_label, at_label)
+
+    patch.setattr(Kernels, "cross_entropy_gradient", of_the_label)
+
+
+def z_loss_in_the_evaluation(patch: Patch) -> None:
+    forward = pertoken.model.decoder.CausalLM.forward
+    terms = objective_of(TrainConfig(z_loss_coef=0.1))
+
+    def with_it(self: Any, *arguments: Any, **settings: Any) -> LossOutput:
+        out = forward(self, *arguments, **{"objective": terms, **settings})
+        more = sum(term.coefficient * term.sum for term in out.more_terms.values())
+        return out if "objective" in settings else dataclasses.replace(out, loss_sum=out.loss_sum + more)
+
+    patch.setattr(pertoken.model.decoder.CausalLM, "forward", with_it)
 
 
 def clipping_before_unscaling(patch: Patch) -> None:
@@ -173,7 +257,7 @@ def attention_across_documents(patch: Patch) -> None:
     def one_document(lengths: Any, device: torch.device, **_: Any) -> Any:
         return of([sum(lengths)] if lengths else [], device)
 
-    patch.setattr(pertoken.model.decoder.AttentionLayout, "of", one_document)
+    patch.setattr(pertoken.model.plain.AttentionLayout, "of", one_document)
 
 
 def prompt_supervised(patch: Patch) -> None:
@@ -217,12 +301,13 @@ def ignore_index_learned(patch: Patch) -> None:
 
 
 def casts_outlive_their_step(patch: Patch) -> None:
-    @contextmanager
-    def for_ever(self: Any) -> Iterator[None]:
-        self._casts = self._casts or {}
-        yield
+    casts = Casts()
 
-    patch.setattr(pertoken.model.decoder.CausalLM, "keeping_casts", for_ever)
+    @contextmanager
+    def for_ever(self: Execution) -> Iterator[Execution]:
+        yield dataclasses.replace(self, casts=casts)
+
+    patch.setattr(Execution, "keeping_casts", for_ever)
 
 
 def kernels_see_one_ahead(patch: Patch) -> None:
@@ -236,12 +321,12 @@ def kernels_see_one_ahead(patch: Patch) -> None:
 
 def rows_beside_the_asked_ones(patch: Patch) -> None:
     """The last block computes the row before the last supervised one in its place."""
-    usual = pertoken.engines.cpu.runner.NativeBatch.with_output_rows
+    usual = pertoken.engines.cpu.runner.CpuBatch.with_output_rows
 
     def beside(self: Any, output_rows: torch.Tensor) -> Any:
         return usual(self, output_rows - (output_rows == output_rows.max()).long())
 
-    patch.setattr(pertoken.engines.cpu.runner.NativeBatch, "with_output_rows", beside)
+    patch.setattr(pertoken.engines.cpu.runner.CpuBatch, "with_output_rows", beside)
 
 
 def head_gradient_lost(patch: Patch) -> None:
@@ -253,13 +338,13 @@ def head_gradient_lost(patch: Patch) -> None:
 
 def _blind_to(patch: Patch, words: str) -> None:
     """The kernels run over modules of which `unsupported` would have said `words`."""
-    check = pertoken.model.decoder.unsupported
+    check = pertoken.engines.cpu.engine.unsupported
 
-    def blind(model: nn.Module, cls: type[nn.Module]) -> str | None:
-        why = check(model, cls)
+    def blind(model: object) -> str | None:
+        why = check(model)
         return None if why is not None and words in why else why
 
-    patch.setattr(pertoken.model.decoder, "unsupported", blind)
+    patch.setattr(pertoken.engines.cpu.engine, "unsupported", blind)
 
 
 def replaced_projection_not_seen(patch: Patch) -> None:
@@ -276,13 +361,13 @@ def hook_not_seen(patch: Patch) -> None:
 
 def frozen_matrix_learns(patch: Patch) -> None:
     """The kernels ask for every gradient, whatever the parameter says."""
-    run = pertoken.model.decoder.CausalLM._run_natively
+    run = pertoken.engines.cpu.engine._CpuPass.run
 
-    def all_learn(self: Any, *args: Any) -> Any:
-        self.requires_grad_(True)
-        return run(self, *args)
+    def all_learn(self: Any, *args: Any, **settings: Any) -> Any:
+        self._model.requires_grad_(True)
+        return run(self, *args, **settings)
 
-    patch.setattr(pertoken.model.decoder.CausalLM, "_run_natively", all_learn)
+    patch.setattr(pertoken.engines.cpu.engine._CpuPass, "run", all_learn)
 
 
 def optimizer_state_lost(patch: Patch) -> None:

@@ -86,8 +86,8 @@ def test_micro_batches_do_not_change_a_step_in_bfloat16(world, tmp_path):
 
 
 def test_compiled_layers_compute_what_plain_ones_do(world, tmp_path):
-    plain = rows(world, tmp_path, "plain", train__device="cuda", train__compile="off")
-    compiled = rows(world, tmp_path, "compiled", train__device="cuda", train__compile="on")
+    plain = rows(world, tmp_path, "plain", train__device="cuda", train__engine="plain")
+    compiled = rows(world, tmp_path, "compiled", train__device="cuda", train__engine="compile")
     assert_close(compiled, plain, 1e-4)
 
 

@@ -14,11 +14,23 @@ import pertoken
 
 SOURCE = Path(pertoken.__file__).parent
 LAYERS = [
-    {"errors", "text", "files"},
+    {"errors", "text", "files", "fast_start"},
+    {"families"},
+    {"data.batch", "data.files"},
+    {"data.formats"},  # which the recipe names
     {"recipe"},
+    {"data.tokens"},
+    {"data.chat"},
+    {"data.outcome", "data.samples", "data.view"},
+    {"data.store"},
     {"data"},
     {"kernels"},
-    {"objective", "model", "families", "engines", "hf_fallback", "folders", "training"},
+    {"objective"},
+    {"model"},
+    {"engines"},
+    {"hf_fallback"},
+    {"folders"},
+    {"training"},
     {"checkpoints"},
     {"tracking"},
     {"runs"},
@@ -30,10 +42,15 @@ LAYERS = [
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")  # which re-exports, lazily
 
 
+def room_of(module: str) -> str:
+    """Of `pertoken.part...` the part, or `part.room` where the rooms of a part have an order."""
+    _, part, *inner = module.split(".")
+    return f"{part}.{inner[0]}" if inner and any(f"{part}.{inner[0]}" in names for names in LAYERS) else part
+
+
 def layer_of(module: str) -> int:
-    """Of `pertoken.part...`."""
-    part = module.split(".")[1]
-    return next(i for i, names in enumerate(LAYERS) if part in names)
+    name = room_of(module)
+    return next(i for i, names in enumerate(LAYERS) if name in names)
 
 
 def module_of(path: Path) -> str:
@@ -54,6 +71,49 @@ def imports_of(path: Path) -> set[str]:
 def test_imports_point_down_only(path):
     for module in imports_of(path):
         assert layer_of(module) <= layer_of(module_of(path)), f"{path.name} imports {module} from above"
+
+
+def test_no_two_rooms_import_each_other():
+    """Rooms of one layer included, which `test_imports_point_down_only` would let do so."""
+    seen = {(room_of(module_of(path)), room_of(module)) for path in FILES for module in imports_of(path)}
+    assert sorted((a, b) for a, b in seen if a < b and (b, a) in seen) == []
+
+
+def test_plain_modules_know_nothing_of_kernels_and_engines():
+    """A decoder's modules are the reference that every engine is measured against."""
+    for path in (SOURCE / "model").rglob("*.py"):
+        assert not {room_of(module) for module in imports_of(path)} & {"kernels", "engines"}, path
+
+
+MAKE_MODELS = {"model", "engines", "hf_fallback", "folders"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_only_what_makes_models_asks_which_class_one_is(path):
+    """All others know `LanguageModel`. Building one's own from a recipe is no question about its class."""
+    if room_of(module_of(path)) in MAKE_MODELS:
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "cast"):
+            names = {n.id for argument in node.args for n in ast.walk(argument) if isinstance(n, ast.Name)}
+            assert not names & {"CausalLM", "FallbackLM", "LanguageModel"}, f"{path}:{node.lineno}"
+
+
+def test_no_import_of_the_data_leads_back_to_where_it_came_from():
+    """Those within functions included."""
+    imports = {module_of(path).removesuffix(".__init__"): imports_of(path) for path in FILES}
+    done: set[str] = set()
+
+    def walk(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join((*way[way.index(module) :], module))
+        if module not in done:
+            for imported in sorted(imports.get(module, ())):
+                walk(imported, (*way, module))
+            done.add(module)
+
+    for module in sorted(imports):
+        if layer_of(module) <= LAYERS.index({"data"}):
+            walk(module, ())
 
 
 BELOW_THE_COMMAND_LINE = [path for path in FILES if layer_of(module_of(path)) < LAYERS.index({"console"})]

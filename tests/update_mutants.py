@@ -295,7 +295,7 @@ def tail_of_the_vocabulary_without_a_gradient(patch: Patch) -> None:
 
 def last_block_of_the_vocabulary_lost(patch: Patch) -> None:
     old, new = "range(0, vocab_size, _VOCAB_BLOCK)", "range(0, max(1, vocab_size - _VOCAB_BLOCK), _VOCAB_BLOCK)"
-    _rewrite(patch, pertoken.objective.cross_entropy, "_native_forward", old, new)
+    _rewrite(patch, pertoken.objective.cross_entropy, "_cpu_forward", old, new)
 
 
 def columns_beyond_a_block_unseen(patch: Patch) -> None:

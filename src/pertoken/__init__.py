@@ -23,12 +23,13 @@ __all__ = [
 if TYPE_CHECKING:
     from pertoken.checkpoints.read import load_model
     from pertoken.data.tokens.tokenizer import load_tokenizer
-    from pertoken.objective.cross_entropy import LossOutput, linear_cross_entropy
+    from pertoken.objective.cross_entropy import linear_cross_entropy
+    from pertoken.objective.terms import LossOutput
     from pertoken.recipe.schema import Recipe
     from pertoken.runs.setup import train
 
 _HOME = {
-    "LossOutput": "pertoken.objective.cross_entropy",
+    "LossOutput": "pertoken.objective.terms",
     "Recipe": "pertoken.recipe.schema",
     "linear_cross_entropy": "pertoken.objective.cross_entropy",
     "load_model": "pertoken.checkpoints.read",

@@ -163,6 +163,7 @@ def _summary_text(s: Summary) -> Text:
     rows = [
         ("run", f"{s.stage} into {s.out_dir}"),
         ("model", f"{s.family}, {_millions(s.num_parameters)} parameters{active}, {s.dtype} on {s.device}"),
+        ("engine", f"{s.engine}: {s.engine_note}"),
         ("samples", f"{s.num_samples:,} to train on, {s.num_eval_samples:,} to evaluate on"),
         ("supervised", f"{s.num_tokens:,} of {s.total_tokens:,} tokens ({share:.1%})"),
         *(("", note) for note in s.data_notes),

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["escaped_logs", "names", "one_line", "plain", "reason", "shown"]
+__all__ = ["escaped_logs", "listed", "names", "one_line", "plain", "reason", "shown"]
 
 _SHOWN_CHARS, _SHOWN_NAMES, _REASON_CHARS = 60, 8, 300
 # Format characters that scripts and emoji cannot do without: zero-width non-joiner and joiner.
@@ -45,6 +45,12 @@ def names(found: Iterable[str]) -> str:
     texts = [one_line(name if len(name) <= _SHOWN_CHARS else name[:_SHOWN_CHARS] + "...") for name in in_order]
     more = f" and {len(texts) - _SHOWN_NAMES} more" if len(texts) > _SHOWN_NAMES else ""
     return (", ".join(texts[:_SHOWN_NAMES]) or "none") + more
+
+
+def listed(names: list[str]) -> str:
+    """The first few of many names from a file, in their order, escaped and shortened."""
+    shown = (one_line(name if len(name) <= 100 else name[:100] + "...") for name in names[:5])
+    return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def reason(error: BaseException) -> str:

@@ -252,7 +252,7 @@ def test_a_resume_under_other_conditions_goes_on_within_rounding_and_says_so(wor
     run = tmp_path / "run"
     recipe = world.write_recipe(run, train__max_steps=3, train__dtype="bfloat16")
     assert pertoken("train", recipe)[0] == 0
-    code, out, err = pertoken("train", recipe, "--resume", "train.max_steps=4", "train.compile=off")
+    code, out, err = pertoken("train", recipe, "--resume", "train.max_steps=4", "train.engine=plain")
     assert code == 0, err
     assert "within rounding" in out
     assert "no longer" not in out

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import pertoken.data.formats
+from pertoken import Recipe
 from pertoken.data.files.records import BadRow, Record
-from pertoken.data.formats import Conversation, KeyNames, to_conversation, to_text
+from pertoken.data.formats import FORMATS, Conversation, KeyNames, formats_that_give, to_conversation, to_text
+from pertoken.errors import RecipeError
 
 USER = {"role": "user", "content": "2+2?"}
 REPLY = {"role": "assistant", "content": "4"}
@@ -124,3 +128,28 @@ def test_the_text_of_a_row() -> None:
         ({}, "text: missing, keys found: none; add it, or name the right key in the recipe's [data]"),
     ]:
         assert str(to_text(_record(value))) == "chat.jsonl:812: " + message
+
+
+def test_each_format_is_a_file_of_its_name() -> None:
+    folder = Path(pertoken.data.formats.__file__).parent
+    shared = {"__init__", "format", "conversation", "problem"}
+    assert {path.stem for path in folder.glob("*.py")} - shared == set(FORMATS)
+    assert all(name == format.name for name, format in FORMATS.items())
+
+
+@pytest.mark.parametrize(
+    ("format", "said"),
+    [
+        ("mesages", "; did you mean 'messages'?"),
+        ("prompt-completion", "; did you mean 'prompt_completion'?"),
+        ("parquet", ""),
+    ],
+)
+def test_a_recipe_names_a_format_of_the_dict_or_auto(format: str, said: str) -> None:
+    recipe: dict[str, Any] = {"stage": "sft", "out_dir": "x", "data": {"path": "a", "tokenizer": "t"}}
+    with pytest.raises(RecipeError) as error:
+        Recipe.parse({**recipe, "data": {**recipe["data"], "format": format}})
+    known = ", ".join(map(repr, ["auto", *FORMATS]))
+    assert str(error.value) == f"data.format={format!r}: must be one of {known}{said}"
+    for name in ("auto", *formats_that_give("conversation")):
+        assert Recipe.parse({**recipe, "data": {**recipe["data"], "format": name}}).data.format == name

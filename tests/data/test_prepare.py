@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ def _rows(stage: str, count: int) -> list[Any]:
             {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "é! " * (i % 9 + 1)}]}
             for i in range(count)
         ]
+    for i, row in enumerate(good):  # a key that is not used, of some rows
+        row |= {"id": i} if i % 3 else {}
     return [bad[i % 3] if i % 20 == 13 else row for i, row in enumerate(good)]
 
 
@@ -81,6 +83,12 @@ def _write(folder: Path, stage: str, count: int = 150) -> list[Path]:
             files.append(folder / name)
             files[-1].write_text("The lazy dog.\n" * size)
     return files
+
+
+def _used_ids(stage: str) -> Iterator[int]:
+    """The ids of the good rows of the .jsonl that `_write` writes. The .parquet has no such column."""
+    for count in (150, 9, 30):
+        yield from (row["id"] for row in _rows(stage, count) if isinstance(row, dict) and row.get("id") is not None)
 
 
 def _made_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -122,6 +130,8 @@ def test_any_number_of_processes_makes_the_same_store(
     for i in range(len(whole)):
         assert whole[i].tokens.tolist() == one[i].tokens.tolist()
         assert whole[i].loss_mask.tolist() == one[i].loss_mask.tolist()
+    assert f": id ({len(list(_used_ids(stage)))} rows, the first {files[0]}:3)" in one.report.unused_keys[0]
+    assert whole.report.unused_keys == several.report.unused_keys == one.report.unused_keys
     skipped = [Path(str(store.report.skipped_file)).read_text() for store in (whole, one)]
     assert skipped[0] == skipped[1]
     assert f"{files[0]}:{13 + 20 * 5 + 2}: " in skipped[0]

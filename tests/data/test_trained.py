@@ -14,6 +14,7 @@ from pertoken.data.tokens.tokenizer import as_transformers, load_tokenizer, open
 from pertoken.data.tokens.train import train_tokenizer
 from pertoken.data.tokens.trained import CHATML, TrainedTokenizer
 from pertoken.errors import ModelError
+from pertoken.families import recipe_names
 from pertoken.folders.weights import save_folder
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.model import ModelConfig
@@ -74,7 +75,10 @@ def test_the_files_are_those_that_transformers_writes(
     assert ours == theirs
 
 
-FAMILIES = ({"family": "qwen3"}, {"family": "llama"}, *({"family": f, "use_moe": True} for f in ("qwen3", "llama")))
+FAMILIES = (
+    *({"family": name} for name in recipe_names(use_moe=False)),
+    *({"family": name, "use_moe": True} for name in recipe_names(use_moe=True)),
+)
 
 
 @pytest.mark.parametrize("changes", FAMILIES, ids=str)
@@ -125,7 +129,7 @@ CHANGES = {
     "dropout": change("tokenizer.json", lambda t: t["model"].update(dropout=0.5)),
     "another map of special tokens": write("special_tokens_map.json", '{"eos_token": "<|endoftext|>"}'),
     "more added tokens": write("added_tokens.json", '{"<x>": 0}'),
-    "another model": write("config.json", '{"model_type": "qwen2"}'),
+    "another model": write("config.json", '{"model_type": "gemma"}'),
     "a model that says otherwise": write("config.json", '{"model_type": "qwen3", "tokenizer_class": "GPT2Tokenizer"}'),
     "no config": lambda folder: (folder / "tokenizer_config.json").unlink(),
     "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),

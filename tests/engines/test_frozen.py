@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from native_cases import BATCHES, MODELS, batch_of, gradient, largest_error, model_of
+from decoder_cases import BATCHES, MODELS, batch_of, gradient, largest_error, model_of
 from torch import Tensor, nn
 
 from pertoken.checkpoints.read import Checkpoint, load_model, load_optimizer
 from pertoken.checkpoints.saver import save_checkpoint
+from pertoken.data.batch.share import share_of_all
+from pertoken.engines.cpu.engine import CpuEngine
 from pertoken.kernels.ops import Kernels
 from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import PLAIN, Execution
 from pertoken.recipe.schema import TrainConfig
 from pertoken.training.optim import build_optimizer
 from pertoken.training.precision import Precision
@@ -44,18 +47,17 @@ def exact() -> dict[str, tuple[dict[str, Tensor], float]]:
     return found
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["kernels", "plain"])
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "plain"])
 @pytest.mark.parametrize(("family", "name"), CASES, ids=[f"{family}-{name}" for family, name in CASES])
-def test_one_frozen_or_all_but_one(exact, family, name, native):
+def test_one_frozen_or_all_but_one(exact, family, name, kernels):
     expected, error = exact[family]
     for frozen in ({name}, expected.keys() - {name}):
         model = model_of(MODELS[family], torch.float32)
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name not in frozen)
-        if native:
-            model.use_kernels(torch.float32)
-            assert model.unsupported is None
-        _, found = gradient(model, BATCH)
+        execution = Execution(CpuEngine(torch.float32)) if kernels else PLAIN
+        assert execution.engine.supports(model) is None
+        _, found = gradient(model, BATCH, execution)
         learned = {n: g for n, g in expected.items() if n not in frozen}
         assert largest_error(found, learned) <= 3 * error  # which wants the same names, so no gradient of a frozen one
 
@@ -69,13 +71,13 @@ def test_frozen_matrices_cost_no_product_and_no_transpose(batch, low, monkeypatc
             for module in layer.modules():
                 if isinstance(module, nn.Linear):
                     module.requires_grad_(not frozen)
-        model.use_kernels(torch.bfloat16 if low else torch.float32)
+        execution = Execution(CpuEngine(torch.bfloat16 if low else torch.float32))
         calls: list[str] = []
         with monkeypatch.context() as patch:
             real, mm = Kernels._call, torch.mm
             patch.setattr(Kernels, "_call", lambda *args, **kw: calls.append(args[1]) or real(*args, **kw))
             patch.setattr(torch, "mm", lambda *args, **settings: calls.append("mm") or mm(*args, **settings))
-            gradient(model, batch_of(*BATCHES[batch]), low=low)
+            gradient(model, batch_of(*BATCHES[batch]), execution, low=low)
         return calls
 
     without, with_them = work(frozen=True), work(frozen=False)
@@ -92,11 +94,11 @@ def test_frozen_matrices_cost_no_product_and_no_transpose(batch, low, monkeypatc
 def test_a_frozen_tied_embedding_costs_no_gradient_of_the_head(monkeypatch):
     model = model_of({}, torch.float32)
     model.model.embed_tokens.requires_grad_(False)
-    model.use_kernels(torch.float32)
+    execution = Execution(CpuEngine(torch.float32))
     calls: list[str] = []
     real = Kernels._call
     monkeypatch.setattr(Kernels, "_call", lambda *args, **kw: calls.append(args[1]) or real(*args, **kw))
-    out = model(BATCH)
+    out = model(BATCH, execution)
     assert "widen_transposed" not in calls
     out.loss_sum.backward()
     assert model.model.embed_tokens.weight.grad is None
@@ -105,10 +107,9 @@ def test_a_frozen_tied_embedding_costs_no_gradient_of_the_head(monkeypatch):
 def test_casts_kept_in_a_step_are_right_for_frozen_weights_too():
     model = model_of({}, torch.float32)
     model.model.layers[0].requires_grad_(False)
-    model.use_kernels(torch.bfloat16)
-    with model.keeping_casts():
-        once = gradient(model, BATCH, low=True)
-        again = gradient(model, BATCH, low=True)
+    with Execution(CpuEngine(torch.bfloat16)).keeping_casts() as keeping:
+        once = gradient(model, BATCH, keeping, low=True)
+        again = gradient(model, BATCH, keeping, low=True)
     assert once[0] == again[0]
     assert all(torch.equal(again[1][name], g) for name, g in once[1].items())
 
@@ -122,10 +123,8 @@ FROZEN = {
 
 def step(model: CausalLM, optimizer: torch.optim.Optimizer) -> float:
     metrics = train_step(
-        TrainState(model, optimizer, FLOAT32.new_scaler(), FLOAT32),
-        [BATCH],
-        num_tokens=float(BATCH.loss_mask.sum()),
-        num_input_tokens=float(len(BATCH.labels)),
+        TrainState(model, optimizer, FLOAT32.new_scaler(), FLOAT32, execution=Execution(CpuEngine(torch.float32))),
+        share_of_all([BATCH]),
         lr=1e-2,
         max_norm=0.1,
     )
@@ -142,7 +141,6 @@ def test_training_saving_and_resuming_leave_frozen_weights_as_they_are(frozen, o
     def prepared(model: CausalLM) -> torch.optim.Optimizer:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not frozen(name))
-        model.use_kernels(torch.float32)
         return build_optimizer(model, train)
 
     model = model_of({}, torch.float32)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pertoken.data.batch.pack import MicroBatch, Sample, collate
-from pertoken.engines.choose import compile_model
+from pertoken.engines.choose import choose_engine
+from pertoken.engines.cpu.engine import CpuEngine
+from pertoken.engines.cpu.supported import unsupported
 from pertoken.errors import RecipeError
 from pertoken.kernels.ops import Kernels
 from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import PLAIN, Execution
 from pertoken.recipe.model import ModelConfig
 from pertoken.training.faults import first_non_finite
 from pertoken.training.precision import Precision
@@ -166,12 +170,16 @@ CHANGES: dict[Callable[[CausalLM], None], str] = {
 }
 
 
-def gradients(model: CausalLM) -> dict[str, Tensor]:
+def gradients(model: CausalLM, execution: Execution = PLAIN) -> dict[str, Tensor]:
     model.zero_grad()
-    out = model(micro_batch())
-    out.objective(10.0, 30.0).backward()
+    out = model(micro_batch(), execution)
+    out.objective({"supervised": 10.0, "inputs": 30.0}).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {**found, "loss": out.loss_sum.detach()}
+
+
+def kernels() -> Execution:
+    return Execution(CpuEngine(torch.float32))
 
 
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -192,16 +200,15 @@ def test_a_changed_model_gives_what_its_plain_modules_give_and_is_named(change, 
     """Changed after kernels were allowed, and after they have run: bitwise the plain modules, since it is them."""
     model = model_of(tie_word_embeddings=False)
     plain = copy.deepcopy(model)
-    model.use_kernels(torch.float32)
-    calls = kernel_calls(monkeypatch)
-    assert model.unsupported is None
-    unchanged = gradients(model)
+    calls, by_kernels = kernel_calls(monkeypatch), kernels()
+    assert unsupported(model) is None
+    unchanged = gradients(model, by_kernels)
     assert calls
     change(model)
     change(plain)
     calls.clear()
-    assert model.unsupported == why
-    found, expected = gradients(model), gradients(plain)
+    assert unsupported(model) == why
+    found, expected = gradients(model, by_kernels), gradients(plain)
     assert calls == []
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], g) for name, g in expected.items())
@@ -218,10 +225,29 @@ NORMS_OF_HEADS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("why", NORMS_OF_HEADS)
 def test_a_norm_of_heads_in_a_family_that_has_none_is_seen(why):
     model = model_of(family="llama")
-    model.use_kernels(torch.float32)
-    assert model.unsupported is None
+    assert unsupported(model) is None
     model.model.layers[1].self_attn.k_norm = NORMS_OF_HEADS[why]()
-    assert model.unsupported == f"model.layers.1.self_attn.k_norm {why}"
+    assert unsupported(model) == f"model.layers.1.self_attn.k_norm {why}"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda attention: setattr(attention.v_proj, "bias", None), "v_proj has no bias of its own"),
+        (
+            lambda attention: setattr(attention.k_proj, "bias", nn.Parameter(torch.zeros(1))),
+            "k_proj has a bias of (1,)",
+        ),
+        (lambda attention: setattr(attention.o_proj, "bias", nn.Parameter(torch.zeros(32))), "o_proj has a bias"),
+        (lambda attention: attention.q_proj.bias.data.fill_(3.0), None),
+    ],
+    ids=["missing", "of another shape", "where none belongs", "another value"],
+)
+def test_a_bias_is_expected_where_the_family_has_one_and_nowhere_else(change, why):
+    model = model_of(family="qwen2")
+    assert unsupported(model) is None
+    change(model.model.layers[1].self_attn)
+    assert (unsupported(model) or "").startswith(f"model.layers.1.self_attn.{why}" if why else "")
 
 
 def test_what_the_head_becomes_is_what_the_loss_is_of():
@@ -239,17 +265,16 @@ def test_what_the_head_becomes_is_what_the_loss_is_of():
 
 def test_a_hook_on_all_modules_is_seen(monkeypatch):
     model, calls = model_of(), kernel_calls(monkeypatch)
-    model.use_kernels(torch.float32)
     seen: list[nn.Module] = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
     try:
-        assert model.unsupported == "torch.nn has a hook on all modules"
-        model(micro_batch())
+        assert unsupported(model) == "torch.nn has a hook on all modules"
+        model(micro_batch(), kernels())
     finally:
         handle.remove()
     assert model.model.layers[0].self_attn.q_proj in seen
     assert calls == []
-    model(micro_batch())
+    model(micro_batch(), kernels())
     assert calls != []
 
 
@@ -258,15 +283,15 @@ def test_one_matrix_in_another_dtype_is_seen(dtype):
     model = model_of()
     model.model.layers[1].mlp.down_proj.to(dtype)
     name = str(dtype).removeprefix("torch.")
-    assert model.unsupported == f"model.layers.1.mlp.down_proj is in {name}, not in float32"
+    assert unsupported(model) == f"model.layers.1.mlp.down_proj is in {name}, not in float32"
 
 
 def test_a_matrix_of_another_shape_or_device_is_seen():
     model = model_of()
     model.model.layers[1].mlp.down_proj.weight = nn.Parameter(torch.zeros(32, 7))
-    assert model.unsupported.startswith("model.layers.1.mlp.down_proj has a weight of (32, 7), not (32, ")
+    assert unsupported(model).startswith("model.layers.1.mlp.down_proj has a weight of (32, 7), not (32, ")
     model.model.layers[1].mlp.down_proj.to("meta")
-    assert model.unsupported == "model.layers.1.mlp.down_proj is on meta, not on the CPU"
+    assert unsupported(model) == "model.layers.1.mlp.down_proj is on meta, not on the CPU"
 
 
 def test_a_subclass_is_not_taken_for_the_decoder():
@@ -275,11 +300,11 @@ def test_a_subclass_is_not_taken_for_the_decoder():
 
     model = model_of()
     model.__class__ = Mine
-    assert model.unsupported == "the model is a Mine"
+    assert unsupported(model) == "the model is a Mine"
 
 
 def test_heads_too_wide_for_the_kernels_are_named():
-    assert model_of(num_attention_heads=1, num_key_value_heads=1, head_dim=1026).unsupported.startswith(
+    assert unsupported(model_of(num_attention_heads=1, num_key_value_heads=1, head_dim=1026)).startswith(
         "head_dim is 1026"
     )
 
@@ -288,39 +313,30 @@ def test_experts_run_plain_and_may_be_changed(monkeypatch):
     model = model_of(use_moe=True, num_experts=4, num_experts_per_tok=2)
     expert = model.model.layers[0].mlp.experts[0]
     expert.up_proj = Adapter(expert.up_proj)
-    assert model.unsupported is None
-    model.use_kernels(torch.float32)
+    assert unsupported(model) is None
     calls = kernel_calls(monkeypatch)
-    assert "model.layers.0.mlp.experts.0.up_proj.down" in gradients(model)
+    assert "model.layers.0.mlp.experts.0.up_proj.down" in gradients(model, kernels())
     assert calls != []
 
 
 def test_a_hook_on_the_model_itself_leaves_the_kernels_in_use(monkeypatch):
     """It is called either way."""
     model, calls, seen = model_of(), kernel_calls(monkeypatch), []
-    model.use_kernels(torch.float32)
     model.register_forward_hook(lambda module, args, out: seen.append(module))
-    model(micro_batch())
+    model(micro_batch(), kernels())
     assert seen == [model]
     assert calls != []
 
 
-def test_the_start_says_why_and_on_refuses():
+def test_the_start_says_why_and_cpu_refuses():
     model = model_of()
     replaced(model)
-    compiled, remark = compile_model(model, "auto", FLOAT32, total_steps=10, before=None)
-    assert (compiled, model.native) == (False, False)
+    choice = choose_engine(model, "auto", dtype="float32", device=CPU, total_steps=10)
     why = "model.layers.0.self_attn.q_proj is a Adapter"
-    assert remark == f"training without compiled kernels, several times slower: {why}"
-    with pytest.raises(RecipeError, match=rf'train\.compile="on": {why}; set it to "auto" or "off"'):
-        compile_model(model, "on", FLOAT32, total_steps=10, before=None)
-
-
-def test_off_takes_back_kernels_that_were_allowed():
-    model = model_of()
-    model.use_kernels(torch.float32)
-    compile_model(model, "off", FLOAT32, total_steps=10, before=None)
-    assert not model.native
+    assert (choice.compiled, choice.engine, choice.note) == (False, "plain", why)
+    assert choice.remark == f"training without compiled kernels, several times slower: {why}"
+    with pytest.raises(RecipeError, match=rf'train\.engine="cpu": {why}; set it to "auto" or "plain"'):
+        choose_engine(model, "cpu", dtype="float32", device=CPU, total_steps=10)
 
 
 def test_two_layers_that_share_one_projection_keep_their_own_others():
@@ -329,9 +345,8 @@ def test_two_layers_that_share_one_projection_keep_their_own_others():
     first, second = (layer.self_attn for layer in model.model.layers)
     second.q_proj = first.q_proj
     plain = copy.deepcopy(model)
-    model.use_kernels(torch.float32)
-    with model.keeping_casts():
-        found = gradients(model)
+    with kernels().keeping_casts() as keeping:
+        found = gradients(model, keeping)
     for name, expected in gradients(plain).items():
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6)
 
@@ -339,14 +354,12 @@ def test_two_layers_that_share_one_projection_keep_their_own_others():
 def test_a_gradient_of_a_gradient_is_refused():
     """The gradients by hand have none of their own, which would be left out of the sum without a word."""
     model = model_of()
-    for prepare in (lambda: None, lambda: model.use_kernels(torch.float32)):
-        prepare()
-        with pytest.raises(RuntimeError, match="no gradient of their gradient"):
-            torch.autograd.grad(model(micro_batch()).loss_sum, model.model.norm.weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="no gradient of their gradient"):
-        torch.autograd.grad(model(micro_batch(), impl="reference").loss_sum, model.model.norm.weight, create_graph=True)
-    model.native = False
-    loss_sum = model(micro_batch(), impl="reference").loss_sum
+    refused = {"match": "no gradient of their gradient"}
+    weight, batch = model.model.norm.weight, micro_batch()
+    for execution in (PLAIN, kernels(), replace(kernels(), loss_impl="reference")):
+        with pytest.raises(RuntimeError, **refused):
+            torch.autograd.grad(model(batch, execution).loss_sum, weight, create_graph=True)
+    loss_sum = model(batch, Execution(loss_impl="reference")).loss_sum
     (grad,) = torch.autograd.grad(loss_sum, model.model.norm.weight, create_graph=True)
     grad.square().sum().backward()
     assert torch.count_nonzero(model.model.norm.weight.grad)
@@ -356,12 +369,10 @@ def test_the_report_of_what_is_not_finite_does_not_need_all_logits(monkeypatch):
     """Its hooks make modules be called; the head's output would be a [tokens, vocabulary] matrix."""
     monkeypatch.setattr("pertoken.model.decoder.cross_entropy", None)
     model = model_of(tie_word_embeddings=False)
-    model.use_kernels(torch.float32)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     found = first_non_finite(model, micro_batch(), FLOAT32)
     assert found.startswith("the output of model.layers.1.mlp.up_proj")
-    assert model.native
 
 
 SHARDED = """
@@ -370,7 +381,8 @@ import torch, torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 sys.path.insert(0, sys.argv[3])
-from test_supported import gradients, micro_batch, model_of
+from test_supported import gradients, kernels, micro_batch, model_of
+from pertoken.engines.cpu.supported import unsupported
 from pertoken.kernels.ops import Kernels
 from pertoken.training.parallel import World, parallelize, whole
 
@@ -381,28 +393,27 @@ Kernels._call = lambda *args, **settings: calls.append(args[1]) or real(*args, *
 expected = gradients(model_of())
 for how in ("ddp", "fsdp"):
     model = model_of()
-    model.use_kernels(torch.float32)
     wrapped = parallelize(model, how, World(rank, 2, rank), device=torch.device("cpu"), layers=model.layers)
-    assert model.unsupported is None, model.unsupported
+    assert unsupported(model) is None, unsupported(model)
     calls.clear()
-    out = wrapped(micro_batch())
+    out = wrapped(micro_batch(), kernels())
     assert "softmax_forward" in calls, how
-    out.objective(10.0, 30.0).backward()
+    out.objective({"supervised": 10.0, "inputs": 30.0}).backward()
     assert "softmax_backward" in calls, how
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(whole(parameter.grad), expected[name], rtol=1e-4, atol=1e-6)
     model.zero_grad()
     handle = model.model.layers[1].register_forward_hook(lambda module, args, out: None)
-    assert model.unsupported == "model.layers.1 has a forward hook", model.unsupported
+    assert unsupported(model) == "model.layers.1 has a forward hook", unsupported(model)
     calls.clear()
-    wrapped(micro_batch()).loss_sum.backward()
+    wrapped(micro_batch(), kernels()).loss_sum.backward()
     assert calls == [], how
     handle.remove()
-    assert model.unsupported is None
+    assert unsupported(model) is None
 mesh, low = DeviceMesh.from_group(dist.group.WORLD, "cpu"), MixedPrecisionPolicy(torch.bfloat16)
 model = model_of()
 fully_shard(model.model.layers[0], mesh=mesh, mp_policy=low)
-assert model.unsupported == "model.layers.0 is gathered by FSDP2 in torch.bfloat16", model.unsupported
+assert unsupported(model) == "model.layers.0 is gathered by FSDP2 in torch.bfloat16", unsupported(model)
 dist.barrier()
 dist.destroy_process_group()
 """

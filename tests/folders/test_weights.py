@@ -11,6 +11,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -18,11 +20,13 @@ from transformers import (
 )
 
 from pertoken.data.batch.pack import MicroBatch
+from pertoken.engines.cpu.engine import CpuEngine
 from pertoken.errors import ModelError
 from pertoken.folders.minimind import load_minimind, save_minimind
 from pertoken.folders.weights import load_folder, resize_embeddings, save_folder
 from pertoken.inference.generate import generate
 from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import PLAIN, Execution
 from pertoken.recipe.schema import ModelConfig
 
 pytestmark = pytest.mark.numeric
@@ -38,31 +42,54 @@ SHARED = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
-FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+FAMILIES = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
+# Texts are longer than the original length, and the frequencies are of all three kinds: kept, divided, in between.
+LLAMA3 = {
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 5e2,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+}
+DENSE = [*((family, {}) for family in FAMILIES), ("llama", LLAMA3)]
 MIXTURES = {"qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM), "mixtral": (MixtralConfig, MixtralForCausalLM)}
-VARIANTS = [
-    pytest.param(family, keys, id=f"{family}-{'-'.join(map(str, keys)) or 'plain'}")
-    for family in FAMILIES
-    for keys in (
-        {},
-        {"head_dim": 20},  # not hidden_size / num_attention_heads
-        {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 1234.5}},
-        {"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "num_key_value_heads": 6},
-    )
-] + [
-    pytest.param(family, keys, id=f"{family}-{'-'.join(map(str, keys.values()))}")
-    for family, keys in (
-        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True}),
-        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": False}),
-        (
-            "qwen3_moe",
-            {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 24},
-        ),
-        ("qwen3_moe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": False, "head_dim": 20}),
-        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1}),
-        ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
-    )
-]
+VARIANTS = (
+    [
+        pytest.param(family, keys, id=f"{family}-{'-'.join(map(str, keys)) or 'plain'}")
+        for family in FAMILIES
+        for keys in (
+            {},
+            {"head_dim": 20},  # not hidden_size / num_attention_heads
+            {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 1234.5}},
+            {"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "num_key_value_heads": 6},
+        )
+    ]
+    + [
+        pytest.param("llama", LLAMA3, id="llama3"),
+        pytest.param("llama", LLAMA3 | {"head_dim": 20, "tie_word_embeddings": False}, id="llama3-head_dim"),
+    ]
+    + [
+        pytest.param(family, keys, id=f"{family}-{'-'.join(map(str, keys.values()))}")
+        for family, keys in (
+            ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True}),
+            ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": False}),
+            (
+                "qwen3_moe",
+                {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 24},
+            ),
+            ("qwen3_moe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": False, "head_dim": 20}),
+            ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1}),
+            ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
+        )
+    ]
+)
 
 
 def random_hf_model(family, **keys):
@@ -71,9 +98,10 @@ def random_hf_model(family, **keys):
     model = model_class(config_class(**SHARED | keys)).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else 0.15 * noise)
+            is_norm = parameter.ndim == 1 and not name.endswith("bias")
+            parameter.copy_(1 + 0.3 * noise if is_norm else 0.3 * noise if parameter.ndim == 1 else 0.15 * noise)
     return model
 
 
@@ -140,12 +168,15 @@ def test_a_saved_folder_opens_in_transformers_with_the_same_logits(family, keys,
     assert error(found, exact) <= 3 * error(plain, exact)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_equal_those_of_transformers(family, tmp_path):
-    hf_model = random_hf_model(family).double()
+@pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
+@pytest.mark.parametrize(("family", "keys"), DENSE)
+def test_gradients_equal_those_of_transformers(family, keys, kernels, tmp_path):
+    hf_model = random_hf_model(family, **keys).double()
     hf_model.save_pretrained(tmp_path)
-    model, docs = load_folder(tmp_path, dtype=torch.float64), documents([3, 30, 31])
-    model(flat(docs)).loss_sum.backward()
+    model, docs = load_folder(tmp_path, dtype=torch.float32 if kernels else torch.float64), documents([3, 30, 131])
+    execution = Execution(CpuEngine(torch.float32)) if kernels else PLAIN
+    assert execution.engine.supports(model) is None
+    model(flat(docs), execution).loss_sum.backward()
     for doc in docs:  # labels are the inputs themselves in `flat`: unshifted, as good as any
         logits = hf_model(doc[None]).logits[0]
         torch.nn.functional.cross_entropy(logits, doc, reduction="sum").backward()

@@ -17,12 +17,15 @@ from tiny import World, pertoken, rows_of, untimed
 from pertoken import load_model, train
 from pertoken.data.batch.order import step_at
 from pertoken.data.batch.pack import Sample, collate
+from pertoken.data.batch.share import share_of_all
 from pertoken.data.tokens.tokenizer import load_tokenizer
+from pertoken.engines.choose import choose_engine
 from pertoken.errors import ModelError, RecipeError
 from pertoken.folders.open import resize_embeddings
 from pertoken.hf_fallback.model import FallbackLM
 from pertoken.inference.generate import generate
 from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import Execution
 from pertoken.runs.data import prepare
 from pertoken.training.evaluate import evaluate
 from pertoken.training.precision import Precision
@@ -169,10 +172,10 @@ def test_a_soft_cap_far_above_an_untrained_models_logits_is_found(world, tmp_pat
 
 def test_a_model_that_still_drops_out_is_refused(folders, monkeypatch):
     """Rates that only a module's own attribute holds would escape the configuration."""
-    from pertoken.hf_fallback import model as foreign
+    from pertoken.hf_fallback import load
 
     assert load_model(folders["gemma"]).hf.model.layers[0].self_attn.attention_dropout == 0.0
-    monkeypatch.setattr(foreign, "_switch_off_dropout", lambda config: None)
+    monkeypatch.setattr(load, "_switch_off_dropout", lambda config: None)
     with pytest.raises(ModelError, match="something drops out"):
         load_model(folders["gemma"])
 
@@ -184,7 +187,7 @@ def test_dropout_that_is_not_in_the_configuration_is_switched_off_too(folders):
     assert hf.transformer.drop.p == 0.1
     model = FallbackLM(hf)
     assert hf.transformer.drop.p == 0.0
-    micro_batch = collate(random_samples([40, 9], model.config.vocab_size))
+    micro_batch = collate(random_samples([40, 9], model.facts.vocab_size))
     assert torch.equal(model.train()(micro_batch).loss_sum, model.eval()(micro_batch).loss_sum)
 
 
@@ -196,7 +199,7 @@ def test_no_dropout_rate_is_left_and_training_mode_computes_what_evaluation_does
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {0.0}
     rates = {k: v for k, v in model.hf.config.to_dict().items() if "drop" in k and isinstance(v, float)}
     assert set(rates.values()) == {0.0}
-    micro_batch = collate(random_samples([40, 9], model.config.vocab_size))
+    micro_batch = collate(random_samples([40, 9], model.facts.vocab_size))
     assert torch.equal(model.train()(micro_batch).loss_sum, model.eval()(micro_batch).loss_sum)
 
 
@@ -207,12 +210,12 @@ TOLERANCE = {"gpt2": 1e-10, "gemma": 1e-5}
 @pytest.mark.parametrize("name", TOLERANCE)
 def test_the_split_changes_no_float64_gradient(folders, name):
     model = load_model(folders[name], dtype=torch.float64)
-    samples = random_samples([1, 7, 128, 129, 30, 30, 3], model.config.vocab_size)
+    samples = random_samples([1, 7, 128, 129, 30, 30, 3], model.facts.vocab_size)
 
     def gradients(split: list[list[int]]) -> dict[str, torch.Tensor]:
         model.zero_grad()
         for part in split:
-            model(collate([samples[i] for i in part])).objective(50, 1).backward()
+            model(collate([samples[i] for i in part])).objective({"supervised": 50}).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     whole = gradients([[0, 1, 2, 3, 4, 5, 6]])
@@ -227,7 +230,7 @@ def test_an_empty_micro_batch_gives_zeros_and_every_parameter_a_zero_gradient(fo
     model = load_model(folders[name])
     out = model(collate([]))
     assert (out.loss_sum.item(), out.num_tokens.item()) == (0.0, 0)
-    out.objective(1, 1).backward()
+    out.objective({"supervised": 1}).backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         assert not parameter.grad.any(), key
@@ -236,7 +239,7 @@ def test_an_empty_micro_batch_gives_zeros_and_every_parameter_a_zero_gradient(fo
 def test_padded_rows_are_counted_as_padding(folders):
     """Of GPT-2: every row of the rectangle meets the blocks, supervised ones the head."""
     model = load_model(folders["gpt2"])
-    samples = random_samples([9, 5], model.config.vocab_size)
+    samples = random_samples([9, 5], model.facts.vocab_size)
     micro_batch = collate(samples)
     padding, total = (float(x) for x in model(micro_batch).metrics["padding"])
     body = model.num_parameters - model.head_weight.numel()  # tied
@@ -350,33 +353,35 @@ def test_new_tokens_start_as_the_mean_of_the_old(folders):
     old = model.head_weight.detach().clone()
     state = torch.get_rng_state()
     resize_embeddings(model, len(old) + 3)
-    assert model.config.vocab_size == len(old) + 3
+    assert model.facts.vocab_size == len(old) + 3
     assert torch.equal(model.head_weight[: len(old)], old)
     assert torch.allclose(model.head_weight[len(old) :], old.mean(0).expand(3, -1))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_activation_checkpointing_changes_no_gradient_and_compilation_is_refused(folders):
+def test_activation_checkpointing_changes_no_gradient_and_engines_are_refused(folders):
     model = load_model(folders["gpt2"]).train()
-    micro_batch = collate(random_samples([30, 9], model.config.vocab_size))
+    micro_batch = collate(random_samples([30, 9], model.facts.vocab_size))
     found = []
     for on in (False, True):
-        model.activation_checkpointing = on
-        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == on
         model.zero_grad()
-        model(micro_batch).loss_sum.backward()
+        model(micro_batch, Execution(activation_checkpointing=on)).loss_sum.backward()
+        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == on
         found.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
-    with pytest.raises(RecipeError, match=r"train\.compile"):
-        model.compile_layers()
+    for engine in ("cpu", "compile"):
+        with pytest.raises(
+            RecipeError, match=rf'train\.engine="{engine}": .* own decoder; set it to "auto" or "plain"'
+        ):
+            choose_engine(model, engine, dtype="float32", device=torch.device("cpu"), total_steps=1)
 
 
 def test_rotary_angles_that_depend_on_the_longest_sample_end_where_they_begin_to(world, tmp_path):
     factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, **factors}
     folder = make_folder(world, tmp_path / "model", "Llama", {**SIZES, "rope_parameters": rope})
-    assert load_model(folder).config.max_position_embeddings == 64
+    assert load_model(folder).facts.max_position_embeddings == 64
     recipe = world.write_recipe(tmp_path / "recipe", model={}, init_from=str(folder))
     code, _, err = pertoken("train", recipe)
     assert code == 2
@@ -424,13 +429,14 @@ def test_a_broken_folder_is_refused_by_name_in_one_line(folders, tmp_path, how):
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_qwen2_of_few_layers_loads_with_the_logits_of_transformers(tmp_path, layers):
+def test_a_scaled_qwen2_of_few_layers_loads_with_the_logits_of_transformers(tmp_path, layers):
     """Its max_window_layers is 28 by default, and means nothing without windows."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
         vocab_size=50, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
         intermediate_size=16, bos_token_id=0, eos_token_id=1,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
     )  # fmt: skip
     assert config.max_window_layers > layers
     assert not config.use_sliding_window
@@ -445,8 +451,16 @@ def test_a_qwen2_of_few_layers_loads_with_the_logits_of_transformers(tmp_path, l
         assert torch.equal(ours.hf(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 
-def test_a_covered_family_keeps_our_own_decoder(world, tmp_path):
-    folder = make_folder(world, tmp_path, "Llama", SIZES)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("Llama", {}), ("Qwen2", {}), ("Llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}})],
+    ids=["Llama", "Qwen2", "Llama 3"],
+)
+def test_a_covered_family_keeps_our_own_decoder(world, tmp_path, name, keys):
+    folder = make_folder(world, tmp_path, name, {**SIZES, **keys})
     assert isinstance(load_model(folder), CausalLM)
 
 
@@ -472,9 +486,7 @@ def test_a_step_of_ours_and_evaluation_take_the_module_as_it_is(world, folders, 
     for _ in range(3):
         metrics = train_step(
             state,
-            [collate(samples[:1]), collate([]), collate(samples[1:])],
-            num_tokens=float(sum(s.loss_mask.sum() for s in samples)),
-            num_input_tokens=1.0,
+            share_of_all([collate(samples[:1]), collate([]), collate(samples[1:])]),
             lr=0.1,
             max_norm=1.0,
         )

@@ -18,13 +18,12 @@ from typing import Any
 import pytest
 import torch
 
-from pertoken.engines.choose import compile_model
+from pertoken.engines.choose import Choice, EngineName, choose_engine
 from pertoken.errors import CompilerError, RecipeError
 from pertoken.kernels import build
 from pertoken.kernels.ops import Kernels
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.model import ModelConfig
-from pertoken.training.precision import Precision
 
 CPU = torch.device("cpu")
 FLAGS = build._FLAGS
@@ -41,6 +40,10 @@ def cold(monkeypatch, tmp_path):
     build._found.cache_clear()
 
 
+def chosen(model: CausalLM, how: EngineName, dtype: str = "float32", before: bool | None = None) -> Choice:
+    return choose_engine(model, how, dtype=dtype, device=CPU, total_steps=10, before=before)
+
+
 def test_compiled_once_for_each_dtype_and_then_found(cold, monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         Kernels(dtype)
@@ -55,13 +58,11 @@ def test_compiled_once_for_each_dtype_and_then_found(cold, monkeypatch):
 def test_without_a_compiler_training_goes_on_and_says_so_once(cold, monkeypatch):
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     model = CausalLM(CONFIG.resolve(20))
-    precision = Precision("bfloat16", CPU)
-    compiled, remark = compile_model(model, "auto", precision, total_steps=10, before=None)
-    assert not compiled
-    assert not model.native
-    assert "no C compiler" in remark
-    with pytest.raises(RecipeError, match=r'train\.compile="on": no C compiler .* set it to "auto" or "off"'):
-        compile_model(model, "on", precision, total_steps=10, before=None)
+    choice = chosen(model, "auto", "bfloat16")
+    assert (choice.compiled, choice.engine) == (False, "plain")
+    assert "no C compiler" in choice.remark
+    with pytest.raises(RecipeError, match=r'train\.engine="cpu": no C compiler .* set it to "auto" or "plain"'):
+        chosen(model, "cpu", "bfloat16")
 
 
 def test_a_compiler_that_fails_is_quoted(cold, monkeypatch, tmp_path):
@@ -182,14 +183,14 @@ def test_a_compiler_that_fails_in_any_way_means_the_plain_path_and_one_line(cold
     monkeypatch.setattr(build, "_VERSION_TIMEOUT_S", 1)
     model = CausalLM(CONFIG.resolve(20))
     started = time.monotonic()
-    compiled, remark = compile_model(model, "auto", Precision("float32", CPU), total_steps=10, before=None)
+    choice = chosen(model, "auto")
     assert time.monotonic() - started < 30
-    assert not compiled
-    assert remark.isprintable()
-    assert re.search(why, remark), remark
+    assert not choice.compiled
+    assert choice.remark.isprintable()
+    assert re.search(why, choice.remark), choice.remark
     assert not cold.exists() or list(cold.iterdir()) == []
-    with pytest.raises(RecipeError, match=r"train\.compile"):
-        compile_model(model, "on", Precision("float32", CPU), total_steps=10, before=None)
+    with pytest.raises(RecipeError, match=r"train\.engine"):
+        chosen(model, "cpu")
 
 
 def test_a_compiler_that_hangs_is_ended_with_what_it_started(cold, monkeypatch, tmp_path):
@@ -264,9 +265,9 @@ PLACES: dict[str, Callable[[pytest.MonkeyPatch, Path], None]] = {
 def test_where_nothing_can_be_kept_kernels_are_compiled_all_the_same(cold, monkeypatch, place):
     place(monkeypatch, cold)
     model = CausalLM(CONFIG.resolve(20))
-    compiled, remark = compile_model(model, "auto", Precision("float32", CPU), total_steps=10, before=None)
-    assert compiled
-    assert remark is None
+    choice = chosen(model, "auto")
+    assert choice.compiled
+    assert choice.remark is None
     Kernels(torch.float32).add_residual(torch.ones(2, 2), torch.ones(2, 2))
     assert not cold.is_dir() or list(cold.iterdir()) == []
 
@@ -286,20 +287,20 @@ def test_where_no_place_can_be_written_that_is_said(cold, monkeypatch):
         ("auto", "float64", None, False),
         ("auto", "float32", False, False),  # as the run was started
         ("auto", "float32", True, True),
-        ("on", "float32", False, True),
-        ("off", "float32", True, False),
+        ("cpu", "float32", False, True),
+        ("plain", "float32", True, False),
     ],
 )
 def test_the_decision(how, dtype, before, expected):
-    model = CausalLM(CONFIG.resolve(20))
-    compiled, remark = compile_model(model, how, Precision(dtype, CPU), total_steps=10, before=before)
-    assert compiled == model.native == expected
-    assert remark is None
+    choice = chosen(CausalLM(CONFIG.resolve(20)), how, dtype, before)
+    assert choice.compiled == expected
+    assert choice.engine == ("cpu" if expected else "plain")
+    assert choice.remark is None
 
 
-def test_on_refuses_a_precision_without_kernels():
+def test_cpu_refuses_a_precision_without_kernels():
     with pytest.raises(RecipeError, match="bfloat16 and float32, not for float64"):
-        compile_model(CausalLM(CONFIG.resolve(20)), "on", Precision("float64", CPU), total_steps=10, before=None)
+        chosen(CausalLM(CONFIG.resolve(20)), "cpu", "float64")
 
 
 def test_one_openmp_serves_kernels_and_torch():

@@ -142,6 +142,22 @@ def test_cross_entropy_turns_logits_into_their_gradient(dtype, n, v, weights):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "v"), [(1, 2), (5, 129), (33, 1000)])
+def test_cross_entropy_gradient_has_a_factor_a_row_of_softmax_and_of_the_label(dtype, n, v):
+    kernels, logits = Kernels(dtype), values(n, v, dtype=dtype) * 3
+    labels = torch.randint(0, v, (n,), generator=torch.Generator().manual_seed(0))
+    on_softmax, at_label, statistics = values(n, seed=4), values(n, seed=5), torch.empty(n, 2)
+    exact = logits.double()
+    expected = on_softmax.double()[:, None] * exact.softmax(1)
+    expected[torch.arange(n), labels] -= at_label.double()
+    kernels.cross_entropy(logits, labels, None, statistics, gradient=False)
+    torch.testing.assert_close(statistics.double().sum(1), exact.logsumexp(1), rtol=1e-6, atol=1e-6)
+    kernels.cross_entropy_gradient(logits, labels, statistics, on_softmax, at_label)
+    factors = 1.0 + (on_softmax.abs() + at_label.abs()).double()
+    assert ((logits.double() - expected).abs() / factors[:, None]).max() <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("what", [math.nan, math.inf])
 def test_what_is_not_finite_stays_so(dtype, what):
     kernels = Kernels(dtype)
@@ -153,6 +169,10 @@ def test_what_is_not_finite_stays_so(dtype, what):
     assert not kernels.cast_and_transpose(row)[1].isfinite().all()
     assert not kernels.swiglu_forward(torch.cat((low, low), 1)).isfinite().all()
     assert not kernels.cross_entropy(low.clone(), labels, None, gradient=True).isfinite().all()
+    gradient, statistics, ones = low.clone(), torch.empty(1, 2), torch.ones(1)
+    kernels.cross_entropy(gradient, labels, None, statistics, gradient=False)
+    kernels.cross_entropy_gradient(gradient, labels, statistics, ones, ones)
+    assert not gradient.isfinite().all()
     scores = low.clone().unsqueeze(0)
     kernels.softmax_forward(scores, torch.empty(1, 1), torch.tensor([[48]], dtype=torch.int32), 1.0)
     assert not scores.isfinite().all()

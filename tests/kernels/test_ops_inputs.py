@@ -63,7 +63,23 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Call, dict[str, Any]]]:
         "softmax_backward": (k.softmax_backward, {"scores_BRC": act(4, 3, 16), "d_p_BRC": act(4, 3, 16), **scores}),
         "cross_entropy": (
             k.cross_entropy,
-            {"logits_NV": act(5, 9), "labels_N": torch.arange(5), "weights_N": torch.ones(5), "gradient": True},
+            {
+                "logits_NV": act(5, 9),
+                "labels_N": torch.arange(5),
+                "weights_N": torch.ones(5),
+                "statistics_N2": torch.zeros(5, 2),
+                "gradient": True,
+            },
+        ),
+        "cross_entropy_gradient": (
+            k.cross_entropy_gradient,
+            {
+                "logits_NV": act(5, 9),
+                "labels_N": torch.arange(5),
+                "statistics_N2": torch.zeros(5, 2),
+                "on_softmax_N": torch.ones(5),
+                "at_label_N": torch.ones(5),
+            },
         ),
         "sum_of_squares": (k.sum_of_squares, {"x": torch.randn(9)}),
         "add_rows": (
@@ -84,6 +100,7 @@ FREE = {
     ("sum_of_squares", "x"): {0},
     ("add_rows", "out_VD"): {0},
     ("cross_entropy", "logits_NV"): {1},
+    ("cross_entropy_gradient", "logits_NV"): {1},
 }
 LARGER = {"x", "to", "angles"}  # may have more rows and columns than are read, of heads
 
@@ -137,9 +154,10 @@ def test_no_rows_at_all_are_no_error(name):
     function(**empty)
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_gradient"])
 @pytest.mark.parametrize("bad", [-1, 9, 2**40, -(2**40)])
-def test_a_label_beyond_the_logits_is_an_error(bad):
-    function, arguments = calls(torch.float32)["cross_entropy"]
+def test_a_label_beyond_the_logits_is_an_error(bad, name):
+    function, arguments = calls(torch.float32)[name]
     with pytest.raises(IndexError, match=r"must be within \[0, 9\)"):
         function(**{**arguments, "labels_N": torch.tensor([0, 1, bad, 3, 4])})
 

@@ -4,6 +4,7 @@ import torch
 
 from pertoken.data.batch.pack import Sample, collate
 from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import PLAIN, Execution
 from pertoken.recipe.schema import ModelConfig
 
 pytestmark = pytest.mark.numeric
@@ -11,6 +12,16 @@ pytestmark = pytest.mark.numeric
 SMALL = {
     "qwen3": {"num_key_value_heads": 2, "head_dim": 12},
     "llama": {"family": "llama", "num_key_value_heads": 1, "tie_word_embeddings": False},
+    "llama3": {
+        "family": "llama",
+        "rope_scaling": {
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "qwen2": {"family": "qwen2", "num_key_value_heads": 2},
 }
 
 
@@ -28,10 +39,10 @@ def samples(lengths, seed=0):
     return [Sample(rng.integers(0, 61, n + 1), rng.random(n) < 0.5) for n in lengths]
 
 
-def gradients(model, *micro_batches, **keys):
+def gradients(model, *micro_batches, execution=PLAIN):
     model.zero_grad()
     for micro_batch in micro_batches:
-        model(micro_batch, **keys).loss_sum.backward()
+        model(micro_batch, execution).loss_sum.backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -72,10 +83,8 @@ def test_activation_checkpointing_changes_no_gradient():
     model, micro_batch = small_model(dtype=torch.float32), collate(samples([5, 17, 16]))
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            model.activation_checkpointing = False
             plain = gradients(model, micro_batch)
-            model.activation_checkpointing = True
-            recomputed = gradients(model, micro_batch)
+            recomputed = gradients(model, micro_batch, execution=Execution(activation_checkpointing=True))
         for name in plain:
             assert torch.equal(plain[name], recomputed[name]), name
 
@@ -121,10 +130,13 @@ def test_initial_weights_follow_from_the_seed_alone():
         assert weight.ndim == 1 or not torch.equal(weight, other.state_dict()[name]), name
 
 
-def test_initial_weights_have_the_documented_size():
-    model = small_model(hidden_size=256, intermediate_size=512)
+@pytest.mark.parametrize("family", SMALL)
+def test_initial_weights_have_the_documented_size(family):
+    model = small_model(family, hidden_size=256, intermediate_size=512)
     for name, weight in model.state_dict().items():
-        if weight.ndim == 1:
+        if name.endswith(".bias"):
+            assert not weight.any(), name
+        elif weight.ndim == 1:
             assert (weight == 1).all(), name
         else:
             expected = 0.02 / 6**0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
@@ -153,6 +165,7 @@ def test_decoding_with_a_cache_equals_the_training_forward(family):
 
 def test_reference_loss_inside_the_model_equals_the_fast_one():
     model, micro_batch = small_model(), collate(samples([5, 17, 16]))
-    fast, plain = gradients(model, micro_batch), gradients(model, micro_batch, impl="reference")
+    plainly = Execution(loss_impl="reference")
+    fast, plain = gradients(model, micro_batch), gradients(model, micro_batch, execution=plainly)
     for name in plain:
         torch.testing.assert_close(fast[name], plain[name], rtol=1e-10, atol=1e-12, msg=name)

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from pertoken.data.batch.pack import Sample, collate
+from pertoken.data.batch.share import share_of_all
 from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.moe import MixtureOfExperts, _num_rows
 from pertoken.recipe.schema import ModelConfig
 from pertoken.training.precision import Precision
@@ -48,10 +50,10 @@ def router_logits(model):
     return seen
 
 
-def gradients(model, *micro_batches, num_tokens=50.0, num_input_tokens=144.0):
+def gradients(model, *micro_batches, supervised=50.0, inputs=144.0, execution=PLAIN):
     model.zero_grad()
     for micro_batch in micro_batches:
-        model(micro_batch).objective(num_tokens, num_input_tokens).backward()
+        model(micro_batch, execution).objective({"supervised": supervised, "inputs": inputs}).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -62,9 +64,7 @@ def step_gradients(model, micro_batches):
     kept = {}
     train_step(
         state,
-        micro_batches,
-        num_tokens=float(sum(m.loss_mask.sum() for m in micro_batches)),
-        num_input_tokens=float(sum(len(m.input_ids) for m in micro_batches)),
+        share_of_all(micro_batches),
         lr=0.0,
         max_norm=0.0,
         on_gradients=lambda: kept.update({n: p.grad.clone() for n, p in model.named_parameters()}),
@@ -143,7 +143,7 @@ def test_an_empty_micro_batch_gives_zeros_and_touches_every_parameter(aux_loss, 
         out, full = model(collate([])), model(collate(samples([3])))
         with torch.no_grad():
             assert float(model(collate([])).loss_sum) == 0.0
-    out.objective(3.0, 7.0).backward()
+    out.objective({"supervised": 3.0, "inputs": 7.0}).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
@@ -153,7 +153,7 @@ def test_an_empty_micro_batch_gives_zeros_and_touches_every_parameter(aux_loss, 
             assert (value.shape, value.dtype) == (expected.shape, expected.dtype), name
             assert not value.any(), name
             assert not expected.requires_grad, name
-    assert (out.aux_sum is None) == (aux_loss == "none")
+    assert (out.terms["aux_loss"].coefficient == 0) == (aux_loss == "none")
 
 
 def test_without_a_balance_loss_every_parameter_still_has_a_gradient():
@@ -171,8 +171,7 @@ def test_activation_checkpointing_changes_no_gradient(dtype, aux_loss):
     model, micro_batch = small_model(5, 2, dtype=torch.float32, aux_loss=aux_loss), collate(samples())
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         plain = gradients(model, micro_batch)
-        model.activation_checkpointing = True
-        recomputed = gradients(model, micro_batch)
+        recomputed = gradients(model, micro_batch, execution=Execution(activation_checkpointing=True))
     for name in plain:
         assert torch.equal(plain[name], recomputed[name]), name
 
@@ -182,8 +181,8 @@ def test_the_balance_gradient_itself_survives_activation_checkpointing():
         small_model(4, 1, aux_loss_coef=1.0),
         collate(samples()),
     )  # with k = 1 it is the router's only one
-    model.activation_checkpointing = True
-    for name, grad in gradients(model, micro_batch).items():
+    execution = Execution(activation_checkpointing=True)
+    for name, grad in gradients(model, micro_batch, execution=execution).items():
         assert grad.norm() > 1e-6 or "mlp.gate" not in name, name
 
 
@@ -267,9 +266,10 @@ def test_the_balance_loss_and_its_gradient_follow_the_formula(aux_loss, router):
     aux_sum, count = out.metrics["aux_loss"]
     assert int(count) == 144
     torch.testing.assert_close(aux_sum, expected.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(out.aux_sum, 0.25 * expected, rtol=1e-12, atol=0)
+    assert out.terms["aux_loss"].coefficient == 0.25
+    torch.testing.assert_close(out.terms["aux_loss"].sum, expected, rtol=1e-12, atol=0)
     parameters = [p for name, p in model.named_parameters() if "gate.weight" in name or "embed" in name]
-    ours = torch.autograd.grad(out.aux_sum, parameters, retain_graph=True, materialize_grads=True)
+    ours = torch.autograd.grad(0.25 * out.terms["aux_loss"].sum, parameters, retain_graph=True, materialize_grads=True)
     for a, b in zip(ours, torch.autograd.grad(0.25 * expected, parameters, materialize_grads=True), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
@@ -285,7 +285,9 @@ def test_micro_batch_is_what_minimind_computes(chosen):
         scores = F.softmax(logits, dim=-1)
         load = F.one_hot(torch.topk(scores, chosen, dim=-1).indices, 4).double().mean(0)
         theirs += (load * scores.mean(0)).sum() * 4 * 5e-4
-    torch.testing.assert_close(out.objective(1.0, 40.0) - out.loss_sum, theirs, rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        out.objective({"supervised": 1.0, "inputs": 40.0}) - out.loss_sum, theirs, rtol=1e-9, atol=0
+    )
 
 
 @pytest.mark.parametrize(("aux_loss", "expected"), [("sequence", 1.0), ("micro_batch", 2.0)])
@@ -339,7 +341,8 @@ def test_the_balance_loss_counts_unsupervised_tokens_alike():
     rows = samples()
     masked = [Sample(row.tokens, np.zeros(len(row), dtype=bool)) for row in rows]
     with torch.no_grad():
-        assert float(model(collate(rows)).aux_sum) == float(model(collate(masked)).aux_sum) > 0
+        sums = [float(model(collate(r)).terms["aux_loss"].sum) for r in (rows, masked)]
+        assert sums[0] == sums[1] > 0
 
 
 # The model

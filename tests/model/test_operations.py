@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pertoken.data.batch.pack import Sample, collate
-from pertoken.model import decoder as transformer
+from pertoken.model import plain
 from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import Execution
 from pertoken.model.operations import body_parameters
 from pertoken.recipe.schema import ModelConfig
 
@@ -28,13 +28,13 @@ def batch(lengths, share=1.0):
     return collate([Sample(rng.integers(0, 50, n + 1), np.arange(n) < share * n) for n in lengths])
 
 
-@pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["dense", "experts"])
-def test_the_body_is_every_active_parameter_but_embedding_head_and_norms(experts):
-    ours = model(**experts)
-    norms = sum(p.numel() for m in ours.modules() if isinstance(m, nn.RMSNorm) for p in m.parameters())
+@pytest.mark.parametrize("changes", [{}, EXPERTS, {"family": "qwen2"}], ids=["dense", "experts", "biases"])
+def test_the_body_is_every_active_matrix_but_embedding_and_head(changes):
+    ours = model(**changes)
+    vectors = sum(p.numel() for p in ours.parameters() if p.ndim == 1)
     head = 0 if ours.lm_head is None else ours.lm_head.weight.numel()
     embedding = ours.model.embed_tokens.weight.numel()
-    assert body_parameters(ours.config) == ours.num_active_parameters - norms - embedding - head
+    assert body_parameters(ours.config) == ours.num_active_parameters - vectors - embedding - head
 
 
 @pytest.mark.parametrize(("lengths", "padded_pairs"), [((20, 19, 18), 3 * 400 - 400 - 361 - 324), ((7, 7), 0)])
@@ -51,7 +51,7 @@ def test_the_count_is_that_of_torchs_own_counter():
     """In one rectangle, all supervised, and attention in plain code, which computes both halves of the square."""
     ours, lengths = model(), (64, 60, 56)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        ours(batch(lengths), impl="reference").objective(1.0, 1.0).backward()
+        ours(batch(lengths), Execution(loss_impl="reference")).objective({"supervised": 1.0, "inputs": 1.0}).backward()
     half_of_attention = 6 * 3 * 4 * 16 * 3 * 64**2
     assert counter.get_total_flops() == float(ours.padding(batch(lengths))[1]) + half_of_attention
 
@@ -63,7 +63,7 @@ def test_head_operations_are_those_of_supervised_rows():
 
 
 def test_nothing_is_padding_where_documents_are_read_in_place(monkeypatch):
-    monkeypatch.setattr(transformer, "which_attention", lambda *_: "varlen")
+    monkeypatch.setattr(plain, "which_attention", lambda *_: "varlen")
     padding, total = model().padding(batch((20, 19, 18)))
     assert float(padding) == 0.0
     assert float(total) > 0

@@ -11,9 +11,11 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import varlen
 
 from pertoken.data.batch.pack import Sample, collate
-from pertoken.model import decoder as transformer
+from pertoken.engines.torch_compile import CompileEngine
+from pertoken.model import plain as plain_pass
 from pertoken.model.attention import AttentionLayout, flash_capability, varlen_attention, which_attention
 from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import PLAIN, Execution
 from pertoken.recipe.schema import ModelConfig
 
 pytestmark = pytest.mark.numeric
@@ -127,7 +129,7 @@ def _kernel_on_cpu():
 
 @pytest.fixture
 def _varlen(monkeypatch, _kernel_on_cpu):
-    monkeypatch.setattr(transformer, "which_attention", lambda *_: "varlen")
+    monkeypatch.setattr(plain_pass, "which_attention", lambda *_: "varlen")
 
 
 @pytest.mark.usefixtures("_kernel_on_cpu")
@@ -159,11 +161,11 @@ def micro_batch(lengths):
     return collate([Sample(rng.integers(0, 50, n + 1), rng.random(n) < 0.6) for n in lengths])
 
 
-def gradients(model, batch, dtype=None):
+def gradients(model, batch, dtype=None, execution=PLAIN):
     model.zero_grad()
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-        out = model(batch)
-    out.objective(1.0, 1.0).backward()
+        out = model(batch, execution)
+    out.objective({"supervised": 1.0, "inputs": 1.0}).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -194,12 +196,12 @@ def test_under_autocast_the_kernel_is_given_half_precision(dtype, monkeypatch):
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 @pytest.mark.usefixtures("_varlen")
 def test_a_compiled_layer_is_one_graph_with_the_operator_inside():
-    plain, compiled = model(), model()
+    plain, ours = model(), model()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for layer in compiled.layers:
-        layer.compile(dynamic=True, fullgraph=True, backend="aot_eager")
+    compiled = Execution(CompileEngine(fullgraph=True, backend="aot_eager"))
     for lengths in ((9, 7, 2), (40, 3), (20, 20, 20, 8), (129,)):
-        got, want = (gradients(m, micro_batch(lengths)) for m in (compiled, plain))
+        got = gradients(ours, micro_batch(lengths), execution=compiled)
+        want = gradients(plain, micro_batch(lengths))
         assert (got - want).norm() <= 2e-6 * want.norm()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * len(compiled.layers)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * len(ours.layers)

@@ -81,7 +81,7 @@ def test_low_precision_errs_no_more_than_the_reference_does(dtype, impl):
         assert ours <= 1.5 * theirs + 1e-6
 
 
-@pytest.mark.parametrize("impl", ["native", "chunked"])
+@pytest.mark.parametrize("impl", ["cpu", "chunked"])
 def test_bfloat16_accumulates_the_sum_and_the_weights_gradient_in_float32(monkeypatch, impl):
     """Many chunks whose shares would be lost if they were added up in bfloat16."""
     whole = autocast_errors(torch.bfloat16, impl, 1.0)
@@ -106,7 +106,7 @@ def test_float16_keeps_the_gradient_of_improbable_tokens():
     assert float(grad[1]) == pytest.approx(p, rel=0.05)
 
 
-@pytest.mark.parametrize("impl", ["native", "chunked"])
+@pytest.mark.parametrize("impl", ["cpu", "chunked"])
 def test_logits_never_exist_whole(monkeypatch, impl):
     """The largest product has a chunk of rows, not all of them."""
     monkeypatch.setattr(pertoken.objective.cross_entropy, "_chunk_rows", lambda vocab_size, hidden_size, dtype: 16)
@@ -125,7 +125,7 @@ def test_logits_never_exist_whole(monkeypatch, impl):
     assert max(rows for rows, columns in sizes if columns == 1000) == 16
 
 
-@pytest.mark.parametrize("impl", ["native", "chunked"])
+@pytest.mark.parametrize("impl", ["cpu", "chunked"])
 def test_without_gradients_one_product_is_enough(monkeypatch, impl):
     calls, real = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
@@ -139,11 +139,11 @@ def test_without_gradients_one_product_is_enough(monkeypatch, impl):
 @pytest.mark.parametrize("weights", [False, True], ids=["bool", "float"])
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize(("n", "d", "v"), SIZES)
-def test_native_equals_the_definition(n, d, v, share, weights, monkeypatch):
+def test_cpu_equals_the_definition(n, d, v, share, weights, monkeypatch):
     monkeypatch.setattr(pertoken.objective.cross_entropy, "_chunk_rows", lambda vocab_size, hidden_size, dtype: 3)
     monkeypatch.setattr(pertoken.objective.cross_entropy, "_VOCAB_BLOCK", 48)
     hidden, weight, labels, mask = problem(n, d, v, share, torch.float32, weights=weights)
-    out = linear_cross_entropy(hidden, weight, labels, mask, impl="native")
+    out = linear_cross_entropy(hidden, weight, labels, mask, impl="cpu")
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     expected = plain(*exact, labels, mask)
     torch.testing.assert_close(out.loss_sum.double(), expected, rtol=1e-5, atol=1e-5)
@@ -156,7 +156,7 @@ def test_native_equals_the_definition(n, d, v, share, weights, monkeypatch):
 def test_the_objective_divides_by_the_steps_count_not_its_own():
     hidden, weight, labels, mask = problem(7, 16, 5, 0.4, torch.float64)
     out = linear_cross_entropy(hidden, weight, labels, mask)
-    torch.testing.assert_close(out.objective(1000, 5000), out.loss_sum / 1000)
+    torch.testing.assert_close(out.objective({"supervised": 1000, "inputs": 5000}), out.loss_sum / 1000)
     assert out.metrics["loss"][0].requires_grad is False
 
 
@@ -179,7 +179,7 @@ def test_float16_gradient_of_a_head_over_many_rows_of_one_token_stays_finite(wei
         torch.testing.assert_close(low.double(), exact.double(), rtol=2e-3, atol=1e-6)
 
 
-IMPLS = ["auto", "native", "chunked", "reference"]
+IMPLS = ["auto", "cpu", "chunked", "reference"]
 N, D, V = 6, 5, 7
 
 
@@ -294,13 +294,13 @@ def test_tensors_that_are_not_contiguous_are_read_as_they_are(impl):
 
 
 def test_an_implementation_that_there_is_not_or_not_here_is_an_error():
-    with pytest.raises(ValueError, match="impl='fast': must be one of auto, native"):
+    with pytest.raises(ValueError, match="impl='fast': must be one of auto, cpu"):
         linear_cross_entropy(**inputs(), impl="fast")
     given = inputs()
     for dtype in (torch.float64, torch.float16):
         changes = {name: given[name].detach().to(dtype) for name in ("hidden", "weight")}
         with pytest.raises(ValueError, match="kernels are for bfloat16 and float32"):
-            linear_cross_entropy(**{**given, **changes}, impl="native")
+            linear_cross_entropy(**{**given, **changes}, impl="cpu")
 
 
 @pytest.mark.parametrize("impl", ["auto", "chunked", "reference"])

@@ -14,7 +14,7 @@ import torch
 from tiny import pertoken
 
 from pertoken import Recipe
-from pertoken.engines.cpu import attention as native_attention
+from pertoken.engines.cpu import attention as cpu_attention
 from pertoken.errors import RecipeError
 from pertoken.objective import cross_entropy
 from pertoken.prove import paths, run
@@ -85,8 +85,8 @@ def test_a_crash_inside_of_a_class_is_its_failure(world, tmp_path, monkeypatch):
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no kernel for this shape")
 
-    monkeypatch.setattr("pertoken.model.decoder.attention", broken)
-    monkeypatch.setattr("pertoken.prove.run.reference_gradient", lambda model, samples, aux_loss_coef: zeros(model))
+    monkeypatch.setattr("pertoken.model.plain.attention", broken)
+    monkeypatch.setattr("pertoken.prove.run.reference_gradient", lambda model, samples, **coefficients: zeros(model))
     proof = prove(world.recipe(tmp_path / "run"), only=["accumulation"])
     (result,) = proof.results
     assert result.verdict == "failed"
@@ -127,6 +127,21 @@ def test_pretraining_is_proved_too(tmp_path, text_file, bpe_folder):
         ("long documents", "no sample has more than 384 inputs")
     ]
     assert len(proof.results) == len(only) - 2
+
+
+ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+FAMILIES = {"qwen2": {"family": "qwen2"}, "llama3": {"family": "llama", "rope_theta": 50.0, "rope_scaling": ROPE}}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_with_a_feature_of_its_own_is_proved(world, tmp_path, name):
+    recipe = world.recipe(tmp_path / "run", **{f"model__{key}": value for key, value in FAMILIES[name].items()})
+    only = [*(name for name in IN_ONE_PROCESS if name != "bfloat16, 20 steps"), "FSDP2, 2 ranks"]
+    proof = prove(recipe, only=only, tokens=300)
+    assert [(r.name, r.note) for r in proof.results if r.verdict == "failed"] == []
+    by_name = {r.name: r for r in proof.results}
+    for needed in ("kernels", "changed modules", "transformers, padded", "FSDP2, 2 ranks"):
+        assert by_name[needed].verdict == "passed", (needed, by_name)
 
 
 @pytest.mark.parametrize("mutant", [None, "end_of_document_lost"])
@@ -181,7 +196,7 @@ def test_the_head_has_several_chunks_and_long_documents_several_blocks():
         plain = max(cross_entropy._MIN_CHUNK_ROWS, cross_entropy._CHUNK_BYTES // (4 * vocab_size))
         by_kernels = cross_entropy._chunk_rows(vocab_size, paths._COLUMNS, torch.float32)
         assert min(rows / plain, rows / by_kernels) > 2.2
-    assert LONG == native_attention._ONE_BLOCK
+    assert LONG == cpu_attention._ONE_BLOCK
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])

@@ -45,6 +45,10 @@ REFUSED = {
     "model.aux_loss=batch": "model.aux_loss='batch': must be one of",
     "model.aux_loss_coef=-1": "model.aux_loss_coef=-1: must be at least 0",
     "model.tie_word_embeddings=yes": "model.tie_word_embeddings='yes': must be true or false",
+    "model.family=qwen4": "model.family='qwen4': no such family; did you mean \"qwen3\"? There are qwen3, qwen2, llama",
+    "model.family=zzz": "model.family='zzz': no such family; There are qwen3, qwen2, llama",
+    "model.family=mixtral": "model.family='mixtral': write \"llama\", with model.use_moe = true for experts",
+    "model.rope_scaling=yarn": "model.rope_scaling='yarn': must be a section, [model.rope_scaling]",
     "data=3": "data=3: must be a section, [data]",
     "data.path=[]": "data.path=(): must not be empty",
     "data.eval_fraction=1.0": "data.eval_fraction=1.0: must be less than 1",
@@ -146,6 +150,47 @@ def test_a_recipe_that_is_not_there_says_what_prints_one(tmp_path):
         Recipe.load(tmp_path / "none.toml")
 
 
+ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+SCALED = [f"model.rope_scaling.{key}={value}" for key, value in ROPE.items()]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.family=llama", *SCALED[:-1]], "model.rope_scaling.original_max_position_embeddings: missing"),
+        (
+            ["model.family=llama", *SCALED, "model.rope_scaling.rope_type=yarn"],
+            "model.rope_scaling.rope_type='yarn': must be one of 'llama3'",
+        ),
+        (["model.family=llama", *SCALED, "model.rope_scaling.factor=0.5"], "model.rope_scaling.factor=0.5: must be at"),
+        (["model.family=llama", *SCALED, "model.rope_scaling.high_freq_factor=1"], "model.rope_scaling"),
+        (
+            ["model.family=llama", *SCALED, "model.rope_scaling.factr=8"],
+            "model.rope_scaling.factr: unknown key; did you mean model.rope_scaling.factor?",
+        ),
+        (SCALED, 'model.rope_scaling.rope_type="llama3": qwen3 models have none; leave model.rope_scaling out'),
+        (
+            ["model.family=llama", "model.use_moe=true", *SCALED],
+            'model.rope_scaling.rope_type="llama3": mixtral models',
+        ),
+        (["model.family=qwen2", "model.use_moe=true"], 'model.use_moe=True: model.family="qwen2" has no such models'),
+    ],
+)
+def test_features_that_a_family_has_not_are_refused(overrides, message):
+    with pytest.raises(RecipeError) as refusal:
+        parse(*overrides)
+    assert str(refusal.value).startswith(message)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_scaling_of_rotary_frequencies_survives_the_recipe_on_disk(tmp_path):
+    recipe = parse("model.family=llama", *SCALED)
+    assert recipe.model.rope_scaling.model_dump() == {"rope_type": "llama3", **ROPE}
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    assert Recipe.load(tmp_path / "recipe.toml") == recipe
+    assert recipe.model.resolve(6400).rope_scaling == recipe.model.rope_scaling
+
+
 MIXTURES_REFUSED = {
     ("model.num_experts_per_tok=5",): "model.num_experts_per_tok=5: more than model.num_experts=4",
     (
@@ -157,7 +202,7 @@ MIXTURES_REFUSED = {
         "model.family=llama",
         "model.intermediate_size=64",
         "model.moe_intermediate_size=32",
-    ): "model.moe_intermediate_size=32: Mixtral",
+    ): "model.moe_intermediate_size=32: mixtral",
 }
 
 
@@ -186,3 +231,12 @@ def test_derived_model_keys():
     config = parse("model.hidden_size=768", "model.family=llama").model.resolve(6400)
     assert (config.head_dim, config.num_key_value_heads, config.intermediate_size) == (96, 8, 2432)
     assert (config.vocab_size, config.rope_theta) == (6400, 1e4)
+    assert (config.qk_norm, config.qkv_bias) == (False, False)
+
+
+def test_a_family_brings_its_features_and_its_defaults():
+    found = {}
+    for name in ("qwen3", "qwen2", "llama"):
+        config = parse(f"model.family={name}").model.resolve(6400)
+        found[name] = (config.qk_norm, config.qkv_bias, config.rope_theta)
+    assert found == {"qwen3": (True, False, 1e6), "qwen2": (False, True, 1e6), "llama": (False, False, 1e4)}

@@ -167,7 +167,7 @@ def test_the_summary_counts_padding_at_the_precision_of_the_step(world, tmp_path
     """Attention's form depends on it."""
     seen, real = [], transformer.which_attention
     monkeypatch.setattr(transformer, "which_attention", lambda *args: seen.append(args[1]) or real(*args))
-    recipe = world.write_recipe(tmp_path / "run", train__max_steps=1, train__dtype="bfloat16", train__compile="off")
+    recipe = world.write_recipe(tmp_path / "run", train__max_steps=1, train__dtype="bfloat16", train__engine="plain")
     assert pertoken("train", recipe)[0] == 0
     assert set(seen) == {torch.bfloat16}
 
@@ -177,7 +177,7 @@ def test_padding_share_is_of_the_whole_step_however_it_is_split(world, tmp_path)
     shares = {}
     for budget in (1, 8192):
         run = tmp_path / f"run{budget}"
-        recipe = world.write_recipe(run, train__max_steps=3, train__micro_batch_tokens=budget, train__compile="off")
+        recipe = world.write_recipe(run, train__max_steps=3, train__micro_batch_tokens=budget, train__engine="plain")
         code, out, err = pertoken("train", recipe)
         assert code == 0, err
         shares[budget] = [row["padding_share"] for row in rows_of(run)]

@@ -42,16 +42,13 @@ SAMPLES = [
 
 
 def model_of(kind: str) -> nn.Module:
-    if kind == "foreign":
+    if kind == "fallback":
         from transformers import GPT2Config, GPT2LMHeadModel
 
         torch.manual_seed(0)
         return FallbackLM(GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=16, n_layer=2, n_head=2, n_positions=32)))
     config = ModelConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, use_moe=kind == "experts")
-    model = CausalLM(config.resolve(16), seed=1)
-    if kind == "kernels":
-        model.use_kernels(torch.float32)
-    return model
+    return CausalLM(config.resolve(16), seed=1)
 
 
 def spoil_output(model: nn.Module, name: str, value: float) -> None:
@@ -88,8 +85,8 @@ PLANTED = {
         f"{LAYER}.mlp.gate.weight",
         f"the output of {LAYER}.mlp.gate, whose parameter {LAYER}.mlp.gate.weight is not finite already",
     ),
-    "a matrix, with kernels": (
-        "kernels",
+    "a matrix": (
+        "plain",
         spoil_parameter,
         f"{LAYER}.self_attn.v_proj.weight",
         f"the output of {LAYER}.self_attn.v_proj, whose parameter {LAYER}.self_attn.v_proj.weight "
@@ -102,7 +99,7 @@ PLANTED = {
         "the parameter model.embed_tokens.weight, which is not finite already",
     ),
     "transformers' modules": (
-        "foreign",
+        "fallback",
         spoil_parameter,
         "hf.transformer.h.1.mlp.c_fc.weight",
         "the output of transformer.h.1.mlp.c_fc, whose parameter transformer.h.1.mlp.c_fc.weight is not finite already",
@@ -117,7 +114,6 @@ def test_the_first_module_that_is_not_finite_is_named(name, dtype, value):
     model = model_of(kind)
     plant(model, where, value)
     assert first_non_finite(model, collate(SAMPLES), Precision(dtype, torch.device("cpu"))) == said
-    assert getattr(model, "native", False) is (kind == "kernels"), "kernels are on again"
 
 
 def test_what_overflows_between_modules_is_named_by_the_module_that_computes_it():
@@ -136,7 +132,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_found_and_cleared(
     model, precision = model_of("plain"), Precision("float32", torch.device("cpu"))
 
     def run_backward(out: Any) -> None:
-        out.objective(1.0, 1.0).backward()
+        out.objective({"supervised": 1.0, "inputs": 1.0}).backward()
         taken.append(nearest_bad_gradient(model))
 
     taken: list[str | None] = []
@@ -212,7 +208,7 @@ def test_a_run_whose_gradient_is_not_finite_names_sample_and_parameter_and_repla
         data__path=str(chats),
         data__eval_path=[],
         train__dtype=dtype,
-        train__compile="off",
+        train__engine="plain",
         train__max_steps=7,
         train__micro_batch_tokens=600,
         model__num_hidden_layers=1,
@@ -452,7 +448,7 @@ def of_two_ranks(world: World, tmp_path_factory: pytest.TempPathFactory) -> tupl
     folder = tmp_path_factory.mktemp("two-ranks")
     for what, how in RANK_CASES.items():
         mode = what if what in ("stop", "skip") else "warn"
-        changes = {"train__parallel": how, "train__compile": "off", "train__max_steps": 6}
+        changes = {"train__parallel": how, "train__engine": "plain", "train__max_steps": 6}
         (folder / f"{what}.toml").write_text(spiking(world, folder / what, mode, **changes).to_toml())
     script = folder / "two.py"
     script.write_text(RANKS)

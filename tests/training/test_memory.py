@@ -42,6 +42,7 @@ ENDS = {
         {},
         {"tie_word_embeddings": False, "num_key_value_heads": 2},
         {"family": "llama", "head_dim": 6},
+        {"family": "qwen2", "num_key_value_heads": 2},
         {"use_moe": True, "num_experts": 3, "moe_intermediate_size": 20},
         {"use_moe": True, "family": "llama", "tie_word_embeddings": False},
     ],
@@ -135,7 +136,7 @@ def test_where_memory_ends_on_a_cpu_micro_batches_are_halved_and_the_run_is_the_
 ):
     failing_above(monkeypatch, 1500, ENDS[kind])
     told = Told()
-    settings = {"train__max_steps": 3, "train__compile": "off", "train__dtype": "float64"}
+    settings = {"train__max_steps": 3, "train__engine": "plain", "train__dtype": "float64"}
     train(world.recipe(tmp_path / "run", **settings), listener=told)
     assert any("out of memory; train.micro_batch_tokens halved to" in line for line in told.messages)
     monkeypatch.undo()
@@ -149,7 +150,7 @@ def test_where_memory_ends_on_a_cpu_micro_batches_are_halved_and_the_run_is_the_
 def test_where_one_sample_is_too_many_a_line_says_what_to_change(world, tmp_path, monkeypatch, kind):
     failing_above(monkeypatch, 5, ENDS[kind])
     with pytest.raises(PertokenError, match=r"step 1: out of memory with one sample .* lower data.max_seq_len"):
-        train(world.recipe(tmp_path / "run", train__max_steps=3, train__compile="off"))
+        train(world.recipe(tmp_path / "run", train__max_steps=3, train__engine="plain"))
 
 
 def test_evaluation_that_memory_ends_in_is_halved_too(world, tmp_path, monkeypatch):
@@ -170,7 +171,7 @@ def test_evaluation_that_memory_ends_in_is_halved_too(world, tmp_path, monkeypat
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_memory_that_ends_in_the_gradients_norm_costs_no_step_and_unscales_once(world, tmp_path, monkeypatch, dtype):
     """float16's gradients were divided by the loss scale already, and the scaler does that once an update."""
-    settings = {"train__max_steps": 3, "train__compile": "off", "train__dtype": dtype, "data__eval_path": []}
+    settings = {"train__max_steps": 3, "train__engine": "plain", "train__dtype": dtype, "data__eval_path": []}
     train(world.recipe(tmp_path / "free", **settings))
     real, calls = step.total_norm, []
 
@@ -225,13 +226,13 @@ def test_memory_that_ends_in_the_update_itself_does_not_update_twice(world, tmp_
 def test_other_errors_keep_their_traceback(world, tmp_path, monkeypatch):
     failing_above(monkeypatch, 5, RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
-        train(world.recipe(tmp_path / "run", train__max_steps=3, train__compile="off"))
+        train(world.recipe(tmp_path / "run", train__max_steps=3, train__engine="plain"))
 
 
 def test_a_run_that_the_system_gives_too_little_memory_ends_well_or_in_one_line(world, tmp_path):
     """`ulimit -v`, set where the data and the model are ready: what is then asked for is not there."""
     recipe = world.write_recipe(
-        tmp_path / "run", train__max_steps=1, train__compile="off", data__eval_path=[], train__batch_size=101,
+        tmp_path / "run", train__max_steps=1, train__engine="plain", data__eval_path=[], train__batch_size=101,
         train__micro_batch_tokens=10**6, model__vocab_size=200_000, model__tie_word_embeddings=False,
     )  # fmt: skip
     code = (

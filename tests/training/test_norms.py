@@ -102,13 +102,13 @@ def test_matrix_norms_are_frobenius_norms():
         assert norm == pytest.approx(math.sqrt(exact(matrix)), rel=1e-13)
 
 
-@pytest.mark.parametrize("compile", ["auto", "off"])
-def test_the_reported_norm_of_a_run_is_that_of_float64(world, tmp_path, compile):
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_the_reported_norm_of_a_run_is_that_of_float64(world, tmp_path, engine):
     """At a real vocabulary, where few rows of the embedding have most of the gradient."""
     norms = {}
     for dtype in ("float32", "float64"):
         recipe = world.recipe(
-            tmp_path / dtype, train__dtype=dtype, train__max_steps=1, train__compile=compile, model__vocab_size=120_000
+            tmp_path / dtype, train__dtype=dtype, train__max_steps=1, train__engine=engine, model__vocab_size=120_000
         )
         train(recipe)
         norms[dtype] = rows_of(tmp_path / dtype)[0]["grad_norm"]

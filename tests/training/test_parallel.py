@@ -282,6 +282,7 @@ import torch
 import torch.distributed as dist
 from pertoken.recipe.schema import ModelConfig
 from pertoken.data.batch.pack import MicroBatch, collate
+from pertoken.data.batch.share import Share
 from pertoken.model.decoder import CausalLM
 from pertoken.training.optim import build_adamw
 from pertoken.training.parallel import end_process, join_world, parallelize, whole
@@ -304,10 +305,11 @@ with join_world("cpu") as world:
     ids = torch.arange(9) + world.rank
     batch = MicroBatch(ids[:-1], ids[1:], torch.ones(8, dtype=torch.bool), torch.arange(8),
                        torch.tensor([0, 8], dtype=torch.int32), (8,))
+    share = Share((batch,), (), {"supervised": 16.0, "inputs": 16.0})
     seen = []
     for step in range(3):
         state.scaler.unscale_ = overflow if step == 1 and sys.argv[1] == "fsdp" else unscale
-        metrics = train_step(state, [batch], num_tokens=16.0, num_input_tokens=16.0, lr=1e-3, max_norm=1.0)
+        metrics = train_step(state, share, lr=1e-3, max_norm=1.0)
         total = float(sum(whole(p.detach()).double().sum() for p in model.parameters()))
         seen.append((metrics.skipped, state.scaler.get_scale(), total))
     everyone = world.gather(seen)
@@ -335,6 +337,7 @@ import torch
 from pertoken.recipe.schema import ModelConfig
 from pertoken.data.batch.pack import Sample, collate
 from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import Execution
 from pertoken.training.parallel import end_process, join_world, parallelize, synchronized, whole
 
 experts = {"use_moe": True, "num_experts_per_tok": 2} if sys.argv[1] == "experts" else {}
@@ -344,7 +347,6 @@ with join_world("cpu") as world:
     found, seen = [], []
     for low in (None, LOW):
         model = CausalLM(config, seed=1)
-        model.activation_checkpointing = sys.argv[3] == "again"
         wrapped = parallelize(model, "fsdp", world, device=torch.device("cpu"), layers=model.layers, low=low,
                               wide=model.wide_modules)
         layer = model.layers[0]  # looked at while it runs; before and after, what it has is its shards
@@ -356,8 +358,8 @@ with join_world("cpu") as world:
             batch = collate([Sample(rng.integers(0, 64, n + 1), rng.random(n) < 0.6) for n in lengths])
             with synchronized(wrapped, now=i == 2):
                 with torch.autocast("cpu", LOW):
-                    out = wrapped(batch)
-                out.objective(10.0, 30.0).backward()
+                    out = wrapped(batch, Execution(activation_checkpointing=sys.argv[3] == "again"))
+                out.objective({"supervised": 10.0, "inputs": 30.0}).backward()
         found.append({n: whole(p.grad).clone() for n, p in model.named_parameters()})
     assert set(seen[0].values()) == {torch.float32}
     dtypes = seen[-1]

@@ -13,6 +13,7 @@ from tiny import World, pertoken, rows_of
 from pertoken import load_model
 from pertoken.data.batch.order import step_at
 from pertoken.data.batch.pack import collate, pack_micro_batches
+from pertoken.data.batch.share import Share, denominators_of
 from pertoken.runs.data import prepare
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
@@ -85,9 +86,7 @@ def gradients(world: World, run: Path, budget: int) -> tuple[dict[str, torch.Ten
 
     train_step(
         state,
-        micro_batches,
-        num_tokens=float(store.num_tokens[ids].sum()),
-        num_input_tokens=float(store.lengths[ids].sum()),
+        Share(tuple(micro_batches), (), denominators_of(store, ids)),
         lr=0.0,
         max_norm=0.0,
         on_gradients=keep,

@@ -39,7 +39,9 @@ def export_model(path: str, out: Path, *, format_: str, dtype: str | None) -> li
     source = resolve_model_folder(path)
     model = load_model(source)
     if format_ == "minimind":
-        name = f"pertoken_{model.config.hidden_size}{'_moe' if model.config.use_moe else ''}.pth"  # MiniMind's pattern
+        name = (
+            f"pertoken_{model.facts.hidden_size}{'_moe' if model.facts.has_experts else ''}.pth"  # MiniMind's pattern
+        )
         file = out if out.suffix == ".pth" else out / name
         _must_be_new(file)
         with _whole_or_absent(file):

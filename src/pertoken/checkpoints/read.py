@@ -27,14 +27,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from pertoken.checkpoints.state import read_state
 from pertoken.errors import CheckpointError, ModelError, RecipeError
 from pertoken.files import plain_file, sha256, user_path
 from pertoken.folders.minimind import load_minimind
 from pertoken.folders.open import load_folder
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel, TorchModule
 from pertoken.recipe.schema import Recipe
 from pertoken.text import one_line, reason
 from pertoken.training.parallel import shard_like
@@ -107,7 +106,7 @@ def optimizer_part(rank: int, size: int) -> str:
     return f"optimizer-{rank + 1:05d}-of-{size:05d}.safetensors"
 
 
-def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(checkpoint: Checkpoint, model: TorchModule, optimizer: torch.optim.Optimizer) -> None:
     """Fill `optimizer` with the saved state of any number of ranks. Raises CheckpointError where it does not fit."""
     tensors = _whole_optimizer_tensors(checkpoint.folder)
     for name, parameter in model.named_parameters():
@@ -314,7 +313,7 @@ def recipe_of(folder: Path) -> dict[str, Any] | None:
     return Checkpoint(folder).state.recipe
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> CausalLM:
+def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A model from a run, a checkpoint, a Hugging Face folder or a MiniMind `.pth`, with parameters in `dtype`.
 
     Raises ModelError where the path is none of these, or neither pertoken nor transformers has the architecture.

@@ -24,7 +24,7 @@ from pertoken.checkpoints.snapshot import Snapshot, or_say_why, take_snapshot
 from pertoken.checkpoints.state import TrainerState
 from pertoken.checkpoints.write import finish, write_part
 from pertoken.errors import CheckpointError
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.training.parallel import World
 
 __all__ = ["Outcome", "Progress", "Saver", "save_checkpoint"]
@@ -158,7 +158,7 @@ class Saver:
 def save_checkpoint(
     run_dir: Path,
     *,
-    model: CausalLM,
+    model: LanguageModel,
     tokenizer: Any,
     eos_token_id: int,
     optimizer: torch.optim.Optimizer,

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pertoken.checkpoints.read import LEDGER, OPTIMIZER_INDEX, STATE, WRITING, checkpoint_folder, optimizer_part
 from pertoken.checkpoints.state import TrainerState
 from pertoken.errors import CheckpointError
 from pertoken.files import free_bytes, sync
 from pertoken.folders.open import save_folder
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel, TorchModule
 from pertoken.training.memory import out_of_memory
 from pertoken.training.parallel import World, whole
 
@@ -45,7 +45,7 @@ class Snapshot:
 def take_snapshot(
     run_dir: Path,
     *,
-    model: CausalLM,
+    model: LanguageModel,
     tokenizer: Any,
     eos_token_id: int,
     optimizer: torch.optim.Optimizer,
@@ -112,7 +112,7 @@ def _on_host(tensor: Tensor, *, copy: bool) -> Tensor:
     return host.clone() if copy and host.data_ptr() == tensor.data_ptr() else host
 
 
-def _whole_weights(model: nn.Module, world: World, *, copy: bool) -> dict[str, Tensor]:
+def _whole_weights(model: TorchModule, world: World, *, copy: bool) -> dict[str, Tensor]:
     """The state dict on the host, put together from its shards one by one; empty but on rank 0."""
     weights = {}
     for name, tensor in model.state_dict().items():
@@ -123,7 +123,7 @@ def _whole_weights(model: nn.Module, world: World, *, copy: bool) -> dict[str, T
 
 
 def _optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, world: World, *, copy: bool
+    model: TorchModule, optimizer: torch.optim.Optimizer, world: World, *, copy: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The optimizer's tensors that this rank writes, `NAME/KEY` -> tensor, for each parameter's state.
 

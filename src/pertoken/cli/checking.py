@@ -59,7 +59,7 @@ def evaluate_command(
     device: Device = "auto",
 ) -> None:
     """Token-weighted loss, perplexity and bits per byte of a model on data."""
-    from pertoken.engines.choose import compile_model
+    from pertoken.engines.choose import choose_engine
     from pertoken.inference.model_and_data import model_and_data
     from pertoken.training.evaluate import evaluate
     from pertoken.training.precision import Precision, resolve_device
@@ -70,8 +70,10 @@ def evaluate_command(
     precision = Precision(dtype, resolve_device(device))
     loaded, store, _ = model_and_data(model, data, overrides or (), dtype=precision.parameter_dtype)
     say_what_is_in(console, data, store)
-    compile_model(loaded, "auto", precision, total_steps=0, before=None)  # what it would remark is not of interest here
-    result = evaluate(loaded.to(precision.device), store, precision, token_budget=8192)
+    loaded = loaded.to(precision.device)
+    # What this would remark is not of interest here.
+    choice = choose_engine(loaded, "auto", dtype=dtype, device=precision.device, total_steps=0)
+    result = evaluate(loaded, store, precision, token_budget=8192, execution=choice.execution)
     figures = {
         "loss": result.loss,
         "perplexity": result.perplexity,

@@ -21,6 +21,7 @@ from pertoken.checkpoints.read import load_model
 from pertoken.console import ConsoleListener, duration
 from pertoken.data.batch.order import step_at
 from pertoken.data.batch.pack import collate
+from pertoken.data.batch.share import share_of_all
 from pertoken.data.store.store import Store, build_store
 from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.data.tokens.train import train_tokenizer
@@ -266,14 +267,11 @@ def _tokens_per_s(recipe: Recipe, store: Store, dtype: str) -> float:
     optimizer = build_adamw(model, weight_decay=0.1, betas=(0.9, 0.95))
     state = TrainState(model, optimizer, precision.new_scaler(), precision)
     ids = step_at(1, num_samples=len(store), batch_size=recipe.train.batch_size, seed=0).sample_ids
-    micro_batch = collate([store[int(i)] for i in ids])
+    share = share_of_all([collate([store[int(i)] for i in ids])])
     times = []
     for _ in range(7):
         start = time.perf_counter()
-        num_tokens, num_input_tokens = float(store.num_tokens[ids].sum()), float(store.lengths[ids].sum())
-        train_step(
-            state, [micro_batch], num_tokens=num_tokens, num_input_tokens=num_input_tokens, lr=1e-3, max_norm=1.0
-        )
+        train_step(state, share, lr=1e-3, max_norm=1.0)
         times.append(time.perf_counter() - start)
     return float(store.lengths[ids].sum()) / statistics.median(times[2:])  # the first ones warm up
 

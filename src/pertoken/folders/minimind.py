@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 
 from pertoken.errors import ModelError
+from pertoken.families import FAMILIES
 from pertoken.files import plain_file
-from pertoken.folders.weights import build_model, listed
+from pertoken.folders.weights import build_model
 from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.recipe.model import ModelConfig, ResolvedModelConfig
+from pertoken.text import listed
 
 __all__ = ["load_minimind", "save_minimind"]
 
+_MINIMIND = FAMILIES["minimind"]
 # A .pth carries no configuration; MiniMind builds it with these.
-_MINIMIND_ROPE_THETA, _MINIMIND_RMS_NORM_EPS = 1e6, 1e-6
+_MINIMIND_ROPE_THETA, _MINIMIND_RMS_NORM_EPS = _MINIMIND.defaults["rope_theta"], _MINIMIND.defaults["rms_norm_eps"]
 
 
 def load_minimind(path: str | Path, *, dtype: torch.dtype = torch.float32) -> CausalLM:
@@ -68,7 +72,7 @@ def _minimind_config(tensors: dict[str, Tensor], path: Path) -> ResolvedModelCon
     layers = {int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))}
     experts = None if router is None else router.shape[0]
     return ModelConfig(
-        family="qwen3",
+        family=_MINIMIND.recipe_name,
         hidden_size=embedding.shape[1],
         num_hidden_layers=max(layers) + 1,
         num_attention_heads=q_proj.shape[0] // head_dim,
@@ -83,14 +87,19 @@ def _minimind_config(tensors: dict[str, Tensor], path: Path) -> ResolvedModelCon
     ).resolve(embedding.shape[0])
 
 
-def save_minimind(model: CausalLM, path: str | Path, *, dtype: torch.dtype = torch.float16) -> None:
+def save_minimind(model: LanguageModel, path: str | Path, *, dtype: torch.dtype = torch.float16) -> None:
     """A `.pth` that MiniMind loads (`strict=True` too), in float16 as MiniMind saves it unless `dtype` says otherwise.
 
     The file carries no configuration, so a model that MiniMind would compute differently is refused (ModelError).
     """
+    if not isinstance(model, CausalLM):
+        raise ModelError(f"model.family={model.facts.family!r}: MiniMind has q/k-norm; export as hf")
     config = model.config
-    if config.family != "qwen3":
-        raise ModelError(f"model.family={config.family!r}: MiniMind has q/k-norm; export as hf")
+    features = (config.qk_norm, config.qkv_bias, config.rope_scaling)
+    if features != (_MINIMIND.qk_norm, _MINIMIND.qkv_bias, None):
+        raise ModelError(
+            f"model.family={config.family!r}: MiniMind has q/k-norm, no bias and plain rotary embeddings; export as hf"
+        )
     if (config.rope_theta, config.rms_norm_eps) != (_MINIMIND_ROPE_THETA, _MINIMIND_RMS_NORM_EPS):
         raise ModelError(
             f"model.rope_theta={config.rope_theta}, model.rms_norm_eps={config.rms_norm_eps}: a .pth has neither and "

@@ -1,28 +1,28 @@
-"""A Hugging Face folder in and out: through our own decoder where it covers the family, else through transformers.
-
-`FallbackLM` has the decoder's face in all that training, evaluation and generation use: both are typed as `CausalLM`.
-"""
+"""A Hugging Face folder in and out: through our own decoder where it covers the family, else through transformers."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pertoken.families.config import NotCovered
 from pertoken.folders import weights as hf
-from pertoken.hf_fallback.model import FallbackLM, load_fallback
+from pertoken.folders.config import NotCovered
+from pertoken.folders.files import check_fallback, save_tokenizer
+from pertoken.hf_fallback.load import load_fallback
+from pertoken.hf_fallback.model import FallbackLM
 from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 
 __all__ = ["load_folder", "resize_embeddings", "save_folder"]
 
 
-def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> CausalLM:
+def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """The model of a Hugging Face folder (config.json and safetensors), with parameters in `dtype`.
 
-    A family that the decoder lacks, and a feature that it lacks (scaled rotary embeddings, windows, biases), mean
+    A family that the decoder lacks, and a feature that it lacks (other rotary embeddings, windows, biases), mean
     transformers' own model. Raises ModelError where that cannot be either.
     """
     try:
@@ -30,7 +30,8 @@ def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Caus
     except NotCovered as refusal:
         if not _transformers_has(refusal.model_type):
             raise
-        return cast(CausalLM, load_fallback(Path(path), dtype=dtype))
+        folder = Path(path)
+        return load_fallback(folder, num_weights=check_fallback(folder), dtype=dtype)
 
 
 def _transformers_has(model_type: object) -> bool:
@@ -40,7 +41,7 @@ def _transformers_has(model_type: object) -> bool:
 
 
 def save_folder(
-    model: CausalLM,
+    model: LanguageModel,
     folder: str | Path,
     *,
     eos_token_id: int | None,
@@ -49,15 +50,23 @@ def save_folder(
     weights: dict[str, Tensor] | None = None,
 ) -> None:
     """`pertoken.folders.weights.save_folder`, for either kind of model."""
-    if isinstance(model, FallbackLM):
-        model.save(Path(folder), eos_token_id=eos_token_id, tokenizer=tokenizer, dtype=dtype, weights=weights)
-    else:
+    if isinstance(model, CausalLM):
         hf.save_folder(model, folder, eos_token_id=eos_token_id, tokenizer=tokenizer, dtype=dtype, weights=weights)
+        return
+    folder = Path(folder)
+    _fallback(model).save(folder, eos_token_id=eos_token_id, tokenizer=tokenizer, dtype=dtype, weights=weights)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder)
 
 
-def resize_embeddings(model: CausalLM, vocab_size: int) -> None:
+def resize_embeddings(model: LanguageModel, vocab_size: int) -> None:
     """`pertoken.folders.weights.resize_embeddings`, for either kind of model."""
-    if isinstance(model, FallbackLM):
-        model.resize(vocab_size)
-    else:
+    if isinstance(model, CausalLM):
         hf.resize_embeddings(model, vocab_size)
+    else:
+        _fallback(model).resize(vocab_size)
+
+
+def _fallback(model: LanguageModel) -> FallbackLM:
+    assert isinstance(model, FallbackLM), type(model)
+    return model

@@ -1,4 +1,4 @@
-"""Weights in and out: Hugging Face folders (Qwen3, Qwen3-MoE, Llama, Mixtral).
+"""Weights in and out: Hugging Face folders of the families that the decoder computes.
 
 What the decoder cannot compute is refused by name, never approximated.
 """
@@ -16,27 +16,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pertoken.errors import ModelError
-from pertoken.families.config import config_from_hf, config_to_hf
 from pertoken.files import plain_file
+from pertoken.folders.config import config_from_hf, config_to_hf, family_of
 from pertoken.folders.files import read_json, save_tokenizer, weight_files
+from pertoken.model.aligned import aligned
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.model import ResolvedModelConfig
-from pertoken.text import one_line, reason
+from pertoken.text import listed, reason
 
 __all__ = [
-    "aligned",
     "build_model",
     "config_from_hf",
     "config_to_hf",
-    "listed",
     "load_folder",
     "name_on_disk",
     "resize_embeddings",
     "save_folder",
 ]
 
-_MIXTRAL_NAMES = {".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".down_proj.": ".w2.", ".up_proj.": ".w3."}
-_ALIGNMENT = 64  # bytes, as torch allocates
 # Buffers that older files saved among the weights; they follow from the configuration.
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|^model\.freqs_(cos|sin)$")
 
@@ -59,10 +56,9 @@ def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Caus
 
 
 def name_on_disk(name: str, config: ResolvedModelConfig) -> str:
-    """What a folder calls the parameter `name` of `CausalLM`: the same, but for the feed-forward parts of Mixtral."""
-    if config.use_moe and config.family == "llama":
-        for ours, theirs in _MIXTRAL_NAMES.items():
-            name = name.replace(ours, theirs)
+    """What a folder calls the parameter `name` of `CausalLM`: the same, but for what the family's record says."""
+    for ours, theirs in family_of(config).weight_names.items():
+        name = name.replace(ours, theirs)
     return name
 
 
@@ -94,15 +90,6 @@ def build_model(config: ResolvedModelConfig, tensors: dict[str, Tensor], dtype: 
     return model
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy of it where torch's own allocator would put one.
-
-    The last bit of a matrix product may depend on where its factors lie. In a mapped file they lie at any multiple of
-    eight bytes; a resumed run would compute with them what the uninterrupted run computes with aligned ones.
-    """
-    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
-
-
 def _skeleton(config: ResolvedModelConfig, num_tensors: int, source: Path) -> CausalLM:
     """The model without memory for its tensors. What asks for more modules than there are tensors is not begun."""
     modules = config.num_hidden_layers * (config.num_experts if config.use_moe else 1)
@@ -116,11 +103,6 @@ def _skeleton(config: ResolvedModelConfig, num_tensors: int, source: Path) -> Ca
         return CausalLM(config, device="meta")
     except (OverflowError, RuntimeError, TypeError) as error:
         raise ModelError(f"{source}: sizes that no tensor can have ({reason(error)}); correct config.json") from None
-
-
-def listed(names: list[str]) -> str:
-    shown = (one_line(name if len(name) <= 100 else name[:100] + "...") for name in names[:5])
-    return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def save_folder(

@@ -1,4 +1,4 @@
-"""Any causal language model: transformers' own code for a family that our decoder lacks, with the decoder's face.
+"""Any causal language model: transformers' own code for a family that our decoder lacks, as a `LanguageModel`.
 
 It pads where our decoder does not, and runs slower. Families are tried, not listed: what cannot be the objective that
 the recipe describes is found by computing with the model as it is loaded, and refused.
@@ -7,8 +7,6 @@ the recipe describes is found by computing with the model as it is loaded, and r
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,31 +17,20 @@ from torch import Tensor, nn
 
 from pertoken.data.batch.pack import MicroBatch
 from pertoken.errors import ModelError, RecipeError
-from pertoken.folders.files import check_fallback, save_tokenizer
-from pertoken.folders.weights import aligned, listed
-from pertoken.hf_fallback.head import check_logits, linear_head, smallest_vocabulary
+from pertoken.hf_fallback.check import check_loss
+from pertoken.hf_fallback.head import linear_head, smallest_vocabulary
+from pertoken.hf_fallback.quiet import quiet
+from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.operations import padding_metric
-from pertoken.objective.cross_entropy import LossImpl, LossOutput, linear_cross_entropy
-from pertoken.text import escaped_logs, reason
+from pertoken.model.protocol import BalanceLoss, ModelFacts
+from pertoken.objective.cross_entropy import linear_cross_entropy
+from pertoken.objective.terms import CROSS_ENTROPY, LossOutput, Objective
 
-__all__ = ["FallbackCache", "FallbackConfig", "FallbackLM", "load_fallback", "quiet"]
+__all__ = ["FallbackCache", "FallbackLM"]
 
 _NO_LIMIT = 2**31 - 1
 # Their angles change once a sequence is longer than the original limit, and then depend on the longest one beside it.
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
-
-
-@dataclass(frozen=True)
-class FallbackConfig:
-    """What the rest of pertoken asks of a model's configuration; all else is transformers' own business."""
-
-    family: str  # transformers' model type, marked as such
-    vocab_size: int
-    max_position_embeddings: int
-    hidden_size: int
-    num_hidden_layers: int | None
-    num_attention_heads: int | None
-    use_moe: bool = False  # refused
 
 
 @dataclass
@@ -75,25 +62,33 @@ class FallbackLM(nn.Module):
                 f"model_type={hf.config.model_type!r}: a mixture of experts; pertoken trains those only that its own "
                 "decoder covers, since transformers' balance loss depends on how a step is split"
             )
-        self._checkpointing = False
-        self.loss_impl: LossImpl = "auto"
+        self._checkpointing = False  # as transformers' modules stand
         for module in hf.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         _thaw_padding(hf)
-        _check(self)
+        check_loss(self, hf)
 
     @property
-    def config(self) -> FallbackConfig:
-        config = self.hf.config.get_text_config()
-        return FallbackConfig(
+    def facts(self) -> ModelFacts:
+        return ModelFacts(
             family=f"{self.hf.config.model_type} (transformers)",
             vocab_size=smallest_vocabulary(self.hf),
-            max_position_embeddings=_longest(config),
+            max_position_embeddings=_longest(self.hf.config.get_text_config()),
             hidden_size=int(self.head_weight.shape[1]),
-            num_hidden_layers=getattr(config, "num_hidden_layers", None),
-            num_attention_heads=getattr(config, "num_attention_heads", None),
         )
+
+    def setting(self, key: str) -> object:
+        """Of the recipe's keys `model.KEY` those that mean the same in every family; all else is transformers'."""
+        if key in ("num_hidden_layers", "num_attention_heads"):
+            value: object = getattr(self.hf.config.get_text_config(), key, None)
+            return value
+        facts = self.facts
+        known = {name: getattr(facts, name) for name in ("family", "vocab_size", "max_position_embeddings")}
+        return {**known, "hidden_size": facts.hidden_size, "use_moe": facts.has_experts}.get(key)
+
+    def set_balance_loss(self, balance_loss: BalanceLoss) -> None:
+        raise AssertionError("a mixture of experts is refused")
 
     @property
     def head_weight(self) -> Tensor:
@@ -117,38 +112,43 @@ class FallbackLM(nn.Module):
         return max(lists, key=len, default=[])
 
     @property
-    def activation_checkpointing(self) -> bool:
-        return self._checkpointing
+    def wide_modules(self) -> None:
+        """Not known of a family that our decoder lacks."""
+        return None
 
-    @activation_checkpointing.setter
-    def activation_checkpointing(self, on: bool) -> None:
-        if on and not self.hf.supports_gradient_checkpointing:
+    @property
+    def can_checkpoint_activations(self) -> bool:
+        return bool(self.hf.supports_gradient_checkpointing)
+
+    def _checkpoint_activations(self, on: bool) -> None:
+        if on == self._checkpointing:
+            return
+        if not self.can_checkpoint_activations:
             raise RecipeError(
-                f"train.activation_checkpointing=true: {self.config.family} does not offer it; set it to false"
+                f"train.activation_checkpointing=true: {self.facts.family} does not offer it; set it to false"
             )
-        if on != self._checkpointing:  # transformers renames these from gradient_ to activation_
-            do = "enable" if on else "disable"
-            switch = getattr(
-                self.hf, f"activation_checkpointing_{do}", getattr(self.hf, f"gradient_checkpointing_{do}")
-            )
-            switch(*([{"use_reentrant": False}] if on else []))
+        do = "enable" if on else "disable"  # transformers renames these from gradient_ to activation_
+        switch = getattr(self.hf, f"activation_checkpointing_{do}", getattr(self.hf, f"gradient_checkpointing_{do}"))
+        switch(*([{"use_reentrant": False}] if on else []))
         self._checkpointing = on
 
-    def compile_layers(self) -> None:
-        """Raises RecipeError: which parts of a foreign model may be fused is not known."""
-        raise RecipeError(f'train.compile="on": {self.config.family} is not pertoken\'s own decoder; set it to "off"')
-
-    def forward(self, micro_batch: MicroBatch, *, impl: LossImpl | None = None) -> LossOutput:
+    def forward(
+        self, micro_batch: MicroBatch, execution: Execution = PLAIN, *, objective: Objective = CROSS_ENTROPY
+    ) -> LossOutput:
         """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number.
 
-        An empty micro-batch gives zeros, and every parameter a zero gradient. `impl` is `linear_cross_entropy`'s,
-        the model's `loss_impl` if not given.
+        `objective` adds its terms. An empty micro-batch gives zeros, and every parameter a zero gradient. Engines are
+        for our own decoder, so the blocks are transformers'; the loss is by `execution.loss_impl`.
         """
-        hidden, impl = self.hidden_states(micro_batch), impl or self.loss_impl
-        out = linear_cross_entropy(hidden, self.head_weight, micro_batch.labels, micro_batch.loss_mask, impl=impl)
+        self._checkpoint_activations(execution.activation_checkpointing)
+        out = linear_cross_entropy(
+            *(self.hidden_states(micro_batch), self.head_weight, micro_batch.labels, micro_batch.loss_mask),
+            impl=execution.loss_impl,
+            row_terms=objective.row_terms,
+        )
         return replace(out, metrics=out.metrics | {"padding": self.padding(micro_batch)})
 
-    def padding(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def padding(self, micro_batch: MicroBatch, execution: Execution = PLAIN) -> tuple[Tensor, Tensor]:
         """`padding_metric`: what padded rows cost. What attention does beyond its projections is not known here."""
         head, embedding = self.head_weight, self.hf.get_input_embeddings().weight
         body = self.num_parameters - head.numel() - (0 if embedding is head else embedding.numel())
@@ -202,7 +202,7 @@ class FallbackLM(nn.Module):
         dtype: torch.dtype | None,
         weights: dict[str, Tensor] | None,
     ) -> None:
-        """`save_folder` of `pertoken.folders.open`."""
+        """`save_folder` of `pertoken.folders.open`, without the tokenizer's own files."""
         from transformers import GenerationConfig
 
         dtype = dtype or self.head_weight.dtype
@@ -215,90 +215,16 @@ class FallbackLM(nn.Module):
             self.hf.save_pretrained(folder, state_dict=tensors)
         self.hf.config.dtype = dtype  # transformers has noted the type of the parameters, not of what it was given
         self.hf.config.save_pretrained(folder)
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, folder)
 
     @torch.no_grad()
     def resize(self, vocab_size: int) -> None:
         """`resize_embeddings` of `pertoken.folders.open`."""
-        old = self.config.vocab_size
+        old = self.facts.vocab_size
         with torch.random.fork_rng():  # transformers fills the new rows with random numbers first
             self.hf.resize_token_embeddings(vocab_size, mean_resizing=False)
         for layer in (self.hf.get_input_embeddings(), self.hf.get_output_embeddings()):
             layer.weight[old:] = layer.weight[:old].mean(0)
         _thaw_padding(self.hf)
-
-
-def load_fallback(folder: Path, *, dtype: torch.dtype) -> FallbackLM:
-    """The model of a Hugging Face folder, in transformers' own code: no code of the folder's, and no pickle.
-
-    Raises ModelError for a family that transformers lacks, weights that are missing or left over, and what `FallbackLM`
-    refuses.
-    """
-
-    numbers = check_fallback(folder)
-    try:
-        with escaped_logs("transformers"):
-            return _load(folder, numbers, dtype)
-    except ModelError as error:
-        raise ModelError(f"{folder}: {error}") from None
-
-
-def _load(folder: Path, numbers: int, dtype: torch.dtype) -> FallbackLM:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        _switch_off_dropout(config)
-        if getattr(config, "quantization_config", None):
-            raise ModelError("quantization_config: pertoken trains floating-point weights; write it out dequantized")
-        with torch.device("meta"):  # where a parameter takes no memory
-            asked = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).num_parameters()
-        if asked > 2 * numbers:  # tied ones are in the file once
-            raise ModelError(f"config.json asks for {asked:,} numbers where the weights have {numbers:,}; correct it")
-        with quiet():
-            hf, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except ModelError:
-        raise
-    except Exception as error:  # transformers raises errors of any kind for a folder that is not what it says
-        raise ModelError(f"transformers cannot open it ({reason(error)}); name another model") from None
-    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, info.get(key, ()))):
-            raise ModelError(f"{key.replace('_', ' ')}: {listed(names)}; compare the weights with config.json")
-    for parameter in hf.parameters():
-        parameter.data = aligned(parameter.data)
-    return FallbackLM(hf)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars: nothing below the console prints."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()
-
-
-def _switch_off_dropout(config: Any) -> None:
-    """Set every dropout rate of a configuration, and of those within it, to zero."""
-    for key, value in vars(config).items():
-        if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
-        elif hasattr(value, "to_dict"):
-            _switch_off_dropout(value)
 
 
 def _thaw_padding(hf: Any) -> None:
@@ -317,45 +243,3 @@ def _longest(config: Any) -> int:
             original = part.get("original_max_position_embeddings")
             limit = min(limit, original or getattr(config, "original_max_position_embeddings", None) or limit)
     return limit
-
-
-@torch.no_grad()
-def _check(model: FallbackLM) -> None:
-    """Raise ModelError unless the model, as it is trained, has the loss of its own logits on two unequal samples."""
-    hf, name = model.hf, f"model_type={model.hf.config.model_type!r}"
-    try:
-        check_logits(hf)
-        device = model.head_weight.device
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(model.config.vocab_size, (10,), generator=generator).to(device)
-        lengths = (4, 9)  # the first sample is how the second begins
-        hf.eval()
-        own = [hf(input_ids=tokens[None, :n], use_cache=False).logits[0] for n in lengths]
-        micro_batch = MicroBatch(
-            input_ids=torch.cat([tokens[:n] for n in lengths]),
-            labels=torch.cat([tokens[1 : n + 1] for n in lengths]),
-            loss_mask=torch.ones(sum(lengths), dtype=torch.bool, device=device),
-            position_ids=torch.cat([torch.arange(n, device=device) for n in lengths]),
-            cu_seqlens=torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device),
-            lengths=lengths,
-        )
-        hf.train()
-        with torch.random.fork_rng():
-            ours, loss = model.logits(model.hidden_states(micro_batch)), model(micro_batch).loss_sum
-    except ModelError:
-        raise
-    except Exception as error:  # foreign code, which may want more than token ids
-        raise ModelError(f"{name}: cannot run on tokens alone ({reason(error)}); choose another model") from None
-    if not _close(own[1][: lengths[0]], own[0]):
-        raise ModelError(f"{name}: a token's logits depend on the tokens after it; choose a causal language model")
-    own_loss = F.cross_entropy(torch.cat(own).double(), micro_batch.labels, reduction="sum")
-    if not (_close(ours, torch.cat(own)) and _close(loss, own_loss)):
-        raise ModelError(
-            f"{name}: the loss in training is {float(loss):.6g} nats where the model's own logits give "
-            f"{float(own_loss):.6g} (something drops out, or padding matters); choose another model"
-        )
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to what float32 may lose on the way."""
-    return bool((a.double() - b.double()).abs().max() <= 1e-4 * b.double().abs().max())

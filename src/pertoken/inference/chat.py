@@ -12,7 +12,7 @@ from pertoken.data.chat.template import end_of_turn_id, render
 from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import ModelError, RecipeError
 from pertoken.inference.generate import generate, stream_text
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.text import reason, shown
 from pertoken.training.precision import resolve_device
 
@@ -23,7 +23,7 @@ __all__ = ["ChatSession"]
 class ChatSession:
     """Turns text or messages into token ids, and token ids into an answer, piece by piece."""
 
-    model: CausalLM
+    model: LanguageModel
     tokenizer: Any
     stop_ids: frozenset[int]
     template_kwargs: dict[str, Any]
@@ -65,7 +65,7 @@ class ChatSession:
 
         Raises RecipeError where the last turn alone is too long, and what `encode_chat` raises.
         """
-        limit = self.model.config.max_position_embeddings
+        limit = self.model.facts.max_position_embeddings
         room = min(room, max(1, limit // 2))
         for dropped in range(0, len(turns), 2):  # a question with its answer
             ids = self.encode_chat([*opening, *turns[dropped:]])

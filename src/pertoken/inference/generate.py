@@ -14,14 +14,14 @@ from torch import Tensor
 
 from pertoken.data.batch.pack import MicroBatch
 from pertoken.errors import RecipeError
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.training.memory import out_of_memory
 
 __all__ = ["check_sampling", "generate", "keep_top_k", "keep_top_p", "penalize_repetition", "stream_text"]
 
 
 def generate(
-    model: CausalLM,
+    model: LanguageModel,
     input_ids: Sequence[int],
     *,
     max_new_tokens: int,
@@ -40,17 +40,17 @@ def generate(
     the same tokens. `use_cache=False` computes the whole sequence anew for every token, by the code that training runs.
     Raises RecipeError at once for arguments that cannot be meant.
     """
-    config = model.config
-    room = config.max_position_embeddings - len(input_ids)
+    facts = model.facts
+    room = facts.max_position_embeddings - len(input_ids)
     _check("prompt", f"{len(input_ids)} tokens", len(input_ids) >= 1, "give at least one token")
     _check(
         "prompt",
         f"{len(input_ids)} tokens",
         room >= 1,
-        f"max_position_embeddings={config.max_position_embeddings} leaves no room for an answer; shorten it",
+        f"max_position_embeddings={facts.max_position_embeddings} leaves no room for an answer; shorten it",
     )
-    outside = next((i for i in input_ids if not 0 <= i < config.vocab_size), None)
-    _check("prompt", f"token {outside}", outside is None, f"the model's vocabulary has {config.vocab_size} tokens")
+    outside = next((i for i in input_ids if not 0 <= i < facts.vocab_size), None)
+    _check("prompt", f"token {outside}", outside is None, f"the model's vocabulary has {facts.vocab_size} tokens")
     check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     generator = torch.Generator().manual_seed(seed)
 
@@ -105,7 +105,7 @@ def _check(name: str, value: object, fine: bool, remedy: str) -> None:
         raise RecipeError(f"{name}={value}: {remedy}")
 
 
-def _in_eval_mode(model: CausalLM, tokens: Iterator[int]) -> Iterator[int]:
+def _in_eval_mode(model: LanguageModel, tokens: Iterator[int]) -> Iterator[int]:
     was_training = model.training
     model.eval()
     try:

@@ -14,7 +14,7 @@ from pertoken.data.files.records import Record, read_records
 from pertoken.data.formats import formats_that_give
 from pertoken.data.store.store import Store, build_store
 from pertoken.data.tokens.tokenizer import open_tokenizer
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.recipe.schema import Recipe, apply_override
 
 __all__ = ["model_and_data"]
@@ -54,16 +54,16 @@ def _stage_of(data: dict[str, Any]) -> str:
 
 def model_and_data(
     model: str, data: str, overrides: Sequence[str], *, dtype: torch.dtype = torch.float32
-) -> tuple[CausalLM, Store, Any]:
+) -> tuple[LanguageModel, Store, Any]:
     """The model at `model`, the samples that its own training would make of `data`, and its tokenizer.
 
     `overrides` are recipe keys, for what a model folder alone does not tell. Raises ModelError, DataError, RecipeError.
     """
     loaded = load_model(model, dtype=dtype)
-    recipe = _data_recipe(resolve_model_folder(model), data, overrides, longest=loaded.config.max_position_embeddings)
+    recipe = _data_recipe(resolve_model_folder(model), data, overrides, longest=loaded.facts.max_position_embeddings)
     settings = recipe.data
     assert settings.tokenizer is not None, "Recipe requires one"
     tokenizer = open_tokenizer(settings.tokenizer, add_tokens=settings.add_tokens, chat_template=settings.chat_template)
     store = build_store(settings.path, stage=recipe.stage, tokenizer=tokenizer, data=settings)
-    store.check_vocab(loaded.config.vocab_size)
+    store.check_vocab(loaded.facts.vocab_size)
     return loaded, store, tokenizer

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pertoken.data.batch.pack import Sample, collate
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 
 __all__ = ["TokenLoss", "token_losses"]
 
@@ -27,7 +27,7 @@ class TokenLoss:
 
 
 @torch.inference_mode()
-def token_losses(model: CausalLM, sample: Sample, tokenizer: Any) -> list[TokenLoss]:
+def token_losses(model: LanguageModel, sample: Sample, tokenizer: Any) -> list[TokenLoss]:
     """The loss of every position of `sample`, in the precision of the model's weights."""
     was_training = model.training
     model.eval()

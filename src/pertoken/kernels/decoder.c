@@ -495,9 +495,10 @@ void softmax_backward(act *scores, act *d_p, const float *log_z, const int32_t *
 #define SUMMED 512 /* exponentials added up in float32 before they are added to a float64 sum */
 
 /* In place: logits [N, V] become weight * (softmax(logits) - one_hot(label)), the gradient of the sum of
- * weight * nll; nll [N] gets the negative log-likelihoods, unweighted. `weights` may be null: all 1. */
-void cross_entropy(act *logits, const int64_t *labels, const float *weights, float *nll, int64_t N, int64_t V,
-                   int64_t stride, int with_gradient, int threads) {
+ * weight * nll; nll [N] gets the negative log-likelihoods, unweighted. `weights` may be null: all 1. `statistics`
+ * [N, 2], if not null, gets a row's largest logit, and the logarithm of Z relative to it. */
+void cross_entropy(act *logits, const int64_t *labels, const float *weights, float *nll, float *statistics, int64_t N,
+                   int64_t V, int64_t stride, int with_gradient, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 4)
     for (int64_t i = 0; i < N; i++) {
         act *row = logits + i * stride;
@@ -518,11 +519,27 @@ void cross_entropy(act *logits, const int64_t *labels, const float *weights, flo
         /* Both relative to the largest logit: the sum of both would be rounded to its own size. */
         float log_sum = (float)log(sum), at_label = load(row[labels[i]]) - top;
         nll[i] = log_sum - at_label;
+        if (statistics) statistics[2 * i] = top, statistics[2 * i + 1] = log_sum;
         if (!with_gradient) continue;
         float factor = weights ? weights[i] : 1.0f;
 #pragma omp simd
         for (int64_t v = 0; v < V; v++) row[v] = low(factor * exp_act(load(row[v]) - top - log_sum));
         row[labels[i]] = low(factor * (exp_(at_label - log_sum) - 1.0f));
+    }
+}
+
+/* In place: logits [N, V] become on_softmax * softmax(logits) - at_label * one_hot(label), with a factor a row each.
+ * `statistics` are those of cross_entropy. */
+void cross_entropy_gradient(act *logits, const int64_t *labels, const float *statistics, const float *on_softmax,
+                            const float *at_label, int64_t N, int64_t V, int64_t stride, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 4)
+    for (int64_t i = 0; i < N; i++) {
+        act *row = logits + i * stride;
+        float top = statistics[2 * i], log_sum = statistics[2 * i + 1], factor = on_softmax[i];
+        float of_label = load(row[labels[i]]) - top;
+#pragma omp simd
+        for (int64_t v = 0; v < V; v++) row[v] = low(factor * exp_act(load(row[v]) - top - log_sum));
+        row[labels[i]] = low(factor * exp_(of_label - log_sum) - at_label[i]);
     }
 }
 

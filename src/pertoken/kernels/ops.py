@@ -17,8 +17,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pertoken.kernels.arguments import C_FLOAT, C_INT, as_c, expect, expect_indices
 from pertoken.kernels.build import load_library
 from pertoken.kernels.memory import empty
 
@@ -30,7 +31,7 @@ _BLOCK = 65536  # decoder.c's
 
 @dataclass(frozen=True)
 class PaddedLayout:
-    """Where the rows of a micro-batch sit in attention's padded layout; made by model/native_attention.py."""
+    """Where the rows of a micro-batch sit in attention's padded layout; made by engines/cpu/attention.py."""
 
     table: Tensor  # [N, 5] int32, struct seat of decoder.c
     positions: Tensor  # [N] int32, each row's position in its document
@@ -38,8 +39,8 @@ class PaddedLayout:
 
     def __post_init__(self) -> None:
         """ValueError for a seat outside of the layout, which would be written to."""
-        _expect("table", self.table, torch.int32, -1, 5)
-        _expect("positions", self.positions, torch.int32, self.num_tokens)
+        expect("table", self.table, torch.int32, -1, 5)
+        expect("positions", self.positions, torch.int32, self.num_tokens)
         if not self.num_tokens:
             return
         first, width, block, row, _ = self.table.to(torch.int64).unbind(1)
@@ -68,18 +69,18 @@ class Kernels:
 
     def norm_forward(self, h_ND: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """RMS norm: (out [N, D] in the dtype of activations, 1 / rms [N])."""
-        _expect("h", h_ND, torch.float32, -1, -1)
-        _expect("weight", weight, torch.float32, h_ND.shape[1])
+        expect("h", h_ND, torch.float32, -1, -1)
+        expect("weight", weight, torch.float32, h_ND.shape[1])
         n, d = h_ND.shape
         out, rstd = empty(n, d, dtype=self.dtype), h_ND.new_empty(n)
-        self._call("norm_forward", h_ND, weight, out, rstd, n, d, _F(eps))
+        self._call("norm_forward", h_ND, weight, out, rstd, n, d, C_FLOAT(eps))
         return out, rstd
 
     def norm_transposed(self, h_ND: Tensor, weight: Tensor, rstd_N: Tensor) -> Tensor:
         """What `norm_forward` gave, as [D, N]."""
-        _expect("h", h_ND, torch.float32, -1, -1)
-        _expect("weight", weight, torch.float32, h_ND.shape[1])
-        _expect("rstd", rstd_N, torch.float32, h_ND.shape[0])
+        expect("h", h_ND, torch.float32, -1, -1)
+        expect("weight", weight, torch.float32, h_ND.shape[1])
+        expect("rstd", rstd_N, torch.float32, h_ND.shape[0])
         n, d = h_ND.shape
         out = empty(d, n, dtype=self.dtype)
         self._call("norm_transposed", h_ND, weight, rstd_N, out, n, d)
@@ -89,12 +90,12 @@ class Kernels:
         self, d_out_ND: Tensor, h_ND: Tensor, weight: Tensor, rstd_N: Tensor, d_residual_ND: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """(d_residual, where given, plus the gradient through the norm [N, D], the gradient of its weight [D])."""
-        _expect("h", h_ND, torch.float32, -1, -1)
-        _expect("d_out", d_out_ND, self.dtype, *h_ND.shape)
-        _expect("weight", weight, torch.float32, h_ND.shape[1])
-        _expect("rstd", rstd_N, torch.float32, h_ND.shape[0])
+        expect("h", h_ND, torch.float32, -1, -1)
+        expect("d_out", d_out_ND, self.dtype, *h_ND.shape)
+        expect("weight", weight, torch.float32, h_ND.shape[1])
+        expect("rstd", rstd_N, torch.float32, h_ND.shape[0])
         if d_residual_ND is not None:
-            _expect("d_residual", d_residual_ND, torch.float32, *h_ND.shape)
+            expect("d_residual", d_residual_ND, torch.float32, *h_ND.shape)
         n, d = h_ND.shape
         d_h, d_weight = empty(n, d, dtype=h_ND.dtype), torch.empty_like(weight)
         partial = torch.empty(torch.get_num_threads(), d, dtype=torch.float64)
@@ -116,7 +117,7 @@ class Kernels:
 
     def cast_and_transpose(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """float32 [N, D] in the dtype of activations: as it is, and transposed [D, N]."""
-        _expect("x", x_ND, torch.float32, -1, -1)
+        expect("x", x_ND, torch.float32, -1, -1)
         n, d = x_ND.shape
         straight, turned = empty(n, d, dtype=self.dtype), empty(d, n, dtype=self.dtype)
         self._call("cast_and_transpose", x_ND, straight, turned, n, d)
@@ -124,22 +125,22 @@ class Kernels:
 
     def widen_transposed(self, x_RC: Tensor, out_CR: Tensor, *, add: bool = False) -> Tensor:
         """`out` (+)= x transposed, in float32. Rows of both may lie apart."""
-        _expect("x", x_RC, self.dtype, -1, -1, apart=True)
+        expect("x", x_RC, self.dtype, -1, -1, apart=True)
         r, c = x_RC.shape
-        _expect("out", out_CR, torch.float32, c, r, apart=True)
-        self._call("widen_transposed", x_RC, out_CR, r, c, x_RC.stride(0), out_CR.stride(0), _I(add))
+        expect("out", out_CR, torch.float32, c, r, apart=True)
+        self._call("widen_transposed", x_RC, out_CR, r, c, x_RC.stride(0), out_CR.stride(0), C_INT(add))
         return out_CR
 
     def add_residual(self, h_ND: Tensor, delta_ND: Tensor) -> Tensor:
-        _expect("h", h_ND, torch.float32, -1, -1)
-        _expect("delta", delta_ND, self.dtype, *h_ND.shape)
+        expect("h", h_ND, torch.float32, -1, -1)
+        expect("delta", delta_ND, self.dtype, *h_ND.shape)
         out = empty(*h_ND.shape, dtype=h_ND.dtype)
         self._call("add_residual", h_ND, delta_ND, out, h_ND.numel())
         return out
 
     def swiglu_forward(self, gate_up_NF: Tensor) -> Tensor:
         """[N, 2F], the gates first -> silu(gate) * up [N, F]."""
-        _expect("gate_up", gate_up_NF, self.dtype, -1, -1)
+        expect("gate_up", gate_up_NF, self.dtype, -1, -1)
         n, f = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
         if gate_up_NF.shape[1] != 2 * f:
             raise ValueError(f"gate_up has {gate_up_NF.shape[1]} columns: must be an even number")
@@ -149,8 +150,8 @@ class Kernels:
 
     def swiglu_backward(self, gate_up_NF: Tensor, d_out_NF: Tensor) -> Tensor:
         """In place: `gate_up` becomes its gradient. Returns what `swiglu_forward` gave."""
-        _expect("d_out", d_out_NF, self.dtype, -1, -1)
-        _expect("gate_up", gate_up_NF, self.dtype, d_out_NF.shape[0], 2 * d_out_NF.shape[1])
+        expect("d_out", d_out_NF, self.dtype, -1, -1)
+        expect("gate_up", gate_up_NF, self.dtype, d_out_NF.shape[0], 2 * d_out_NF.shape[1])
         n, f = d_out_NF.shape
         again = empty(n, f, dtype=self.dtype)
         self._call("swiglu_backward", gate_up_NF, d_out_NF, again, n, f)
@@ -178,7 +179,7 @@ class Kernels:
         self._call(
             "pad_heads",
             *(x, x.stride(0), out, seats.table, seats.positions, norm, angles),
-            *(seats.num_tokens, heads, share, head_dim, _F(eps)),
+            *(seats.num_tokens, heads, share, head_dim, C_FLOAT(eps)),
         )
         return out
 
@@ -201,7 +202,7 @@ class Kernels:
         `x` is that input, needed with `norm`. Without `angles`, rows are brought back and nothing else.
         """
         self._expect_heads(to, seats, heads, share, head_dim, norm, angles)
-        _expect("d_out", d_out, self.dtype, heads * seats.num_rows, head_dim)
+        expect("d_out", d_out, self.dtype, heads * seats.num_rows, head_dim)
         if norm is not None:
             if x is None:
                 raise ValueError("x is missing: the gradient of a norm needs its input")
@@ -212,7 +213,7 @@ class Kernels:
             "unseat_heads",
             *(d_out, x, 0 if x is None else x.stride(0), to, to.stride(0)),
             *(seats.table, seats.positions, norm, angles, d_norm, partial),
-            *(seats.num_tokens, heads, share, head_dim, _F(eps)),
+            *(seats.num_tokens, heads, share, head_dim, C_FLOAT(eps)),
             threads=None if partial is None else len(partial),
         )
         return d_norm
@@ -228,7 +229,7 @@ class Kernels:
         angles: Tensor | None,
     ) -> None:
         """Rows of heads, of which `x` may have more than are seated, and columns beside them."""
-        _expect("rows", x, self.dtype, -1, -1, apart=True)
+        expect("rows", x, self.dtype, -1, -1, apart=True)
         if x.shape[0] < seats.num_tokens or x.shape[1] < heads * head_dim:
             raise ValueError(f"rows have shape {list(x.shape)}: {seats.num_tokens} of {heads} x {head_dim} are seated")
         if min(heads, share, head_dim) < 1 or heads % share:
@@ -236,11 +237,11 @@ class Kernels:
         if angles is not None:
             if head_dim > MAX_HEAD_DIM or head_dim % 2:
                 raise ValueError(f"head_dim={head_dim}: must be even and at most {MAX_HEAD_DIM} where heads are turned")
-            _expect("angles", angles, torch.float32, -1, head_dim)
+            expect("angles", angles, torch.float32, -1, head_dim)
             if angles.shape[0] < seats.num_positions:
                 raise IndexError(f"angles of {angles.shape[0]} positions: the seats have {seats.num_positions}")
         if norm is not None:
-            _expect("norm", norm, torch.float32, head_dim)
+            expect("norm", norm, torch.float32, head_dim)
             if angles is None:
                 raise ValueError("norm without angles is not computed")
 
@@ -249,22 +250,24 @@ class Kernels:
         columns of each row, zero after them; `log_z` [S * copies, R] gets the logarithm of the normalizer. C must be a
         multiple of 16."""
         documents, copies, r, c = self._expect_scores(scores_BRC, log_z_BR, limits_SR)
-        self._call("softmax_forward", scores_BRC, log_z_BR, limits_SR, documents, copies, r, c, _F(scale))
+        self._call("softmax_forward", scores_BRC, log_z_BR, limits_SR, documents, copies, r, c, C_FLOAT(scale))
 
     def softmax_backward(
         self, scores_BRC: Tensor, d_p_BRC: Tensor, log_z_BR: Tensor, limits_SR: Tensor, scale: float
     ) -> None:
         """In place: scores to probabilities once more, and their gradient `d_p` to that of the scores."""
         documents, copies, r, c = self._expect_scores(scores_BRC, log_z_BR, limits_SR)
-        _expect("d_p", d_p_BRC, self.dtype, *scores_BRC.shape)
-        self._call("softmax_backward", scores_BRC, d_p_BRC, log_z_BR, limits_SR, documents, copies, r, c, _F(scale))
+        expect("d_p", d_p_BRC, self.dtype, *scores_BRC.shape)
+        self._call(
+            "softmax_backward", scores_BRC, d_p_BRC, log_z_BR, limits_SR, documents, copies, r, c, C_FLOAT(scale)
+        )
 
     def _expect_scores(self, scores_BRC: Tensor, log_z_BR: Tensor, limits_SR: Tensor) -> tuple[int, int, int, int]:
         """(S, copies, R, C). The kernels themselves keep limits within C."""
-        _expect("scores", scores_BRC, self.dtype, -1, -1, -1)
+        expect("scores", scores_BRC, self.dtype, -1, -1, -1)
         b, r, c = scores_BRC.shape
-        _expect("log_z", log_z_BR, torch.float32, b, r)
-        _expect("limits", limits_SR, torch.int32, -1, r)
+        expect("log_z", log_z_BR, torch.float32, b, r)
+        expect("limits", limits_SR, torch.int32, -1, r)
         documents = limits_SR.shape[0]
         if c % 16:
             raise ValueError(f"scores have {c} columns: must be a multiple of 16")
@@ -272,27 +275,57 @@ class Kernels:
             raise ValueError(f"scores of {b} heads: must be a multiple of the {documents} documents")
         return documents, b // max(documents, 1), r, c
 
-    def cross_entropy(self, logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None, *, gradient: bool) -> Tensor:
+    def cross_entropy(
+        self,
+        logits_NV: Tensor,
+        labels_N: Tensor,
+        weights_N: Tensor | None,
+        statistics_N2: Tensor | None = None,
+        *,
+        gradient: bool,
+    ) -> Tensor:
         """Negative log-likelihoods [N] in nats. With `gradient`, `logits` become weight * (softmax - one hot).
 
+        `statistics`, float32 [N, 2], get each row's largest logit and log Z less that logit.
         Raises IndexError for a label outside of the vocabulary.
         """
-        _expect("logits", logits_NV, self.dtype, -1, -1, apart=True)
+        expect("logits", logits_NV, self.dtype, -1, -1, apart=True)
         n, v = logits_NV.shape
-        _expect("labels", labels_N, torch.int64, n)
+        expect("labels", labels_N, torch.int64, n)
         if weights_N is not None:
-            _expect("weights", weights_N, torch.float32, n)
-        _expect_indices("labels", labels_N, v)
+            expect("weights", weights_N, torch.float32, n)
+        if statistics_N2 is not None:
+            expect("statistics", statistics_N2, torch.float32, n, 2)
+        expect_indices("labels", labels_N, v)
         nll = torch.empty(n)
         self._call(
             "cross_entropy",
-            *(logits_NV, labels_N, weights_N, nll, n, v, logits_NV.stride(0), _I(gradient)),
+            *(logits_NV, labels_N, weights_N, nll, statistics_N2, n, v, logits_NV.stride(0), C_INT(gradient)),
         )
         return nll
 
+    def cross_entropy_gradient(
+        self, logits_NV: Tensor, labels_N: Tensor, statistics_N2: Tensor, on_softmax_N: Tensor, at_label_N: Tensor
+    ) -> None:
+        """In place: `logits` become on_softmax * softmax - at_label * one hot. `statistics` are `cross_entropy`'s.
+
+        Raises IndexError for a label outside of the vocabulary.
+        """
+        expect("logits", logits_NV, self.dtype, -1, -1, apart=True)
+        n, v = logits_NV.shape
+        expect("labels", labels_N, torch.int64, n)
+        expect("statistics", statistics_N2, torch.float32, n, 2)
+        for name, factor_N in (("on_softmax", on_softmax_N), ("at_label", at_label_N)):
+            expect(name, factor_N, torch.float32, n)
+        expect_indices("labels", labels_N, v)
+        self._call(
+            "cross_entropy_gradient",
+            *(logits_NV, labels_N, statistics_N2, on_softmax_N, at_label_N, n, v, logits_NV.stride(0)),
+        )
+
     def sum_of_squares(self, x: Tensor) -> Tensor:
         """Of float32 numbers [n], 0-d float64; the same to the bit for any number of threads."""
-        _expect("x", x, torch.float32, x.numel(), apart=True)
+        expect("x", x, torch.float32, x.numel(), apart=True)
         n = x.numel()
         partial = torch.empty(-(-n // _BLOCK), dtype=torch.float64)
         self._call("sum_of_squares", x.contiguous(), partial, n)
@@ -300,10 +333,10 @@ class Kernels:
 
     def add_rows(self, x_ND: Tensor, index_N: Tensor, out_VD: Tensor) -> Tensor:
         """`out_VD.index_add_(0, index_N, x_ND)` in float32, the rows of one index added up in float64 first."""
-        _expect("x", x_ND, torch.float32, -1, -1)
-        _expect("index", index_N, torch.int64, x_ND.shape[0])
-        _expect("out", out_VD, torch.float32, -1, x_ND.shape[1])
-        _expect_indices("index", index_N, out_VD.shape[0])
+        expect("x", x_ND, torch.float32, -1, -1)
+        expect("index", index_N, torch.int64, x_ND.shape[0])
+        expect("out", out_VD, torch.float32, -1, x_ND.shape[1])
+        expect_indices("index", index_N, out_VD.shape[0])
         order = index_N.argsort(stable=True)
         targets, counts = torch.unique_consecutive(index_N[order], return_counts=True)
         starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
@@ -313,41 +346,4 @@ class Kernels:
     def _call(self, name: str, *arguments: Any, threads: int | None = None) -> None:
         """`threads` where there is scratch for so many: torch's number of them may change at any time."""
         function: Callable[..., None] = getattr(self._library, name)
-        function(*map(_as_c, arguments), ctypes.c_int(threads or torch.get_num_threads()))
-
-
-def _expect(name: str, x: Tensor, dtype: torch.dtype, *shape: int, apart: bool = False) -> None:
-    """TypeError or ValueError unless `x` is a plain tensor of `shape` (-1: any), contiguous, or `apart` in its rows."""
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
-        raise TypeError(f"{name} is a {type(x).__name__}: must be a plain tensor")
-    if x.dtype != dtype:
-        raise TypeError(f"{name} is {x.dtype}: must be {dtype}")
-    if x.layout != torch.strided or not x.is_cpu:
-        raise ValueError(f"{name} is {x.layout} on {x.device}: must be dense, on the CPU")
-    if x.ndim != len(shape) or any(n not in (-1, m) for n, m in zip(shape, x.shape, strict=True)):
-        raise ValueError(f"{name} has shape {list(x.shape)}: must be {list(shape)}")
-    walkable = x.shape[-1] <= 1 or x.stride(-1) == 1 if apart else x.is_contiguous()
-    if not walkable:
-        raise ValueError(f"{name} has strides {x.stride()}: must be contiguous{' rows' if apart else ''}")
-
-
-def _expect_indices(name: str, x: Tensor, end: int) -> None:
-    if x.numel():
-        low, high = x.aminmax()
-        if not 0 <= int(low) <= int(high) < end:
-            raise IndexError(f"{name} from {int(low)} to {int(high)}: must be within [0, {end})")
-
-
-_F, _I = ctypes.c_float, ctypes.c_int
-
-
-def _as_c(value: Any) -> Any:
-    match value:
-        case None:
-            return ctypes.c_void_p(None)
-        case Tensor():
-            return ctypes.c_void_p(value.data_ptr())
-        case int():
-            return ctypes.c_int64(value)
-        case _:
-            return value
+        function(*map(as_c, arguments), ctypes.c_int(threads or torch.get_num_threads()))

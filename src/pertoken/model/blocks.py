@@ -11,20 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pertoken.engines.cpu.blocks import attention_block, mlp_block
-from pertoken.engines.cpu.runner import NativeBatch
 from pertoken.model.mlp import MLP
 from pertoken.model.moe import Documents, ExpertLoad, MixtureOfExperts
+from pertoken.model.rope import Rope, rotate
 from pertoken.recipe.model import ResolvedModelConfig
 
-__all__ = ["Attend", "Attention", "Decoder", "Layer", "Rope", "call", "compute_dtype", "rope_angles"]
+__all__ = ["Attend", "Attention", "Decoder", "Layer", "RunBlock", "call", "compute_dtype"]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H, D]
-Rope = tuple[Tensor, Tensor]  # cos and sin, [N, 1, D / 2] each
+# (a block, its hidden states) -> the block's hidden states, and the load of its experts if that is wanted
+RunBlock = Callable[["Layer", Tensor], "Tensor | tuple[Tensor, ExpertLoad]"]
+
+
+def call(module: nn.Module, *arguments: Any) -> Any:
+    """`module(*arguments)`, as a function that an engine can put another in place of."""
+    return module(*arguments)
 
 
 class Decoder(nn.Module):
-    """Only holds what Hugging Face's names begin with `model.` for; `CausalLM` runs it."""
+    """Only holds what Hugging Face's names begin with `model.` for; a `ForwardPass` runs it."""
 
     def __init__(self, config: ResolvedModelConfig) -> None:
         super().__init__()
@@ -44,42 +49,48 @@ class Layer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MixtureOfExperts(config) if config.use_moe else MLP(config.hidden_size, config.intermediate_size)
-        self.call_experts: Callable[..., tuple[Tensor, ExpertLoad | None]] = call
 
-    def forward(
+    def forward(self, hidden: Tensor, run: RunBlock) -> Tensor | tuple[Tensor, ExpertLoad]:
+        """`run(self, hidden)`: the pass brings what computes a block, `plain` or an engine's own code.
+
+        It is called all the same, since hooks on a block (FSDP2 gathers its weights by one) belong around either.
+        """
+        return run(self, hidden)
+
+    def plain(
         self,
         hidden: Tensor,
-        rope: Rope | None,
-        attend: Attend | NativeBatch,
+        rope: Rope,
+        attend: Attend,
         documents: Documents | None,
         output_rows: Tensor | None,
+        call_experts: Callable[..., Any] = call,
     ) -> Tensor | tuple[Tensor, ExpertLoad]:
         """The hidden states, of the rows `output_rows` if given; with `documents` the load of the experts, if any."""
         dtype = compute_dtype(hidden)
-        if isinstance(attend, NativeBatch):
-            hidden = self._native_attention(hidden, attend)
-            if isinstance(self.mlp, MLP):
-                matrices = (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
-                return mlp_block(hidden, self.post_attention_layernorm, matrices, attend)
-        else:
-            # Cast once here, not once in every linear layer that reads it.
-            normed = self.input_layernorm(hidden).to(dtype)
-            hidden = (hidden if output_rows is None else hidden[output_rows]) + self.self_attn(
-                normed, rope, attend, output_rows
-            )
+        # Cast once here, not once in every linear layer that reads it.
+        normed = self.input_layernorm(hidden).to(dtype)
+        hidden = (hidden if output_rows is None else hidden[output_rows]) + self.self_attn(
+            normed, rope, attend, output_rows
+        )
+        return self.feed_forward(hidden, documents, dtype, call_experts)
+
+    def feed_forward(
+        self,
+        hidden: Tensor,
+        documents: Documents | None,
+        dtype: torch.dtype,
+        call_experts: Callable[..., Any] = call,
+    ) -> Tensor | tuple[Tensor, ExpertLoad]:
+        """The second half of `plain`: MLP or experts with their norm and residual sum, products in `dtype`."""
         normed = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, MixtureOfExperts):
-            update, load = self.call_experts(self.mlp, normed, dtype, documents)
+            update, load = call_experts(self.mlp, normed, dtype, documents)
             hidden = hidden + update
             return hidden if load is None else (hidden, load)
         update = self.mlp(normed.to(dtype))
         out: Tensor = hidden + update
         return out
-
-    def _native_attention(self, hidden: Tensor, batch: NativeBatch) -> Tensor:
-        attn = self.self_attn
-        matrices = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)
-        return attention_block(hidden, self.input_layernorm, matrices, (attn.q_norm, attn.k_norm), batch)
 
 
 class Attention(nn.Module):
@@ -90,13 +101,12 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         query_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        has_norm = config.family == "qwen3"
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if has_norm else None
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if has_norm else None
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, rope: Rope, attend: Attend, output_rows: Tensor | None) -> Tensor:
         """Of `output_rows`, if given; the others have keys and values, and queries of zeros that nobody reads."""
@@ -118,16 +128,7 @@ class Attention(nn.Module):
         wide = x_NHD.to(rope[0].dtype)
         if norm is not None:
             wide = norm(wide)
-        if torch.compiler.is_compiling():  # the compiler fuses the plain code, and trips over writes into views
-            (a, b), (cos, sin) = wide.chunk(2, -1), rope
-            return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_NHD.dtype)
-        turned: Tensor = _Rotate.apply(wide, *rope)  # type: ignore[no-untyped-call]
-        return turned.to(x_NHD.dtype)
-
-
-def call(module: nn.Module, *arguments: Any) -> Any:
-    """`module(*arguments)`, as a function that `compile_layers` can keep out of its graphs."""
-    return module(*arguments)
+        return rotate(wide, rope).to(x_NHD.dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -136,38 +137,3 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # autocast leaves float64 alone
         return torch.get_autocast_dtype(device)
     return x.dtype
-
-
-def rope_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
-    """Cosine and sine of the rotary angles (Su et al., "RoFormer", 3.2): [N, 1, head_dim / 2], at least float32."""
-    dtype = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, head_dim, 2, dtype=dtype, device=position_ids.device) / head_dim
-    angles = (position_ids.to(dtype)[:, None] * (1.0 / theta**exponents))[:, None, :]
-    return angles.cos(), angles.sin()
-
-
-class _Rotate(torch.autograd.Function):
-    """Rotary embedding in Hugging Face's convention: dimension i turns with dimension i + D/2.
-
-    Plain code would be `torch.cat((a * cos - b * sin, b * cos + a * sin), -1)` for halves a and b. Turning back by the
-    same angle is its gradient, so both directions are four passes over half the data and keep nothing but the angles:
-    about half the time of the plain code on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, -sin), None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out = torch.empty_like(x)
-    (a, b), (out_a, out_b) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
-    return out

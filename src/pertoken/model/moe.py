@@ -1,4 +1,4 @@
-"""Mixture of experts: a top-k softmax router, experts without a capacity limit, and the balance loss.
+"""Mixture of experts: a top-k softmax router, experts without a capacity limit, and how evenly they are used.
 
 Shape suffixes: N flat tokens, S documents, D hidden size, E experts, k experts per token, P = N k pairs of a token and
 an expert that it chose, L layers.
@@ -7,17 +7,16 @@ an expert that it chose, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pertoken.model.mlp import MLP
-from pertoken.objective.cross_entropy import LossOutput
 from pertoken.recipe.model import ResolvedModelConfig
 
-__all__ = ["Documents", "ExpertLoad", "MixtureOfExperts", "with_balance_loss"]
+__all__ = ["Documents", "ExpertLoad", "MixtureOfExperts"]
 
 
 @dataclass(frozen=True)
@@ -171,29 +170,3 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (row,) = ctx.saved_tensors
         return grads[0].new_zeros(ctx.num_rows, grads[0].shape[1]).index_copy_(0, row, grads[0]), None
-
-
-def with_balance_loss(
-    out: LossOutput, loads: Sequence[ExpertLoad], config: ResolvedModelConfig, num_tokens: int
-) -> LossOutput:
-    """`out` with the balance loss of all layers over `num_tokens` input tokens, and with two more metrics:
-
-    `aux_loss`, the sum over documents and layers of T_s * aux_s (without the coefficient), and the number of tokens;
-    `expert_load`, how many tokens chose each expert [L, E], and how many choices each layer made.
-
-    With `aux_loss="micro_batch"` f_i is not divided by k: MiniMind's convention, and that of transformers'
-    `load_balancing_loss_func`.
-    """
-    chosen = config.num_experts_per_tok
-    aux_sum = torch.stack([load.aux_sum for load in loads]).sum()
-    if config.aux_loss == "micro_batch":
-        aux_sum = chosen * aux_sum
-    tokens = torch.full((), num_tokens, dtype=torch.int64, device=aux_sum.device)
-    load_LE = torch.stack([load.num_choices for load in loads])
-    return replace(
-        out,
-        # Without a balance loss a router with one choice would lack a gradient, even the zeros that wrappers wait for.
-        loss_sum=out.loss_sum + 0 * aux_sum if config.aux_loss == "none" else out.loss_sum,
-        metrics=out.metrics | {"aux_loss": (aux_sum.detach(), tokens), "expert_load": (load_LE, chosen * tokens)},
-        aux_sum=None if config.aux_loss == "none" else config.aux_loss_coef * aux_sum,
-    )

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pertoken.data.batch.pack import MicroBatch
 from pertoken.recipe.model import ResolvedModelConfig
 
-__all__ = ["attention_operations", "body_parameters", "padding_metric"]
+__all__ = ["attention_operations", "body_parameters", "padding_metric", "padding_of"]
 
 
 def body_parameters(config: ResolvedModelConfig) -> int:
@@ -37,3 +38,17 @@ def padding_metric(*, useful: float, padding: float, head: int, loss_mask: Tenso
     """
     supervised = 6.0 * head * torch.count_nonzero(loss_mask).double()
     return torch.full_like(supervised, padding), supervised + (useful + padding)
+
+
+def padding_of(
+    config: ResolvedModelConfig, micro_batch: MicroBatch, *, rows: int, pairs: int, padding_pairs: int
+) -> tuple[Tensor, Tensor]:
+    """`padding_metric` of a decoder that computes so many `rows` beside the real ones, `pairs` of a query and a key of
+    the documents' own, and so many beside those."""
+    body = 6.0 * body_parameters(config)
+    return padding_metric(
+        useful=body * sum(micro_batch.lengths) + attention_operations(config, pairs),
+        padding=body * rows + attention_operations(config, padding_pairs),
+        head=config.vocab_size * config.hidden_size,
+        loss_mask=micro_batch.loss_mask,
+    )

@@ -6,7 +6,8 @@ logits are at hand, so the forward pass does all the matrix work and the backwar
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,36 +19,24 @@ from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import Kernels
 from pertoken.objective.fused_heads import fused_loss_sum
 from pertoken.objective.inputs import check_head, checked_labels
+from pertoken.objective.row_terms import (
+    RowTerm,
+    refuse_row_terms,
+    require_proportional,
+    row_factors,
+    row_values,
+)
+from pertoken.objective.terms import LossOutput, Term
 
-__all__ = ["LossImpl", "LossOutput", "TiedGradient", "cross_entropy", "first_order_only", "linear_cross_entropy"]
+__all__ = ["LossImpl", "TiedGradient", "cross_entropy", "first_order_only", "linear_cross_entropy"]
 
-LossImpl = Literal["auto", "native", "chunked", "reference", "liger", "cce"]
+LossImpl = Literal["auto", "cpu", "chunked", "reference", "liger", "cce"]
 
 _CHUNK_BYTES = 32 * 2**20  # of logits in float32; by the kernels, in the dtype of activations
 _VOCAB_BLOCK = 8192  # of the weight's gradient at a time, by the kernels
 _MIN_CHUNK_ROWS = 512  # fewer add up the weight's gradient, [V, D], too often
 # float16 flushes probabilities below 6e-8; boosted by this the gradient keeps them, and stays far from 65,504.
 _FP16_BOOST = 2.0**8
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """Sums over the tokens of one micro-batch. Nothing is divided before the step's own count is known."""
-
-    loss_sum: Tensor  # 0-d, nats, float32 or float64; carries the gradient
-    num_tokens: Tensor  # 0-d: int64 supervised tokens, or the float64 sum of float weights
-    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> (sum, count), detached
-    # Mixture of experts: 0-d, `aux_loss_coef` times the balance loss summed over routed tokens; carries the gradient.
-    aux_sum: Tensor | None = None
-
-    def objective(self, num_tokens: float, num_input_tokens: float) -> Tensor:
-        """This micro-batch's share of the step's objective, loss_sum / num_tokens + aux_sum / num_input_tokens.
-
-        `num_tokens` supervised and `num_input_tokens` input tokens are the whole step's, over all micro-batches and
-        ranks.
-        """
-        objective = self.loss_sum / num_tokens
-        return objective if self.aux_sum is None else objective + self.aux_sum / num_input_tokens
 
 
 @dataclass
@@ -68,6 +57,7 @@ def linear_cross_entropy(
     *,
     impl: LossImpl = "auto",
     tied: TiedGradient | None = None,
+    row_terms: Sequence[RowTerm] = (),
 ) -> LossOutput:
     """Sum of negative log-likelihoods in nats over the supervised tokens, and their number.
 
@@ -82,11 +72,16 @@ def linear_cross_entropy(
     accumulation of the weight's gradient in at least float32 (float64 for float64). No supervised token: sum 0, count
     0, zero gradients.
 
-    `impl="reference"` is the plain code above, logits and all; `"chunked"` holds at most one chunk of them; `"native"`
+    `impl="reference"` is the plain code above, logits and all; `"chunked"` holds at most one chunk of them; `"cpu"`
     too, through kernels compiled for this processor (bfloat16 and float32 on a CPU; raises CompilerError where they
-    cannot be compiled); `"auto"` is native where that can be. `"liger"` and `"cce"` are kernels of others, optional
-    extras: see `fused_loss_sum` for what they do not promise. With `tied`, of native and chunked, the weight's gradient
+    cannot be compiled); `"auto"` is that where it can be. `"liger"` and `"cce"` are kernels of others, optional
+    extras: see `fused_loss_sum` for what they do not promise. With `tied`, of cpu and chunked, the weight's gradient
     goes there, not to autograd.
+
+    Each of `row_terms` is a further term of the result, its sum weighted by `loss_mask` as the cross entropy is. Native
+    and chunked form one gradient for all of them, so a backward pass must come through `LossOutput.objective`: one in
+    which a term's gradient is not its coefficient times the cross entropy's raises RuntimeError (on CUDA a device
+    assert). `"liger"` and `"cce"` have no such terms, and raise RecipeError.
 
     Raises, for every `impl` alike, IndexError for a supervised label outside of [0, V) (on CUDA a device assert),
     TypeError for a dtype that cannot be meant, ValueError for shapes or devices that do not fit together, for weights
@@ -98,8 +93,10 @@ def linear_cross_entropy(
     labels, loss_mask = checked_labels(
         labels, loss_mask, rows=hidden.shape[0], vocab_size=weight.shape[0], device=hidden.device
     )
+    if impl == "liger" or impl == "cce":
+        refuse_row_terms(impl, row_terms)
     if impl == "reference":
-        return _plain(F.linear(hidden, weight), labels, loss_mask)
+        return _plain(F.linear(hidden, weight), labels, loss_mask, row_terms)
     num_tokens = _count(loss_mask)
     rows = loss_mask.nonzero().squeeze(1)
     if rows.numel() < loss_mask.numel():
@@ -111,40 +108,50 @@ def linear_cross_entropy(
     autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64  # which autocast leaves alone
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     if (impl == "liger" or impl == "cce") and len(labels):  # without rows ours still gives zero gradients
-        loss_sum = fused_loss_sum(impl, hidden, weight, labels, weights, dtype)
+        sums = [fused_loss_sum(impl, hidden, weight, labels, weights, dtype)]
     else:
-        kernels = None if impl == "chunked" else _kernels(device, dtype, required=impl == "native")
-        loss_sum = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype, kernels, tied)  # type: ignore[no-untyped-call]
-    return _output(loss_sum, num_tokens)
+        kernels = None if impl == "chunked" else _kernels(device, dtype, required=impl == "cpu")
+        sums = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype, kernels, tied, tuple(row_terms))  # type: ignore[no-untyped-call]
+    return _output(sums, num_tokens, row_terms)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> LossOutput:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, loss_mask: Tensor, *, row_terms: Sequence[RowTerm] = ()
+) -> LossOutput:
     """`linear_cross_entropy` by its definition, of `logits` [N, V] that exist whole. Raises what that does."""
     rows, vocab_size = logits.shape
-    return _plain(logits, *checked_labels(labels, loss_mask, rows=rows, vocab_size=vocab_size, device=logits.device))
+    labels, loss_mask = checked_labels(labels, loss_mask, rows=rows, vocab_size=vocab_size, device=logits.device)
+    return _plain(logits, labels, loss_mask, row_terms)
 
 
-def _plain(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> LossOutput:
+def _plain(logits: Tensor, labels: Tensor, loss_mask: Tensor, row_terms: Sequence[RowTerm]) -> LossOutput:
     logits = logits.to(_accumulator(logits.dtype))
     labels = torch.where(loss_mask != 0, labels, 0)
     nll = F.cross_entropy(logits, labels, reduction="none")
-    return _output(torch.where(loss_mask != 0, nll * loss_mask.to(nll.dtype), 0).sum(), _count(loss_mask))
+    values = [nll]
+    if row_terms:
+        log_z = logits.logsumexp(1)
+        values += [row_values(term, nll, log_z) for term in row_terms]
+    sums = [torch.where(loss_mask != 0, x * loss_mask.to(x.dtype), 0).sum() for x in values]
+    return _output(sums, _count(loss_mask), row_terms)
 
 
 def _count(loss_mask: Tensor) -> Tensor:
     return loss_mask.sum(dtype=torch.int64 if loss_mask.dtype == torch.bool else torch.float64)
 
 
-def _output(loss_sum: Tensor, num_tokens: Tensor) -> LossOutput:
-    return LossOutput(loss_sum, num_tokens, {"loss": (loss_sum.detach(), num_tokens)})
+def _output(sums: Sequence[Tensor], num_tokens: Tensor, row_terms: Sequence[RowTerm]) -> LossOutput:
+    """Of the cross entropy's sum, and then one for each of `row_terms`."""
+    names = ["loss", *(term.name for term in row_terms)]
+    metrics = {name: (total.detach(), num_tokens) for name, total in zip(names, sums, strict=True)}
+    more = {t.name: Term(total, "supervised", t.coefficient) for t, total in zip(row_terms, sums[1:], strict=True)}
+    return LossOutput(sums[0], num_tokens, metrics, more)
 
 
 def _kernels(device: str, dtype: torch.dtype, *, required: bool) -> Kernels | None:
     if device != "cpu" or dtype not in (torch.bfloat16, torch.float32):
         if required:
-            raise ValueError(
-                f'impl="native": the kernels are for bfloat16 and float32 on a CPU, not {dtype} on {device}'
-            )
+            raise ValueError(f'impl="cpu": the kernels are for bfloat16 and float32 on a CPU, not {dtype} on {device}')
         return None
     try:
         return Kernels(dtype)
@@ -164,12 +171,16 @@ def first_order_only() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "the kernels and the chunked loss have no gradient of their gradient; for create_graph=True set "
-            'train.compile="off" and loss_impl="reference"'
+            'train.engine="plain" and loss_impl="reference"'
         )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """All rows count. `forward` forms the gradients, `backward` multiplies by what comes in (the loss scale too)."""
+    """The sums of the cross entropy and of each of `terms`. All rows count.
+
+    `forward` forms the gradient of the cross entropy plus coefficient * each term's sum; `backward` multiplies by what
+    comes in for the cross entropy (1 / N and the loss scale).
+    """
 
     @staticmethod
     def forward(
@@ -181,17 +192,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         kernels: Kernels | None,
         tied: TiedGradient | None,
-    ) -> Tensor:
-        ctx.tied = tied
+        terms: tuple[RowTerm, ...],
+    ) -> tuple[Tensor, ...]:
+        ctx.tied, ctx.terms = tied, terms
         device = hidden.device.type
         with torch.autocast(device, enabled=False):
             if kernels is not None:
-                return _native_forward(ctx, hidden, weight, labels, weights, kernels)
+                return _cpu_forward(ctx, hidden, weight, labels, weights, kernels)
             return _forward(ctx, hidden, weight, labels, weights, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         first_order_only()
+        for term, grad in zip(ctx.terms, grad_outputs[1:], strict=True):
+            require_proportional(grad, term.coefficient * grad_outputs[0])
         grad = grad_outputs[0] / ctx.boost
         d_hidden, d_weight = ctx.saved_tensors
         # Scaled in the wide type first: a float16 gradient overflows only where its true, scaled value does.
@@ -201,19 +215,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             d_weight = d_weight.mul_(grad).to(ctx.weight_dtype)  # in place: as large as the vocabulary
         if ctx.tied is not None:
             ctx.tied.of_head, d_weight = d_weight, None
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None, None
+
+
+def _add(totals: list[Tensor], values: Sequence[Tensor], scale_C: Tensor | None) -> None:
+    """The sums of `values` [C] each, times `scale_C` where given, to float64 `totals`."""
+    for total, values_C in zip(totals, values, strict=True):
+        total += (values_C if scale_C is None else values_C * scale_C).sum(dtype=torch.float64)
 
 
 def _forward(
     ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     wide = _accumulator(dtype)
     x_ND, w_VD = hidden.to(dtype), weight.to(dtype)
     needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-    d_hidden = torch.empty_like(x_ND) if needs_hidden else None
+    tamed = dtype == torch.float16 and bool(ctx.terms)
+    d_hidden = torch.empty_like(x_ND, dtype=wide if tamed else dtype) if needs_hidden else None
     d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
     boost = _FP16_BOOST if dtype == torch.float16 else 1.0
-    loss_sum = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    totals = [torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in range(1 + len(ctx.terms))]
     chunk = max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // (4 * weight.shape[0]))
     for start in range(0, x_ND.shape[0], chunk):
         x_CD, label_C = x_ND[start : start + chunk], labels[start : start + chunk]
@@ -221,27 +242,38 @@ def _forward(
         logits_CV = torch.mm(x_CD, w_VD.t()).to(wide)
         log_z_C = logits_CV.logsumexp(1)
         nll_C = log_z_C - logits_CV.gather(1, label_C[:, None]).squeeze(1)
-        loss_sum += (nll_C if scale_C is None else nll_C * scale_C).sum(dtype=torch.float64)
+        values, factors = row_factors(ctx.terms, nll_C, log_z_C)
+        _add(totals, [nll_C, *values], scale_C)
         if not (needs_hidden or needs_weight):
             continue
         d_logits_CV = logits_CV.sub_(log_z_C[:, None]).exp_()
-        d_logits_CV.scatter_add_(1, label_C[:, None], d_logits_CV.new_full((len(label_C), 1), -1.0))
+        if factors is not None:
+            d_logits_CV.mul_(factors.on_softmax[:, None])
+        at_label_C = d_logits_CV.new_ones(len(label_C)) if factors is None else factors.at_label
+        d_logits_CV.scatter_add_(1, label_C[:, None], -at_label_C[:, None])
         if scale_C is not None:
             d_logits_CV.mul_(scale_C[:, None])
         if boost != 1.0:
             d_logits_CV.mul_(boost)
+        if tamed and factors is not None:  # or what the terms multiply by would leave float16
+            d_logits_CV.mul_(factors.tame)
+            x_CD = x_CD.to(wide) / factors.tame
         d_low_CV = d_logits_CV.to(dtype)
         if d_hidden is not None:
-            torch.mm(d_low_CV, w_VD, out=d_hidden[start : start + chunk])
+            rows = d_hidden[start : start + chunk]
+            if tamed and factors is not None:
+                rows.copy_(torch.mm(d_low_CV, w_VD)).div_(factors.tame)
+            else:
+                torch.mm(d_low_CV, w_VD, out=rows)
         if d_weight is not None:
             if dtype == torch.float16:
                 shrink = _fp16_shrink(x_CD, scale_C)
-                d_weight += torch.mm(d_low_CV.t(), x_CD * shrink).to(wide) / shrink
+                d_weight += torch.mm(d_low_CV.t(), (x_CD * shrink).to(dtype)).to(wide) / shrink
             else:
                 d_weight += torch.mm(d_low_CV.t(), x_CD)
     ctx.save_for_backward(d_hidden, d_weight)
     ctx.boost, ctx.hidden_dtype, ctx.weight_dtype = boost, hidden.dtype, weight.dtype
-    return loss_sum.to(wide)
+    return tuple(total.to(wide) for total in totals)
 
 
 def _fp16_shrink(x_CD: Tensor, scale_C: Tensor | None) -> Tensor:
@@ -258,9 +290,9 @@ def _chunk_rows(vocab_size: int, hidden_size: int, dtype: torch.dtype) -> int:
     return max(1, chunk_bytes // (vocab_size * dtype.itemsize))
 
 
-def _native_forward(
+def _cpu_forward(
     ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, kernels: Kernels
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     """What `_forward` does, through the kernels: logits become their own gradient in place, in two passes over them."""
     dtype = kernels.dtype
     num_rows, vocab_size = len(labels), weight.shape[0]
@@ -271,16 +303,14 @@ def _native_forward(
     if d_weight is not None and not num_rows:
         d_weight.zero_()
     weights = None if weights is None else weights.float().contiguous()
-    loss_sum = torch.zeros((), dtype=torch.float64)
+    totals = [torch.zeros((), dtype=torch.float64) for _ in range(1 + len(ctx.terms))]
     chunk = _chunk_rows(vocab_size, weight.shape[1], dtype)
     for start in range(0, num_rows, chunk):
         rows = slice(start, min(start + chunk, num_rows))
         x_CD, scale_C = x_ND[rows], None if weights is None else weights[rows]
         logits_CV = torch.mm(x_CD, w_VD.t(), out=empty(len(x_CD), vocab_size, dtype=dtype))
-        nll_C = kernels.cross_entropy(
-            logits_CV, labels[rows].contiguous(), scale_C, gradient=needs_hidden or needs_weight
-        )
-        loss_sum += (nll_C if scale_C is None else nll_C * scale_C).sum(dtype=torch.float64)
+        label_C, gradient = labels[rows].contiguous(), needs_hidden or needs_weight
+        _add(totals, _native_rows(kernels, logits_CV, label_C, scale_C, ctx.terms, gradient=gradient), scale_C)
         if d_hidden is not None:
             torch.mm(logits_CV, w_VD, out=d_hidden[rows])
         if d_weight is not None:
@@ -290,4 +320,27 @@ def _native_forward(
                 kernels.widen_transposed(torch.mm(x_DC, logits_CV[:, block]), d_weight[block], add=start > 0)
     ctx.save_for_backward(d_hidden, d_weight)
     ctx.boost, ctx.hidden_dtype, ctx.weight_dtype = 1.0, hidden.dtype, weight.dtype
-    return loss_sum.float()
+    return tuple(total.float() for total in totals)
+
+
+def _native_rows(
+    kernels: Kernels,
+    logits_CV: Tensor,
+    label_C: Tensor,
+    scale_C: Tensor | None,
+    terms: tuple[RowTerm, ...],
+    *,
+    gradient: bool,
+) -> list[Tensor]:
+    """The nll [C] and each term's values [C]. With `gradient`, `logits_CV` become their gradient, `scale_C` in it."""
+    if not terms:
+        return [kernels.cross_entropy(logits_CV, label_C, scale_C, gradient=gradient)]
+    statistics_C2 = torch.empty(len(label_C), 2)
+    nll_C = kernels.cross_entropy(logits_CV, label_C, scale_C, statistics_C2, gradient=False)
+    values, factors = row_factors(terms, nll_C, statistics_C2.sum(1))
+    if gradient and factors is not None:
+        on_softmax_C, at_label_C = factors.on_softmax, factors.at_label
+        if scale_C is not None:
+            on_softmax_C, at_label_C = on_softmax_C * scale_C, at_label_C * scale_C
+        kernels.cross_entropy_gradient(logits_CV, label_C, statistics_C2, on_softmax_C, at_label_C)
+    return [nll_C, *values]

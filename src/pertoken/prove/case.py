@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from pertoken.data.batch.sample import Sample
 from pertoken.data.batch.share import Share, share_of
-from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import PLAIN, Execution
+from pertoken.model.protocol import BalanceLoss, LanguageModel, TorchModule
+from pertoken.objective.choose import objective_of
+from pertoken.objective.terms import Objective
+from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient
 from pertoken.prove.samples import Chosen, InMemory
 from pertoken.recipe.schema import Recipe, TrainConfig
@@ -21,6 +25,7 @@ from pertoken.training.step import TrainState, train_step
 
 __all__ = [
     "EXACT",
+    "FLOAT32",
     "FLOAT32_FACTOR",
     "FLOAT64",
     "Case",
@@ -32,6 +37,7 @@ __all__ = [
 # Relative, in float64: a million times its rounding, and a ten-millionth of the smallest mistake worth the name.
 EXACT = 1e-10
 FLOAT64 = Precision("float64", torch.device("cpu"))
+FLOAT32 = Precision("float32", torch.device("cpu"))
 FLOAT32_FACTOR = 4.0  # a way may round four times as badly as the plain one does in the same precision
 
 
@@ -39,7 +45,7 @@ FLOAT32_FACTOR = 4.0  # a way may round four times as badly as the plain one doe
 class Case:
     """What every class is about."""
 
-    model: CausalLM  # float64, on the CPU
+    model: LanguageModel  # float64, on the CPU
     chosen: Chosen
     later: tuple[InMemory, ...]  # chosen alike from the recipe's first steps, for training over several of them
     long: Sample | None  # of several blocks of queries; None where the store has none so long
@@ -65,6 +71,22 @@ class Case:
     def share(self, *, token_budget: int, ids: np.ndarray | None = None) -> Share:
         return share_of(self.chosen.samples, self.all_ids if ids is None else ids, token_budget=token_budget)
 
+    @property
+    def objective(self) -> Objective:
+        return objective_of(self.train)
+
+    def plain_gradient(
+        self, samples: Sequence[Sample], *, model: LanguageModel | None = None, scale: float = 1.0
+    ) -> Gradient:
+        """`reference_gradient` of the run's objective; of the case's own model where none is given."""
+        return reference_gradient(
+            model or self.model,
+            samples,
+            aux_loss_coef=self.aux_loss_coef,
+            z_loss_coef=self.train.z_loss_coef,
+            scale=scale,
+        )
+
     def split(self) -> Share:
         """The step in about three micro-batches."""
         return self.share(token_budget=self.split_budget)
@@ -79,21 +101,31 @@ class Case:
 
 
 def gradient_of_step(
-    model: CausalLM,
+    model: LanguageModel,
     share: Share,
     *,
     precision: Precision,
     world: World | None = None,
-    wrapped: nn.Module | None = None,
+    wrapped: TorchModule | None = None,
+    execution: Execution = PLAIN,
+    objective: Objective,
 ) -> Gradient:
     """What `train_step` would update by (on rank 0 of several). `model` holds the parameters, `wrapped` is called."""
-    vocab_size = model.config.vocab_size
+    vocab_size = model.facts.vocab_size
     for micro_batch in share.micro_batches:
         labels = micro_batch.labels
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
             raise ValueError(f"labels {int(labels.min())} to {int(labels.max())}: not all are tokens")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    state = TrainState(wrapped or model, optimizer, precision.new_scaler(), precision, world or World())
+    state = TrainState(
+        wrapped or model,
+        optimizer,
+        precision.new_scaler(),
+        precision,
+        world or World(),
+        objective=objective,
+        execution=execution,
+    )
     kept: dict[str, torch.Tensor] = {}
 
     def keep() -> None:
@@ -105,9 +137,7 @@ def gradient_of_step(
 
     metrics = train_step(
         state,
-        share.micro_batches,
-        num_tokens=share.num_tokens,
-        num_input_tokens=share.num_input_tokens,
+        share,
         lr=0.0,
         max_norm=0.0,
         on_gradients=keep,
@@ -115,13 +145,13 @@ def gradient_of_step(
     return Gradient(metrics.loss_sum / metrics.num_tokens, kept)
 
 
-def balance_loss_of(model: CausalLM) -> dict[str, Any]:
+def balance_loss_of(model: LanguageModel) -> dict[str, Any]:
     """What of a mixture's objective its saved configuration does not say; nothing for a dense model."""
-    config = model.config
-    return {"aux_loss": config.aux_loss, "aux_loss_coef": config.aux_loss_coef} if config.use_moe else {}
+    balance_loss = model.facts.balance_loss
+    return {} if balance_loss is None else asdict(balance_loss)
 
 
-def set_balance_loss(model: CausalLM, settings: dict[str, Any]) -> None:
+def set_balance_loss(model: LanguageModel, settings: dict[str, Any]) -> None:
     """Give a model that was read back what `balance_loss_of` told."""
     if settings:
-        model.config = model.config.model_copy(update=settings)
+        model.set_balance_loss(BalanceLoss(**settings))

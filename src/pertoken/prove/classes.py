@@ -10,31 +10,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from pertoken.checkpoints.read import Checkpoint, load_model, load_optimizer
 from pertoken.checkpoints.saver import save_checkpoint
 from pertoken.checkpoints.state import TrainerState
 from pertoken.data.batch.order import step_at, steps_per_epoch
-from pertoken.data.batch.pack import MicroBatch, collate
+from pertoken.data.batch.pack import collate
 from pertoken.data.batch.share import Share, share_of
-from pertoken.engines.choose import has_compiler
-from pertoken.errors import CompilerError, RecipeError
-from pertoken.model.decoder import CausalLM
-from pertoken.objective.cross_entropy import LossOutput
-from pertoken.prove.case import EXACT, FLOAT64, Case, balance_loss_of, gradient_of_step, set_balance_loss
-from pertoken.prove.reference import reference_gradient
+from pertoken.engines.cpu.engine import CpuEngine
+from pertoken.engines.torch_compile import CompileEngine, has_compiler, not_compiled
+from pertoken.errors import CompilerError
+from pertoken.model.execution import PLAIN, Execution
+from pertoken.model.protocol import LanguageModel
+from pertoken.objective.terms import CROSS_ENTROPY
+from pertoken.prove.case import EXACT, FLOAT32, FLOAT64, Case, balance_loss_of, gradient_of_step, set_balance_loss
 from pertoken.prove.report import Gradient, Result, compare
 from pertoken.prove.samples import Chosen
 from pertoken.training.optim import build_optimizer
-from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
 
 __all__ = ["CLASSES", "split_of_balance"]
 
 
-def _exact(name: str, case: Case, share: Share, note: str = "", wrapped: nn.Module | None = None) -> Result:
-    got = gradient_of_step(case.model, share, precision=FLOAT64, wrapped=wrapped)
+def _exact(name: str, case: Case, share: Share, note: str = "", execution: Execution = PLAIN) -> Result:
+    got = gradient_of_step(case.model, share, precision=FLOAT64, objective=case.objective, execution=execution)
     count = len(share.micro_batches)
     note = note or (f"{count} micro-batches" if count > 1 else "all samples in one")
     return Result.judge(name, "float64", EXACT, compare(got, case.reference), note)
@@ -55,34 +54,20 @@ def shuffled(name: str, case: Case) -> Result:
     samples = case.chosen.samples
     share = case.split()
     micro_batches = tuple(collate([samples[int(i)] for i in part]) for part in parts)
-    return _exact(name, case, Share(micro_batches, tuple(parts), share.num_tokens, share.num_input_tokens))
+    return _exact(name, case, Share(micro_batches, tuple(parts), share.denominators))
 
 
 def accumulation(name: str, case: Case) -> Result:
     return _exact(name, case, case.split())
 
 
-class _WithReferenceLoss(nn.Module):
-    def __init__(self, model: CausalLM) -> None:
-        super().__init__()
-        self.inner = model
-
-    def forward(self, micro_batch: MicroBatch) -> LossOutput:
-        return self.inner.forward(micro_batch, impl="reference")
-
-
 def reference_loss(name: str, case: Case) -> Result:
     """The head's plain code, logits and all, in place of the fused one that the other classes use."""
-    return _exact(name, case, case.split(), "plain logits", wrapped=_WithReferenceLoss(case.model))
+    return _exact(name, case, case.split(), "plain logits", Execution(loss_impl="reference"))
 
 
 def activation_checkpointing(name: str, case: Case) -> Result:
-    before = case.model.activation_checkpointing
-    case.model.activation_checkpointing = True
-    try:
-        return _exact(name, case, case.split(), "each block computed twice")
-    finally:
-        case.model.activation_checkpointing = before
+    return _exact(name, case, case.split(), "each block computed twice", Execution(activation_checkpointing=True))
 
 
 def short_last_step(name: str, case: Case) -> Result:
@@ -97,16 +82,16 @@ def short_last_step(name: str, case: Case) -> Result:
         for s in range(1, steps + 1)
     ]
     left = sorted(set(range(count)) - {int(i) for ids in drawn[:-1] for i in ids})
-    reference = reference_gradient(case.model, [case.chosen.samples[i] for i in left], aux_loss_coef=case.aux_loss_coef)
+    reference = case.plain_gradient([case.chosen.samples[i] for i in left])
     share = case.share(token_budget=case.num_inputs, ids=drawn[-1])
-    got = gradient_of_step(case.model, share, precision=FLOAT64)
+    got = gradient_of_step(case.model, share, precision=FLOAT64, objective=case.objective)
     note = f"{len(drawn[-1])} of {batch_size} samples"
     return Result.judge(name, "float64", EXACT, compare(got, reference), note)
 
 
-def _in_float32(name: str, case: Case, model: CausalLM, note: str) -> Result:
+def _in_float32(name: str, case: Case, model: LanguageModel, note: str, execution: Execution = PLAIN) -> Result:
     share = case.split()
-    got = gradient_of_step(model, share, precision=Precision("float32", torch.device("cpu")))
+    got = gradient_of_step(model, share, precision=FLOAT32, objective=case.objective, execution=execution)
     return Result.judge(name, "float32", case.float32_tolerance, compare(got, case.reference), note)
 
 
@@ -120,46 +105,45 @@ def compiled(name: str, case: Case) -> Result:
     if not has_compiler():
         return Result(name, "float32", "skipped", note="no C++ compiler on this machine")
     model = copy.deepcopy(case.model).float()
-    try:
-        model.compile_layers()
-    except RecipeError as refusal:  # not for a family that runs through transformers' own code
-        return Result(name, "float32", "skipped", note=str(refusal))
-    return _in_float32(name, case, model, "layers fused by torch.compile")
+    why = not_compiled(model)
+    if why is not None:
+        return Result(name, "float32", "skipped", note=why)
+    return _in_float32(name, case, model, "layers fused by torch.compile", Execution(CompileEngine()))
 
 
 def kernels(name: str, case: Case) -> Result:
     """After a step under other weights, so that what is kept of weights within a step does not outlive it."""
     model = copy.deepcopy(case.model).float()
-    if not isinstance(model, CausalLM):
-        return Result(name, "float32", "skipped", note="the kernels are for pertoken's own decoder")
     try:
-        model.use_kernels(torch.float32)
+        engine = CpuEngine(torch.float32)
     except CompilerError as error:
         return Result(name, "float32", "skipped", note=str(error))
+    why = engine.supports(model)
+    if why is not None:
+        return Result(name, "float32", "skipped", note=why)
     true = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)
-    gradient_of_step(model, case.split(), precision=Precision("float32", torch.device("cpu")))
+    execution = Execution(engine)
+    gradient_of_step(model, case.split(), precision=FLOAT32, objective=case.objective, execution=execution)
     model.load_state_dict(true)
-    return _in_float32(name, case, model, "compiled for this processor")
+    return _in_float32(name, case, model, "compiled for this processor", Execution(engine))
 
 
 def resume(name: str, case: Case) -> Result:
     """Two steps, a checkpoint in mid-epoch, a third step; against the third step of what was read back."""
     count, batch_size = len(case.chosen.samples) - 1, 1
     model = copy.deepcopy(case.model).float()
-    precision = Precision("float32", torch.device("cpu"))
+    precision = FLOAT32
 
-    def step(number: int, model: CausalLM, optimizer: torch.optim.Optimizer) -> Gradient:
+    def step(number: int, model: LanguageModel, optimizer: torch.optim.Optimizer) -> Gradient:
         ids = step_at(number, num_samples=count, batch_size=batch_size, seed=case.train.seed).sample_ids
         share = case.share(token_budget=case.num_inputs, ids=ids)
         kept: dict[str, torch.Tensor] = {}
         metrics = train_step(
-            TrainState(model, optimizer, precision.new_scaler(), precision),
-            share.micro_batches,
-            num_tokens=share.num_tokens,
-            num_input_tokens=share.num_input_tokens,
+            TrainState(model, optimizer, precision.new_scaler(), precision, objective=case.objective),
+            share,
             lr=1e-3,
             max_norm=1.0,
             on_gradients=lambda: kept.update(
@@ -193,13 +177,13 @@ def resume(name: str, case: Case) -> Result:
     return result if same else Result(name, "float32", "failed", note="the weights after the step differ")
 
 
-def split_of_balance(name: str, model: CausalLM, chosen: Chosen) -> Result:
+def split_of_balance(name: str, model: LanguageModel, chosen: Chosen) -> Result:
     """How far two splits of the step are apart where the balance loss is a micro-batch's; no failure, it says so."""
     ids, samples = np.arange(len(chosen.samples)), chosen.samples
     found = []
     for token_budget in (int(samples.lengths.sum()), 1):
         share = share_of(samples, ids, token_budget=token_budget)
-        found.append(gradient_of_step(model, share, precision=FLOAT64))
+        found.append(gradient_of_step(model, share, precision=FLOAT64, objective=CROSS_ENTROPY))
     result = Result.judge(name, "float64", EXACT, compare(found[1], found[0]), "one micro-batch against many")
     return dataclasses.replace(result, verdict="differs") if result.verdict == "failed" else result
 

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from pertoken.data.batch.share import Share
-from pertoken.engines.choose import compile_model
-from pertoken.kernels.ops import Kernels
-from pertoken.model.decoder import CausalLM
+from pertoken.engines.choose import choose_engine
+from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import EXACT, FLOAT64, Case
 from pertoken.prove.plain_update import clip_factor
-from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Comparison, Gradient, Result, compare, largest_error
 from pertoken.training.precision import Precision
 from pertoken.training.step import StepMetrics, TrainState, train_step
@@ -33,7 +31,7 @@ _FLOAT16_FACTOR = 4.0  # a step may round four times as badly as the plain compu
 class _Recorder(torch.optim.SGD):
     """Tells what gradients it is given, and updates nothing."""
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         super().__init__(model.parameters(), lr=0.0)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self.given: dict[str, Tensor] = {}
@@ -60,9 +58,7 @@ def _step(
 
     return train_step(
         state,
-        share.micro_batches,
-        num_tokens=share.num_tokens,
-        num_input_tokens=share.num_input_tokens,
+        share,
         lr=0.0,
         max_norm=max_norm,
         on_gradients=keep,
@@ -74,7 +70,7 @@ def under_a_loss_scale(name: str, case: Case) -> Result:
     max_norm = case.reference.norm / 2
     optimizer = _Recorder(case.model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
-    state = TrainState(case.model, optimizer, scaler, FLOAT64)
+    state = TrainState(case.model, optimizer, scaler, FLOAT64, objective=case.objective)
     factor = clip_factor(case.reference.norm, max_norm)
     expected = Gradient(case.reference.loss, {n: g * factor for n, g in case.reference.gradients.items()})
     found = []
@@ -91,12 +87,20 @@ def in_the_runs_dtype(name: str, case: Case) -> Result:
     dtype = case.train.dtype
     precision = Precision(dtype, torch.device("cpu"))
     model = copy.deepcopy(case.model).to(precision.parameter_dtype)
-    how: Literal["off", "auto"] = "off" if case.train.compile == "off" else "auto"
-    compiled, _ = compile_model(model, how, precision, total_steps=1, before=None)
-    kernels = Kernels(getattr(torch, dtype)) if compiled else None
+    how: Literal["plain", "auto"] = "plain" if case.train.engine == "plain" else "auto"
+    choice = choose_engine(model, how, dtype=dtype, device=precision.device, total_steps=1)
+    kernels = choice.kernels(dtype, precision.device)
     optimizer, max_norm = _Recorder(model), case.reference.norm / _FAR_BELOW
     unclipped: dict[str, Tensor] = {}
-    state = TrainState(model, optimizer, precision.new_scaler(), precision, kernels=kernels)
+    state = TrainState(
+        model,
+        optimizer,
+        precision.new_scaler(),
+        precision,
+        objective=case.objective,
+        kernels=kernels,
+        execution=choice.execution,
+    )
     two = case.share(token_budget=case.num_inputs, ids=case.all_ids[:2])  # it is their own norm
     metrics = _until_it_updates(case, state, unclipped, two)
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in unclipped.values()))
@@ -111,7 +115,7 @@ def in_the_runs_dtype(name: str, case: Case) -> Result:
         errors[key] = apart / (float(expected.abs().max()) or 1.0)
     worst = max(errors, key=errors.__getitem__)
     found = Comparison(errors[worst], worst, metrics.grad_norm / norm, 0.0)
-    note = f"norm {norm:.3g} clipped to {max_norm:.3g}; {model.config.vocab_size:,} tokens in the vocabulary"
+    note = f"norm {norm:.3g} clipped to {max_norm:.3g}; {model.facts.vocab_size:,} tokens in the vocabulary"
     return Result.judge(name, dtype, _NORM_ERROR, found, note)
 
 
@@ -134,9 +138,9 @@ def float16(name: str, case: Case) -> Result:
         return Result(name, "float16", "failed", note=problem)
     samples = [case.chosen.samples[i] for i in range(len(case.chosen.samples))]
     with precision.autocast():
-        plain = reference_gradient(model, samples, aux_loss_coef=case.aux_loss_coef, scale=2.0**12)
+        plain = case.plain_gradient(samples, model=model, scale=2.0**12)
     tolerance = _FLOAT16_FACTOR * largest_error(plain, case.reference)
-    state = TrainState(model, _Recorder(model), precision.new_scaler(), precision)
+    state = TrainState(model, _Recorder(model), precision.new_scaler(), precision, objective=case.objective)
     unclipped: dict[str, Tensor] = {}  # for clipping would hide a factor that all gradients have in common
     metrics = _until_it_updates(case, state, unclipped)
     found = compare(Gradient(metrics.loss_sum / metrics.num_tokens, unclipped), case.reference)
@@ -144,11 +148,11 @@ def float16(name: str, case: Case) -> Result:
     return Result.judge(name, "float16", tolerance, found, f"loss scale {metrics.loss_scale:g}; an overflow is skipped")
 
 
-def _overflow(case: Case, model: CausalLM, precision: Precision) -> str | None:
+def _overflow(case: Case, model: LanguageModel, precision: Precision) -> str | None:
     """What is wrong with a step whose loss scale is far too large."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     optimizer = _Recorder(model)
-    metrics = _step(case, TrainState(model, optimizer, scaler, precision), 1.0)
+    metrics = _step(case, TrainState(model, optimizer, scaler, precision, objective=case.objective), 1.0)
     if not metrics.skipped or optimizer.given:
         return f"a gradient of norm {metrics.grad_norm} under a loss scale of 2^60 was not skipped"
     if scaler.get_scale() != 2.0**59:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import numpy as np
 import torch
 
 from pertoken.data.batch.share import share_of
-from pertoken.engines.choose import compile_model
+from pertoken.engines.choose import choose_engine
 from pertoken.prove.case import Case
 from pertoken.prove.report import Result
 from pertoken.training.precision import Precision
@@ -51,10 +52,13 @@ def _curve(case: Case, *, in_one: bool) -> np.ndarray:
     """
     model = copy.deepcopy(case.model).float()
     precision = Precision("bfloat16", torch.device("cpu"))
-    compile_model(model, "off" if case.train.compile == "off" else "auto", precision, total_steps=STEPS, before=None)
+    how: Literal["plain", "auto"] = "plain" if case.train.engine == "plain" else "auto"
+    choice = choose_engine(model, how, dtype=precision.dtype, device=precision.device, total_steps=STEPS)
     learning_rate = _FALL / case.reference.norm**2
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    state = TrainState(model, optimizer, precision.new_scaler(), precision)
+    state = TrainState(
+        model, optimizer, precision.new_scaler(), precision, objective=case.objective, execution=choice.execution
+    )
     losses = []
     for samples in case.later:
         tokens = int(samples.lengths.sum())
@@ -62,9 +66,7 @@ def _curve(case: Case, *, in_one: bool) -> np.ndarray:
         share = share_of(samples, np.arange(len(samples)), token_budget=budget)
         metrics = train_step(
             state,
-            share.micro_batches,
-            num_tokens=share.num_tokens,
-            num_input_tokens=share.num_input_tokens,
+            share,
             lr=learning_rate,
             max_norm=0.0,
         )

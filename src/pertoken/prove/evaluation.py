@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import cast
 
-from torch import nn
-
 from pertoken.data.store.store import Store
+from pertoken.model.protocol import TorchModule
 from pertoken.prove.case import EXACT, FLOAT64, Case
 from pertoken.prove.report import Result, Verdict
 from pertoken.prove.samples import InMemory
@@ -22,7 +21,7 @@ def evaluation(name: str, case: Case) -> Result:
     return evaluated(name, case.model, case.chosen.samples, case.reference.loss, World())
 
 
-def evaluated(name: str, model: nn.Module, samples: InMemory, loss: float, world: World) -> Result:
+def evaluated(name: str, model: TorchModule, samples: InMemory, loss: float, world: World) -> Result:
     """`loss`, in nats per supervised token, is what the plain code has for `samples`. All ranks call it."""
     total, longest = int(samples.lengths.sum()), int(samples.lengths.max())
     worst = 0.0

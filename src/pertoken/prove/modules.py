@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pertoken.engines.cpu.engine import CpuEngine
 from pertoken.errors import CompilerError
-from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import PLAIN, Execution
 from pertoken.prove.case import Case, gradient_of_step
 from pertoken.prove.report import Comparison, Gradient, Result, compare, largest_error
 from pertoken.training.precision import Precision
@@ -42,8 +43,9 @@ def _replace(attention: nn.Module) -> None:
 
 
 def _add_bias(attention: nn.Module) -> None:
-    weight: Tensor = attention.q_proj.weight  # type: ignore[union-attr, assignment]
-    attention.q_proj.bias = nn.Parameter(torch.linspace(-1, 1, len(weight), dtype=weight.dtype))  # type: ignore[union-attr]
+    where = next(p for p in (attention.q_proj, attention.o_proj) if p.bias is None)  # type: ignore[union-attr]
+    weight: Tensor = where.weight  # type: ignore[union-attr, assignment]
+    where.bias = nn.Parameter(torch.linspace(-1, 1, len(weight), dtype=weight.dtype))  # type: ignore[union-attr]
 
 
 def _hook(attention: nn.Module) -> None:
@@ -64,25 +66,24 @@ _CHANGES: dict[str, Callable[[nn.Module], None]] = {  # of the first block's att
 
 def changed_modules(name: str, case: Case) -> Result:
     """The worst of `_CHANGES`. The reference of each is its own modules, run plain in float64."""
-    if not isinstance(case.model, CausalLM):
-        return Result(name, "float32", "skipped", note="the kernels are for pertoken's own decoder")
-    results = []
-    for what, change in _CHANGES.items():
-        try:
-            results.append(_changed(name, case, what, change))
-        except CompilerError as error:
-            return Result(name, "float32", "skipped", note=str(error))
+    try:
+        engine = CpuEngine(torch.float32)
+    except CompilerError as error:
+        return Result(name, "float32", "skipped", note=str(error))
+    why = engine.supports(copy.deepcopy(case.model).float())
+    if why is not None:
+        return Result(name, "float32", "skipped", note=why)
+    results = [_changed(name, case, what, change, engine) for what, change in _CHANGES.items()]
     return max(results, key=lambda result: (result.verdict == "failed", result.gradient_error / result.tolerance))
 
 
-def _changed(name: str, case: Case, what: str, change: Callable[[nn.Module], None]) -> Result:
+def _changed(name: str, case: Case, what: str, change: Callable[[nn.Module], None], engine: CpuEngine) -> Result:
     def gradient(dtype: str, *, kernels: bool) -> Gradient:
         model = copy.deepcopy(case.model).to(getattr(torch, dtype))
-        change(model.model.layers[0].self_attn)  # type: ignore[arg-type]
-        if kernels:
-            model.use_kernels(torch.float32)
+        change(model.layers[0].self_attn)  # type: ignore[arg-type]
         two = case.share(token_budget=1, ids=case.all_ids[:2])  # a micro-batch each; more would only cost more
-        return gradient_of_step(model, two, precision=Precision(dtype, torch.device("cpu")))
+        execution, precision = Execution(engine) if kernels else PLAIN, Precision(dtype, torch.device("cpu"))
+        return gradient_of_step(model, two, precision=precision, objective=case.objective, execution=execution)
 
     exact = gradient("float64", kernels=False)
     tolerance = _FACTOR * largest_error(gradient("float32", kernels=False), exact)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pertoken.data.batch.pack import Sample
 from pertoken.folders.open import save_folder
-from pertoken.hf_fallback.model import FallbackLM, quiet
+from pertoken.hf_fallback.quiet import quiet
 from pertoken.prove.case import Case
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient, Result, compare
+from pertoken.training.faults import plain_name
 
 __all__ = ["transformers_padded"]
 
@@ -30,8 +31,8 @@ def transformers_padded(name: str, case: Case) -> Result:
 
     samples = [case.chosen.samples[i] for i in range(len(case.chosen.samples))]
     reference = case.reference
-    if case.aux_loss_coef:  # transformers' balance loss is another one; the cross entropy is compared
-        reference = reference_gradient(case.model, samples)
+    if case.aux_loss_coef:  # transformers' balance loss is another one, and left out
+        reference = reference_gradient(case.model, samples, z_loss_coef=case.train.z_loss_coef)
     with tempfile.TemporaryDirectory() as folder:
         save_folder(copy.deepcopy(case.model).float(), folder, eos_token_id=None)
         with quiet():
@@ -42,11 +43,12 @@ def transformers_padded(name: str, case: Case) -> Result:
         input_ids, labels, attention_mask = _padded(batch)
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         loss_sum = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
-        torch.autograd.backward(loss_sum / num_tokens)
+        log_z = logits.float().logsumexp(-1)[labels != -100]
+        torch.autograd.backward((loss_sum + case.train.z_loss_coef * log_z.square().sum()) / num_tokens)
         loss += float(loss_sum.detach()) / num_tokens
-    gradients = _under_our_names({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    if isinstance(case.model, FallbackLM):  # which holds the model that this is a second copy of
-        gradients = {f"hf.{name}": gradient for name, gradient in gradients.items()}
+    theirs = _under_our_names({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    ours = {plain_name(name): name for name, _ in case.model.named_parameters()}
+    gradients = {ours.get(name, name): gradient for name, gradient in theirs.items()}
     if case.aux_loss_coef:  # a router that sends every token to one expert has no gradient but the balance loss's
         gradients = {n: torch.zeros_like(g) for n, g in reference.gradients.items() if ".mlp.gate." in n} | gradients
     padding = 1 - sum(map(len, samples)) / sum(max(map(len, b)) * len(b) for b in (samples[::2], samples[1::2]))

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from pertoken.data.batch.share import share_of
+from pertoken.engines.cpu.engine import CpuEngine
+from pertoken.engines.cpu.supported import unsupported
 from pertoken.errors import CompilerError
 from pertoken.kernels.ops import Kernels
-from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import Execution
 from pertoken.objective.cross_entropy import LossImpl, linear_cross_entropy
-from pertoken.prove.case import EXACT, FLOAT32_FACTOR, FLOAT64, Case, gradient_of_step
-from pertoken.prove.reference import reference_gradient
+from pertoken.objective.terms import Objective
+from pertoken.prove.case import EXACT, FLOAT32, FLOAT32_FACTOR, FLOAT64, Case, gradient_of_step
 from pertoken.prove.report import Gradient, Result, compare, largest_error
 from pertoken.prove.samples import LONG, InMemory
-from pertoken.training.precision import Precision
 
 __all__ = ["PATH_CLASSES"]
 
@@ -33,8 +34,8 @@ _PLAIN_LOGITS = 2**24  # at a time
 def head_in_chunks(name: str, case: Case) -> Result:
     """Several chunks of logits of the model's own head, against the plain formula."""
     hidden, weight, labels, mask = _head_inputs(case)
-    expected = _plain_head(hidden, weight, labels, mask)
-    found = compare(_head(hidden, weight, labels, mask, "chunked"), expected)
+    expected = _plain_head(hidden, weight, labels, mask, case.train.z_loss_coef)
+    found = compare(_head(hidden, weight, labels, mask, "chunked", case.objective), expected)
     return Result.judge(name, "float64", EXACT, found, _about(labels, weight))
 
 
@@ -44,10 +45,11 @@ def head_by_kernels(name: str, case: Case) -> Result:
     except CompilerError as error:
         return Result(name, "float32", "skipped", note=str(error))
     hidden, weight, labels, mask = _head_inputs(case)
-    expected = _plain_head(hidden, weight, labels, mask)
+    z_loss_coef = case.train.z_loss_coef
+    expected = _plain_head(hidden, weight, labels, mask, z_loss_coef)
     hidden, weight = hidden.float(), weight.float()
-    tolerance = FLOAT32_FACTOR * largest_error(_plain_head(hidden, weight, labels, mask), expected)
-    found = compare(_head(hidden, weight, labels, mask, "native"), expected)
+    tolerance = FLOAT32_FACTOR * largest_error(_plain_head(hidden, weight, labels, mask, z_loss_coef), expected)
+    found = compare(_head(hidden, weight, labels, mask, "cpu", case.objective), expected)
     return Result.judge(name, "float32", tolerance, found, _about(labels, weight))
 
 
@@ -74,25 +76,34 @@ def _head_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden, weight, labels, mask
 
 
-def _head(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, impl: LossImpl) -> Gradient:
+def _head(
+    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, impl: LossImpl, objective: Objective
+) -> Gradient:
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    out = linear_cross_entropy(hidden, weight, labels, mask, impl=impl)
+    out = linear_cross_entropy(hidden, weight, labels, mask, impl=impl, row_terms=objective.row_terms)
     num_tokens = float(mask.sum())
-    torch.autograd.backward(out.loss_sum / num_tokens)
+    torch.autograd.backward(out.objective({"supervised": num_tokens}))
     assert hidden.grad is not None
     assert weight.grad is not None
     return Gradient(float(out.loss_sum.detach()) / num_tokens, {"hidden states": hidden.grad, "head": weight.grad})
 
 
-def _plain_head(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Gradient:
-    """softmax - one hot, times what the logits are made of; some rows at a time."""
+def _plain_head(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, z_loss_coef: float) -> Gradient:
+    """softmax - one hot, plus 2 log Z * softmax of the z-loss, times what the logits are made of.
+
+    Some rows at a time.
+    """
     d_hidden, d_weight, loss_sum = torch.zeros_like(hidden), torch.zeros_like(weight), 0.0
     supervised = mask.nonzero().squeeze(1)
     for rows in torch.split(supervised, max(1, _PLAIN_LOGITS // len(weight))):
-        log_p = torch.log_softmax(hidden[rows] @ weight.T, 1)
+        logits = hidden[rows] @ weight.T
+        log_z = logits.logsumexp(1, keepdim=True)
+        log_p = torch.log_softmax(logits, 1)
         at = torch.arange(len(rows))
         loss_sum -= float(log_p[at, labels[rows]].double().sum())
         d_logits = log_p.exp_()
+        if z_loss_coef:
+            d_logits *= 1 + 2 * z_loss_coef * log_z
         d_logits[at, labels[rows]] -= 1
         d_hidden[rows] = d_logits @ weight / len(supervised)
         d_weight += d_logits.T @ hidden[rows] / len(supervised)
@@ -109,20 +120,21 @@ def long_documents(name: str, case: Case) -> Result:
         return Result(name, "", "skipped", note=f"no sample has more than {LONG} inputs")
     short = case.chosen.samples[0]
     samples = InMemory([case.long, short])
-    reference = reference_gradient(case.model, [case.long, short], aux_loss_coef=case.aux_loss_coef)
+    reference = case.plain_gradient([case.long, short])
     share = share_of(samples, np.arange(2), token_budget=int(samples.lengths.sum()))
     note = f"{len(case.long)} inputs, {int((case.long.loss_mask != 0).sum())} of them supervised"
-    if case.model.config.use_moe or not isinstance(case.model, CausalLM):
-        found = compare(gradient_of_step(case.model, share, precision=FLOAT64), reference)
-        return Result.judge(name, "float64", EXACT, found, note)
     model = copy.deepcopy(case.model).float()
-    plain = reference_gradient(model, [case.long, short], aux_loss_coef=case.aux_loss_coef)
+    if case.model.facts.has_experts or unsupported(model) is not None:
+        found = compare(gradient_of_step(case.model, share, precision=FLOAT64, objective=case.objective), reference)
+        return Result.judge(name, "float64", EXACT, found, note)
+    plain = case.plain_gradient([case.long, short], model=model)
     tolerance = FLOAT32_FACTOR * largest_error(plain, reference)
     try:
-        model.use_kernels(torch.float32)
+        engine = CpuEngine(torch.float32)
     except CompilerError as error:
         return Result(name, "float32", "skipped", note=str(error))
-    got = gradient_of_step(model, share, precision=Precision("float32", torch.device("cpu")))
+    execution = Execution(engine)
+    got = gradient_of_step(model, share, precision=FLOAT32, objective=case.objective, execution=execution)
     return Result.judge(name, "float32", tolerance, compare(got, reference), note)
 
 

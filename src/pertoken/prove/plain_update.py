@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import EXACT
 from pertoken.recipe.schema import TrainConfig
 
@@ -66,7 +66,7 @@ def clip_factor(norm: float, max_norm: float) -> float:
     return min(1.0, max_norm / (norm + _CLIP_EPS)) if max_norm > 0 else 1.0
 
 
-def roles_of(model: CausalLM, train: TrainConfig) -> dict[str, str]:
+def roles_of(model: LanguageModel, train: TrainConfig) -> dict[str, str]:
     """Each parameter's: "muon", "decays" (AdamW with weight decay), "stays" (AdamW without)."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     in_blocks = {id(p) for layer in model.layers for p in layer.parameters()} - embeddings

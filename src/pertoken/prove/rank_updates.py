@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from pertoken.checkpoints.read import Checkpoint, load_model, load_optimizer
 from pertoken.checkpoints.saver import save_checkpoint
 from pertoken.checkpoints.state import TrainerState
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
+from pertoken.objective.choose import objective_of
 from pertoken.prove.case import FLOAT64, Case, balance_loss_of, set_balance_loss
 from pertoken.prove.plain_update import Expected
 from pertoken.prove.report import Result
@@ -58,19 +59,20 @@ def _planned(folder: Path, steps: list[dict[str, object]], *, whole: bool) -> li
 
 
 def update_of_ranks(
-    name: str, how: Literal["ddp", "fsdp"], world: World, model: CausalLM, samples: InMemory, folder: Path
+    name: str, how: Literal["ddp", "fsdp"], world: World, model: LanguageModel, samples: InMemory, folder: Path
 ) -> Result | None:
     """Both steps by all ranks of `world`. Sharded ones are saved and read back in between. None but on rank 0."""
     plan = json.loads((folder / _PLAN).read_text())
     recipe = Recipe.parse(plan["recipe"])
     balance_loss, scratch = balance_loss_of(model), folder / name.replace(" ", "-")
 
-    def state_of(model: CausalLM) -> TrainState:
+    def state_of(model: LanguageModel) -> TrainState:
         wrapped = parallelize(model, how, world, device=FLOAT64.device, layers=model.layers)
         optimizer = build_optimizer(model, with_settings(recipe, dtype="float64").train)
-        return TrainState(wrapped, optimizer, torch.amp.GradScaler("cpu", enabled=False), FLOAT64, world)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        return TrainState(wrapped, optimizer, scaler, FLOAT64, world, objective=objective_of(recipe.train))
 
-    def resumed(model: CausalLM, state: TrainState) -> tuple[CausalLM, TrainState]:
+    def resumed(model: LanguageModel, state: TrainState) -> tuple[LanguageModel, TrainState]:
         saved = save_checkpoint(
             scratch,
             model=model,

@@ -26,14 +26,17 @@ from safetensors.torch import load_file, save_file
 
 from pertoken.checkpoints.read import load_model
 from pertoken.data.batch.pack import Sample, collate
-from pertoken.data.batch.share import Share, share_of
+from pertoken.data.batch.share import Share, denominators_of, share_of
 from pertoken.folders.open import save_folder
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
+from pertoken.objective.choose import objective_of
+from pertoken.objective.terms import Objective
 from pertoken.prove.case import EXACT, Case, balance_loss_of, gradient_of_step, set_balance_loss
 from pertoken.prove.evaluation import evaluated
 from pertoken.prove.rank_updates import update_of_ranks, write_plan
 from pertoken.prove.report import Comparison, Gradient, Result, compare
 from pertoken.prove.samples import InMemory
+from pertoken.recipe.schema import TrainConfig
 from pertoken.training.parallel import World, end_process, leave, parallelize
 from pertoken.training.precision import Precision
 
@@ -90,6 +93,7 @@ def _write_job(folder: Path, names: Sequence[str], case: Case) -> None:
     job = {
         "classes": list(names),
         "balance_loss": balance_loss_of(case.model),
+        "train": case.train.model_dump(mode="json", exclude_none=True),
         "loss": case.reference.loss,
         "samples": len(samples),
     }
@@ -120,7 +124,8 @@ def rank_main(folder: Path, rank: int) -> None:
             model = load_model(folder / "model", dtype=torch.float64)
             set_balance_loss(model, job["balance_loss"])
             if kind == "gradient":
-                result = _gradient(name, how, world, model, samples, reference)
+                objective = objective_of(TrainConfig.model_validate(job["train"]))
+                result = _gradient(name, how, world, model, samples, reference, objective)
             elif kind == "update":
                 result = update_of_ranks(name, how, world, model, samples, folder)
             else:
@@ -135,7 +140,13 @@ def rank_main(folder: Path, rank: int) -> None:
 
 
 def _gradient(
-    name: str, how: Literal["ddp", "fsdp"], world: World, model: CausalLM, samples: InMemory, reference: Gradient
+    name: str,
+    how: Literal["ddp", "fsdp"],
+    world: World,
+    model: LanguageModel,
+    samples: InMemory,
+    reference: Gradient,
+    objective: Objective,
 ) -> Result | None:
     """Dealt by the plan, and dealt as unevenly as can be; the worse of the two. None but on rank 0."""
     device = torch.device("cpu")
@@ -158,6 +169,7 @@ def _gradient(
             precision=Precision("float64", device),
             world=world,
             wrapped=wrapped,
+            objective=objective,
         )
         if world.is_main:
             found.append(compare(got, reference))
@@ -183,8 +195,7 @@ def _unevenly(samples: InMemory, world: World) -> Share:
     return Share(
         micro_batches=tuple(collate([samples[i] for i in part]) for part in parts),
         sample_ids=tuple(np.array(part, dtype=np.int64) for part in parts),
-        num_tokens=float(samples.num_tokens.sum()),
-        num_input_tokens=float(samples.lengths.sum()),
+        denominators=denominators_of(samples, np.arange(len(samples))),
     )
 
 

@@ -9,19 +9,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pertoken.data.batch.pack import MicroBatch, Sample
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.prove.report import Gradient
 
 __all__ = ["reference_gradient"]
 
 
 def reference_gradient(
-    model: CausalLM, samples: Sequence[Sample], *, aux_loss_coef: float = 0.0, scale: float = 1.0
+    model: LanguageModel,
+    samples: Sequence[Sample],
+    *,
+    aux_loss_coef: float = 0.0,
+    z_loss_coef: float = 0.0,
+    scale: float = 1.0,
 ) -> Gradient:
-    """Of (1/N) sum of mask * nll, plus `aux_loss_coef` times the balance loss, in the precision of the weights.
+    """Of (1/N) sum of mask * (nll + `z_loss_coef` log(Z)^2), plus `aux_loss_coef` times the balance loss, in the
+    precision of the weights. The loss is the mean of nll alone.
 
     N counts the supervised tokens of all samples. The balance loss is each document's own, weighted by its tokens.
     Its backward passes are those of `scale` times the objective, for float16; the gradient is the objective's own.
@@ -39,8 +45,11 @@ def reference_gradient(
         nll = -torch.log_softmax(logits, -1)[torch.arange(len(labels)), labels]
         nll_sum = (nll * mask.to(nll.dtype)).sum()
         objective = nll_sum / num_tokens
+        if z_loss_coef:
+            log_z = torch.logsumexp(logits, -1)
+            objective = objective + z_loss_coef * (log_z**2 * mask.to(log_z.dtype)).sum() / num_tokens
         if aux_loss_coef:
-            balance = torch.stack([_balance(router, model.config.num_experts_per_tok) for router in routers]).sum()
+            balance = torch.stack([_balance(router, model.facts.experts_per_token) for router in routers]).sum()
             objective = objective + aux_loss_coef * len(inputs) * balance / num_input_tokens
         torch.autograd.backward(objective * scale)
         loss_sum += float(nll_sum.detach())
@@ -58,7 +67,7 @@ def _alone(inputs: Tensor, mask: Tensor) -> MicroBatch:
 
 
 @contextmanager
-def _router_logits(model: nn.Module) -> Iterator[list[Tensor]]:
+def _router_logits(model: LanguageModel) -> Iterator[list[Tensor]]:
     """What the routers of the layers put out, [T, E] each, in the order of the layers."""
     seen: list[Tensor] = []
     gates = [module for name, module in model.named_modules() if name.endswith(".mlp.gate")]

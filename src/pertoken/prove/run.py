@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from pertoken.data.tokens.tokenizer import as_transformers
 from pertoken.errors import RecipeError
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import Case
 from pertoken.prove.checks import every_sample_once, who_is_supervised
 from pertoken.prove.classes import CLASSES, split_of_balance
@@ -93,11 +94,12 @@ def prove(
             name,
             lambda check=check, name=name: check(name, data.train, chosen, recipe, as_transformers(data.tokenizer)),  # type: ignore[misc]
         )
-    per_micro_batch = model.config.use_moe and model.config.aux_loss == "micro_batch"
-    if per_micro_batch:
+    balance_loss = model.facts.balance_loss
+    per_micro_batch = balance_loss is not None and balance_loss.kind == "micro_batch"
+    if balance_loss is not None and per_micro_batch:
         run(_BALANCE, lambda: split_of_balance(_BALANCE, copy.deepcopy(model).double(), chosen))
         # What depends on the split by its definition is left out of what must not.
-        model.config = model.config.model_copy(update={"aux_loss": "none"})
+        model.set_balance_loss(replace(balance_loss, kind="none"))
     case = _case(recipe, model, data, chosen, later)
     for name, of_class in _OF_CASE.items():
         run(name, lambda of_class=of_class, name=name: of_class(name, case))  # type: ignore[misc]
@@ -120,7 +122,7 @@ def prove(
         )
     return Proof(
         results=tuple(results),
-        model=f"{model.config.family}, {model.num_parameters:,} parameters",
+        model=f"{model.facts.family}, {model.num_parameters:,} parameters",
         samples=chosen.sources,
         cut=chosen.cut,
         tokens=sum(map(len, samples)),
@@ -140,14 +142,15 @@ _PER_MICRO_BATCH = (
 )
 
 
-def _case(recipe: Recipe, model: CausalLM, data: RunData, chosen: Chosen, later: Sequence[Chosen]) -> Case:
+def _case(recipe: Recipe, model: LanguageModel, data: RunData, chosen: Chosen, later: Sequence[Chosen]) -> Case:
     """The reference in float64, and how far the same plain computation is off in float32."""
     samples = [chosen.samples[i] for i in range(len(chosen.samples))]
-    config = model.config
-    coefficient = config.aux_loss_coef if config.use_moe and config.aux_loss == "sequence" else 0.0
-    in_float32 = reference_gradient(model, samples, aux_loss_coef=coefficient)
+    balance_loss = model.facts.balance_loss
+    coefficient = balance_loss.coefficient if balance_loss is not None and balance_loss.kind == "sequence" else 0.0
+    coefficients = {"aux_loss_coef": coefficient, "z_loss_coef": recipe.train.z_loss_coef}
+    in_float32 = reference_gradient(model, samples, **coefficients)
     model = model.double()
-    reference = reference_gradient(model, samples, aux_loss_coef=coefficient)
+    reference = reference_gradient(model, samples, **coefficients)
     return Case(
         model=model,
         chosen=chosen,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pertoken.data.batch.order import Step
 from pertoken.data.store.store import Store
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import EXACT, FLOAT64, Case
 from pertoken.prove.plain_update import (
     UPDATE_ERROR,
@@ -28,7 +28,6 @@ from pertoken.prove.plain_update import (
     scheduled_lr,
     update_error,
 )
-from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Result, Verdict
 from pertoken.prove.samples import InMemory
 from pertoken.recipe.schema import Recipe
@@ -58,6 +57,9 @@ class Planned:
     changes: dict[str, Expected]  # on rank 0
 
 
+_Between = Callable[[LanguageModel, TrainState], tuple[LanguageModel, TrainState]]
+
+
 @dataclass(frozen=True)
 class Taken:
     """What came of it. `changes` are rank 0's alone."""
@@ -80,7 +82,7 @@ def plan_updates(case: Case, *, clipped: bool) -> list[Planned]:
         gradient = case.reference
         if planned:
             samples = [case.chosen.samples[i] for i in ids]
-            gradient = reference_gradient(case.model, samples, aux_loss_coef=case.aux_loss_coef)
+            gradient = case.plain_gradient(samples)
         weights = {name: p.detach() for name, p in case.model.named_parameters()}
         lr = scheduled_lr(number, case.train, case.total_steps)
         factor = clip_factor(gradient.norm, max_norm)
@@ -110,12 +112,12 @@ def updates_of(
     recipe: Recipe,
     planned: Sequence[Planned],
     samples: InMemory,
-    model: CausalLM,
+    model: LanguageModel,
     state: TrainState,
     *,
     total_steps: int,
     token_budget: int,
-    between: Callable[[CausalLM, TrainState], tuple[CausalLM, TrainState]] = lambda model, state: (model, state),
+    between: _Between = lambda model, state: (model, state),
 ) -> list[Taken]:
     """The loop's own updates of `model`; `between` may replace model and state after the first."""
     taken: list[Taken] = []
@@ -134,7 +136,7 @@ def updates_of(
     return taken
 
 
-def _weights(model: CausalLM, state: TrainState) -> dict[str, Tensor]:
+def _weights(model: LanguageModel, state: TrainState) -> dict[str, Tensor]:
     weights = {}
     for name, parameter in model.named_parameters():
         full = whole(parameter.detach())  # which every rank must ask for
@@ -164,7 +166,7 @@ def _updated(name: str, case: Case, *, clipped: bool) -> Result:
     optimizer = build_optimizer(case.model, with_settings(case.recipe, dtype="float64").train)
     # A scale that grows after each step: one that is out of date is off by a factor of two.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1, enabled=clipped)
-    state = TrainState(case.model, optimizer, scaler, FLOAT64)
+    state = TrainState(case.model, optimizer, scaler, FLOAT64, objective=case.objective)
     start = {key: p.detach().clone() for key, p in case.model.named_parameters()}
     try:
         taken = updates_of(

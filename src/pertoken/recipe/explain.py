@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import typing
 from collections.abc import Iterator
 
 from pydantic import BaseModel, ValidationError
@@ -18,8 +19,9 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+        for option in (field.annotation, *typing.get_args(field.annotation)):  # a section may be left out: X | None
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                keys += _all_keys(option, f"{prefix}{name}.")
     return keys
 
 

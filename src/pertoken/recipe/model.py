@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-__all__ = ["MOE_KEYS", "ModelConfig", "ResolvedModelConfig", "Section"]
+from pertoken.families import FAMILIES, Family, recipe_names, saved_as
+
+__all__ = ["MOE_KEYS", "ModelConfig", "ResolvedModelConfig", "RopeScaling", "Section"]
 
 
 class Section(BaseModel):
@@ -28,10 +31,28 @@ MOE_KEYS = (
 )
 
 
+class RopeScaling(Section):
+    """Rotary frequencies for longer texts than a model was first trained on, as in Llama 3.1 (`model/rope.py`)."""
+
+    rope_type: Literal["llama3"] = "llama3"
+    factor: float = Field(ge=1)  # low frequencies are divided by it
+    low_freq_factor: float = Field(gt=0)  # fewer turns than this within the original length: a low frequency
+    high_freq_factor: float = Field(gt=0)  # more turns than this: a high frequency, which stays as it is
+    original_max_position_embeddings: int = Field(ge=1)  # tokens
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RopeScaling:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor}: must be more than low_freq_factor={self.low_freq_factor}"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """The architecture, in Hugging Face's names. Keys left out are derived by `resolve`."""
 
-    family: Literal["qwen3", "llama"] = "qwen3"
+    family: str = "qwen3"
     hidden_size: int = Field(default=512, ge=1)
     num_hidden_layers: int = Field(default=8, ge=1)
     num_attention_heads: int = Field(default=8, ge=1)
@@ -41,6 +62,7 @@ class ModelConfig(Section):
     vocab_size: int | None = Field(default=None, ge=2)
     max_position_embeddings: int = Field(default=32768, ge=2)
     rope_theta: float | None = Field(default=None, gt=0)
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     tie_word_embeddings: bool = True
     use_moe: bool = False
@@ -50,6 +72,19 @@ class ModelConfig(Section):
     moe_intermediate_size: int | None = Field(default=None, ge=1)
     aux_loss: Literal["sequence", "micro_batch", "none"] | None = None
     aux_loss_coef: float | None = Field(default=None, ge=0)
+
+    @field_validator("family")
+    @classmethod
+    def _known_family(cls, value: str) -> str:
+        known = recipe_names()
+        if value in known:
+            return value
+        if value in FAMILIES:
+            of_recipe = FAMILIES[value].recipe_name
+            raise ValueError(f'write "{of_recipe}", with model.use_moe = true for experts')
+        near = difflib.get_close_matches(value, known, 1)
+        hint = f'did you mean "{near[0]}"? ' if near else ""
+        raise ValueError(f"no such family; {hint}There are {', '.join(known)}")
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -68,9 +103,18 @@ class ModelConfig(Section):
             raise ValueError(f"model.head_dim={head_dim}: must be even, rotary embeddings turn pairs")
         if self.num_experts is not None:
             self._choose_among(self.num_experts)
-        if self.family == "llama" and self.use_moe:
-            self._fits_mixtral()
+        self._fits(self._record())
         return self
+
+    def _record(self) -> Family:
+        record = saved_as(self.family, use_moe=self.use_moe)
+        if record is None:
+            with_it = " or ".join(f'"{name}"' for name in recipe_names(use_moe=self.use_moe))
+            raise ValueError(
+                f'model.use_moe={self.use_moe}: model.family="{self.family}" has no such models; change it, or set '
+                f"model.family to {with_it}"
+            )
+        return record
 
     def _choose_among(self, experts: int) -> None:
         chosen = self.num_experts_per_tok or 1
@@ -88,17 +132,25 @@ class ModelConfig(Section):
                     raise ValueError(f"model.{key}={value}: model.use_moe is false; set it to true, or leave {key} out")
         self._choose_among(self.num_experts or _NUM_EXPERTS)
 
-    def _fits_mixtral(self) -> None:
-        """Mixtral, the format a Llama with experts is saved in, has one feed-forward width and always renormalizes."""
-        if self.norm_topk_prob is False:
+    def _fits(self, record: Family) -> None:
+        """Raises ValueError for what a model of this family cannot be saved with."""
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.rope_type not in record.rope_types:
             raise ValueError(
-                'model.norm_topk_prob=False: model.family="llama" with experts is saved as Mixtral, which always '
-                'normalizes; leave the key out, or use model.family="qwen3"'
+                f'model.rope_scaling.rope_type="{scaling.rope_type}": {record.model_type} models have none; leave '
+                "model.rope_scaling out, or choose another model.family"
+            )
+        if record.experts is None:
+            return
+        if self.norm_topk_prob is False and not record.experts.may_not_normalize:
+            raise ValueError(
+                f'model.norm_topk_prob=False: model.family="{self.family}" with experts is saved as '
+                f"{record.model_type}, which always normalizes; leave the key out, or choose another model.family"
             )
         width, own = self.intermediate_size, self.moe_intermediate_size
-        if width and own and width != own:
+        if width and own and width != own and not record.experts.own_width:
             raise ValueError(
-                f"model.moe_intermediate_size={own}: Mixtral, as which this model is saved, has "
+                f"model.moe_intermediate_size={own}: {record.model_type}, as which this model is saved, has "
                 f"model.intermediate_size={width} only; leave one of the two out"
             )
 
@@ -111,7 +163,8 @@ class ModelConfig(Section):
         """
         width = self.intermediate_size or math.ceil(self.hidden_size * math.pi / 64) * 64
         moe_width = self.moe_intermediate_size or width
-        if self.use_moe and self.family == "llama":
+        record = self._record()
+        if record.experts is not None and not record.experts.own_width:
             width = moe_width
         return ResolvedModelConfig(
             family=self.family,
@@ -123,7 +176,8 @@ class ModelConfig(Section):
             intermediate_size=width,
             vocab_size=self.vocab_size or vocab_size,
             max_position_embeddings=self.max_position_embeddings,
-            rope_theta=self.rope_theta or (1e4 if self.family == "llama" and not self.use_moe else 1e6),
+            rope_theta=self.rope_theta or record.rope_theta,
+            rope_scaling=self.rope_scaling,
             rms_norm_eps=self.rms_norm_eps,
             tie_word_embeddings=self.tie_word_embeddings,
             use_moe=self.use_moe,
@@ -133,6 +187,8 @@ class ModelConfig(Section):
             moe_intermediate_size=moe_width,
             aux_loss=self.aux_loss or "sequence",
             aux_loss_coef=_AUX_LOSS_COEF if self.aux_loss_coef is None else self.aux_loss_coef,
+            qk_norm=record.qk_norm,
+            qkv_bias=record.qkv_bias,
         )
 
 
@@ -151,12 +207,17 @@ class ResolvedModelConfig(ModelConfig):
     moe_intermediate_size: int
     aux_loss: Literal["sequence", "micro_batch", "none"]
     aux_loss_coef: float
+    # The family's features, which are not for a recipe to choose (`pertoken.families.Family`).
+    qk_norm: bool
+    qkv_bias: bool
 
     @property
     def num_parameters(self) -> int:
         """Of the decoder that this describes, by arithmetic."""
-        hidden, heads = self.hidden_size, self.num_attention_heads + self.num_key_value_heads
-        attention = 2 * hidden * self.head_dim * heads + (2 * self.head_dim if self.family == "qwen3" else 0)
+        hidden, queries, keys = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        attention = 2 * hidden * self.head_dim * (queries + keys)
+        attention += 2 * self.head_dim if self.qk_norm else 0
+        attention += self.head_dim * (queries + 2 * keys) if self.qkv_bias else 0
         if self.use_moe:
             mlp = self.num_experts * hidden * (3 * self.moe_intermediate_size + 1)
         else:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from pertoken.data.formats import FORMATS, KeyNames
 from pertoken.errors import RecipeError
 from pertoken.files import check_path, plain_file, user_path
 from pertoken.recipe.explain import explain
 from pertoken.recipe.model import ModelConfig, ResolvedModelConfig, Section
+from pertoken.recipe.old_keys import without_old_keys
 from pertoken.text import reason, shown
 
 __all__ = [
@@ -115,6 +116,8 @@ class TrainConfig(Section):
     weight_decay: float = Field(default=0.01, ge=0)
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
     grad_clip: float = Field(default=1.0, ge=0)
+    # z_loss_coef * log(Z)^2 of every supervised token, as part of the objective (PaLM, section 5, has 1e-4); 0: none.
+    z_loss_coef: float = Field(default=0.0, ge=0)
     # A finite gradient norm above `spike_factor` times the median of the last 100 steps' norms (of at least 20) is a
     # spike; 0 turns this off. "warn" says so and updates, "skip" leaves the update out, "stop" ends the run (exit 3).
     on_spike: Literal["stop", "skip", "warn"] = "warn"
@@ -123,7 +126,7 @@ class TrainConfig(Section):
     device: str = "auto"
     seed: int = Field(default=42, ge=0)
     micro_batch_tokens: int = Field(default=8192, ge=1)
-    compile: Literal["auto", "on", "off"] = "auto"
+    engine: Literal["auto", "cpu", "compile", "plain"] = "auto"
     loss_impl: Literal["auto", "liger", "cce"] = "auto"
     activation_checkpointing: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -196,6 +199,12 @@ class Recipe(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    _remarks: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know of keys that have changed their names, a line each."""
+        return self._remarks
 
     @field_validator("out_dir", "init_from")
     @classmethod
@@ -259,10 +268,13 @@ class Recipe(Section):
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Recipe:
-        """Validate a nested dict. Raises RecipeError with one line per problem."""
+        """Validate a nested dict, keys of earlier versions included. Raises RecipeError with one line per problem."""
         try:
             _check_numbers(values)
-            return cls.model_validate(values)
+            values, remarks = without_old_keys(values)
+            recipe = cls.model_validate(values)
+            recipe._remarks = remarks
+            return recipe
         except RecursionError:
             raise RecipeError("the recipe is nested too deeply; no key needs more than a few levels") from None
         except ValidationError as error:

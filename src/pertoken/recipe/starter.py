@@ -36,7 +36,7 @@ trackers = []                   # ["tensorboard", "wandb"]
 
 _MODEL = """\
 [model]                         # used when training from scratch; names are Hugging Face's
-family = "qwen3"                # qwen3 | llama
+family = "qwen3"                # qwen3 | qwen2 | llama
 hidden_size = 512
 num_hidden_layers = 8
 num_attention_heads = 8

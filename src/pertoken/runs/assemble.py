@@ -14,9 +14,10 @@ from pertoken.checkpoints.read import Checkpoint, load_optimizer
 from pertoken.checkpoints.saver import Saver
 from pertoken.checkpoints.state import TrainerState
 from pertoken.data.batch.order import steps_per_epoch
+from pertoken.engines.choose import Choice
 from pertoken.errors import CheckpointError, RecipeError
-from pertoken.kernels.ops import Kernels
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
+from pertoken.objective.choose import objective_of
 from pertoken.recipe.schema import Recipe
 from pertoken.runs.computation import Computation, samples_of
 from pertoken.runs.data import RunData, load_data
@@ -62,14 +63,14 @@ def count_steps(recipe: Recipe, num_samples: int) -> int:
 def set_up_computation(
     recipe: Recipe,
     data: RunData,
-    model: CausalLM,
+    model: LanguageModel,
     checkpoint: Checkpoint | None,
     total_steps: int,
     precision: Precision,
     world: World,
     reporter: Reporter,
     *,
-    compiled: bool,
+    choice: Choice,
 ) -> Computation:
     """Optimizer and scaler around the model, as they stood at the checkpoint or the start."""
     train = recipe.train
@@ -81,7 +82,7 @@ def set_up_computation(
         layers=model.layers,
         # Between processes of a CPU it saves nothing.
         low=precision.low_dtype if precision.device.type == "cuda" else None,
-        wide=model.wide_modules if isinstance(model, CausalLM) else None,
+        wide=model.wide_modules,
     )
     optimizer = build_optimizer(model, train)
     scaler = precision.new_scaler()
@@ -91,8 +92,17 @@ def set_up_computation(
         scaler.load_state_dict(checkpoint.state.scaler)
         if checkpoint.recipe.train.micro_batch_tokens == train.micro_batch_tokens:
             token_budget = checkpoint.state.micro_batch_tokens  # smaller, where memory ran out before
-    kernels = Kernels(getattr(torch, train.dtype)) if compiled and precision.device.type == "cpu" else None
-    state = TrainState(wrapped, optimizer, scaler, precision, world, kernels)
+    kernels = choice.kernels(precision.dtype, precision.device)
+    state = TrainState(
+        wrapped,
+        optimizer,
+        scaler,
+        precision,
+        world,
+        objective=objective_of(train),
+        kernels=kernels,
+        execution=choice.execution,
+    )
     return Computation(recipe, model, state, data.train, total_steps, token_budget, reporter)
 
 
@@ -110,7 +120,7 @@ def verified_probe(computation: Computation, checkpoint: Checkpoint | None, *, c
     return probe
 
 
-def summary_of(computation: Computation, data: RunData, *, start_step: int) -> Summary:
+def summary_of(computation: Computation, data: RunData, *, engine_note: str, start_step: int) -> Summary:
     """What is about to be trained, and how long it will take. Every rank calls it, since passes are made."""
     state, store = computation.state, computation.store
     micro_batch = first_samples(state, store, samples_of(computation, start_step + 1).sample_ids)
@@ -122,6 +132,7 @@ def summary_of(computation: Computation, data: RunData, *, start_step: int) -> S
         data.tokenizer,
         computation.model,
         state,
+        engine_note=engine_note,
         token_budget=computation.token_budget,
         start_step=start_step,
         total_steps=computation.total_steps,
@@ -215,12 +226,12 @@ def rebuild(recipe: Recipe, checkpoint: Checkpoint | None, known: Checkpoint | N
         raise CheckpointError(f"{what}; restore it: these samples are not those of the run")
     total_steps = count_steps(recipe, len(data.train))
     model = build_model(recipe, data, checkpoint, precision)
-    compiled = prepare_model(model, recipe, known, precision, total_steps, reporter)
+    choice = prepare_model(model, recipe, known, precision, total_steps, reporter)
     computation = set_up_computation(
-        recipe, data, model, checkpoint, total_steps, precision, world, reporter, compiled=compiled
+        recipe, data, model, checkpoint, total_steps, precision, world, reporter, choice=choice
     )
     # What a changed loss comes from is to be seen, not refused.
-    verified_probe(computation, checkpoint, compiled=compiled, force=True)
+    verified_probe(computation, checkpoint, compiled=choice.compiled, force=True)
     start_step = checkpoint.step if checkpoint is not None else 0
-    summary = summary_of(computation, data, start_step=start_step)
+    summary = summary_of(computation, data, engine_note=choice.note, start_step=start_step)
     return Rebuilt(computation, data.tokenizer, summary, start_step)

@@ -14,7 +14,7 @@ from pertoken.data.batch.share import Share, share_of
 from pertoken.data.store.store import Store
 from pertoken.errors import PertokenError
 from pertoken.kernels.memory import forget_blocks
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.recipe.schema import Recipe
 from pertoken.tracking.reporter import Reporter
 from pertoken.tracking.rows import StepRow
@@ -30,7 +30,7 @@ class Computation:
     """What a step is computed from."""
 
     recipe: Recipe
-    model: CausalLM
+    model: LanguageModel
     state: TrainState
     store: Store  # of the training data
     total_steps: int
@@ -95,6 +95,9 @@ def update(
         skipped=metrics.skipped if metrics.skipped or metrics.loss_scale is not None else None,
     )
     row.add_routing(metrics.sums)
+    for term in computation.state.objective.row_terms:
+        total, count = metrics.sums[term.name]
+        row.row_terms[term.name] = float(total) / count
     if not math.isfinite(metrics.grad_norm):
         computation.reporter.report(
             "loss_scale_overflow",
@@ -136,9 +139,7 @@ def _step_within_memory(
         try:
             metrics = train_step(
                 state,
-                share.micro_batches,
-                num_tokens=share.num_tokens,
-                num_input_tokens=share.num_input_tokens,
+                share,
                 lr=lr,
                 max_norm=computation.recipe.train.grad_clip,
                 on_gradients=on_gradients,

@@ -20,7 +20,7 @@ __all__ = ["changed_data", "earlier_run", "keep_others_out", "make_room", "refus
 _MAY_CHANGE = {
     *("out_dir", "data.path", "data.eval_path", "data.tokenizer", "data.store", "data.workers"),
     *("train.epochs", "train.max_steps", "train.max_minutes", "train.eval_interval"),
-    *("train.micro_batch_tokens", "train.device", "train.compile", "train.activation_checkpointing", "train.parallel"),
+    *("train.micro_batch_tokens", "train.device", "train.engine", "train.activation_checkpointing", "train.parallel"),
     *("train.loss_impl", "train.on_spike", "train.spike_factor"),
 }
 _SECTIONS_MAY_CHANGE = ("log.", "checkpoint.")

@@ -172,7 +172,14 @@ def _evaluate(run: Run, store: Store, row: StepRow) -> bool:
     computation, reporter = run.computation, run.output.reporter
     reporter.evaluating(row.step)
     state = computation.state
-    result = evaluate(state.model, store, state.precision, token_budget=computation.token_budget, world=state.world)
+    result = evaluate(
+        state.model,
+        store,
+        state.precision,
+        token_budget=computation.token_budget,
+        world=state.world,
+        execution=state.execution,
+    )
     row.eval_loss = result.loss
     row.eval_perplexity = result.perplexity
     row.eval_bits_per_byte = result.bits_per_byte

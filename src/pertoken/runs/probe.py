@@ -56,7 +56,7 @@ class Probe:
         state.model.eval()
         try:
             with state.precision.autocast():
-                out = state.model(collate([self._sample]).to(state.precision.device))
+                out = state.model(collate([self._sample]).to(state.precision.device), state.execution)
         finally:
             state.model.train(was_training)
         return ProbeLoss(self.sample_id, float(out.num_tokens), float(out.loss_sum))

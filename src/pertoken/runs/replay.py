@@ -223,7 +223,7 @@ def _sample_losses(computation: Computation, step: int) -> tuple[SampleLoss, ...
     losses = []
     for i in samples_of(computation, step).sample_ids.tolist():
         with precision.autocast():
-            out = computation.model(collate([store[i]]).to(precision.device))
+            out = computation.model(collate([store[i]]).to(precision.device), computation.state.execution)
         losses.append(SampleLoss(i, store.where(i), int(store.lengths[i]), float(out.num_tokens), float(out.loss_sum)))
     return tuple(sorted(losses, key=lambda s: (math.isfinite(s.loss), -s.loss if math.isfinite(s.loss) else 0.0)))
 

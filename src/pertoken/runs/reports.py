@@ -8,10 +8,11 @@ import numpy as np
 
 from pertoken.data.batch.order import Step
 from pertoken.data.batch.pack import collate
+from pertoken.data.batch.share import denominators_of
 from pertoken.data.store.store import Store
 from pertoken.errors import NonFiniteError, SpikeError
-from pertoken.model.decoder import CausalLM
-from pertoken.objective.cross_entropy import LossOutput
+from pertoken.model.protocol import LanguageModel
+from pertoken.objective.terms import LossOutput
 from pertoken.runs.spikes import Spikes, SpikeStep
 from pertoken.tracking.rows import StepRow
 from pertoken.training.faults import first_non_finite, is_finite, shown_samples
@@ -27,7 +28,7 @@ def non_finite_error(
     problem: NonFiniteStep,
     suspects: np.ndarray,
     state: TrainState,
-    model: CausalLM,
+    model: LanguageModel,
     store: Store,
     out_dir: Path,
     saved: str,
@@ -37,15 +38,16 @@ def non_finite_error(
     `saved` says what became of the step before.
     """
     ids = [int(i) for i in suspects]
-    num_tokens, num_input_tokens = (
-        float(counts[this.sample_ids].sum()) for counts in (store.num_tokens, store.lengths)
-    )
+    denominators = denominators_of(store, this.sample_ids)
 
     def run_backward(out: LossOutput) -> None:
-        state.backward(out.objective(num_tokens, num_input_tokens) * state.world.size)
+        state.backward(out.objective(denominators) * state.world.size)
 
     gradient_of = run_backward if problem.parameter is not None else None
-    verdicts = [is_finite(model, collate([store[i]]), state.precision, gradient_of) for i in ids]
+    verdicts = [
+        is_finite(model, collate([store[i]]), state.precision, state.execution, gradient_of, objective=state.objective)
+        for i in ids
+    ]
     everyones = state.world.gather(verdicts)  # one processor's fault must not lead ranks apart
     guilty = [i for i, finite in zip(ids, map(all, zip(*everyones, strict=True)), strict=True) if not finite]
     lines = [
@@ -58,7 +60,7 @@ def non_finite_error(
     return NonFiniteError("\n".join(lines))
 
 
-def _where(problem: NonFiniteStep, ids: list[int], state: TrainState, model: CausalLM, store: Store) -> str:
+def _where(problem: NonFiniteStep, ids: list[int], state: TrainState, model: LanguageModel, store: Store) -> str:
     if problem.parameter is not None:
         return f"the gradient of {problem.parameter}; the forward pass is finite"
     if problem.micro_batch is None:

@@ -11,7 +11,9 @@ import torch
 
 from pertoken import __version__
 from pertoken.checkpoints.read import Checkpoint
+from pertoken.data.tokens.tokenizer import forced_tokenizer
 from pertoken.errors import CheckpointError, RecipeError
+from pertoken.families import saved_as
 from pertoken.files import FolderLock
 from pertoken.kernels.memory import forget_blocks
 from pertoken.recipe.schema import Recipe
@@ -117,6 +119,8 @@ def _train(
     verify_data: bool,
 ) -> TrainResult:
     out_dir, started_s = Path(recipe.out_dir), time.monotonic()
+    for remark in recipe.remarks:
+        reporter.message(remark)
     device = resolve_device(recipe.train.device, world.local_rank if world.size > 1 else None)
     world.on_main(lambda: _check_early(recipe))
     world.on_main(lambda: keep_others_out(lock, out_dir))
@@ -136,18 +140,21 @@ def _train(
 
     total_steps = count_steps(recipe, len(data.train))
     model = build_model(recipe, data, checkpoint, precision)
-    compiled = prepare_model(model, recipe, checkpoint, precision, total_steps, reporter)
+    choice = prepare_model(model, recipe, checkpoint, precision, total_steps, reporter)
+    family = saved_as(str(model.setting("family")), use_moe=model.facts.has_experts)
+    if (unlike := forced_tokenizer(family, data.tokenizer)) is not None:
+        reporter.message(unlike)
     # Only now, with recipe, data and model known to be good on every rank, is anything in out_dir touched.
     for line in world.on_main(lambda: make_room(out_dir, recipe, lock, resume=resume, overwrite=overwrite)):
         reporter.message(line)
     reporter.keep_events(out_dir / EVENTS)
     computation = set_up_computation(
-        recipe, data, model, checkpoint, total_steps, precision, world, reporter, compiled=compiled
+        recipe, data, model, checkpoint, total_steps, precision, world, reporter, choice=choice
     )
-    probe = verified_probe(computation, checkpoint, compiled=compiled, force=force)
-    summary = summary_of(computation, data, start_step=start_step)
+    probe = verified_probe(computation, checkpoint, compiled=choice.compiled, force=force)
+    summary = summary_of(computation, data, engine_note=choice.note, start_step=start_step)
     output = open_output(recipe, checkpoint, ledger, world, reporter)
-    run = run_from(computation, data, checkpoint, output, probe, summary, compiled=compiled, started_s=started_s)
+    run = run_from(computation, data, checkpoint, output, probe, summary, compiled=choice.compiled, started_s=started_s)
     try:
         _say_what_starts(run)
         stop.start_training()

@@ -9,10 +9,9 @@ from pertoken.data.batch.order import step_at, steps_per_epoch
 from pertoken.data.batch.share import Share, share_of
 from pertoken.data.store.store import Store
 from pertoken.data.view import supervised_pieces
-from pertoken.model.decoder import CausalLM
+from pertoken.model.protocol import LanguageModel
 from pertoken.recipe.schema import Recipe
 from pertoken.tracking.summary import Summary
-from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState
 
 __all__ = ["summarize"]
@@ -23,9 +22,10 @@ def summarize(
     store: Store,
     eval_store: Store | None,
     tokenizer: Any,
-    model: CausalLM,
+    model: LanguageModel,
     state: TrainState,
     *,
+    engine_note: str,
     token_budget: int,
     start_step: int,
     total_steps: int,
@@ -47,7 +47,9 @@ def summarize(
         dtype=state.precision.dtype,
         num_parameters=model.num_parameters,
         num_active_parameters=model.num_active_parameters,
-        family=model.config.family,
+        family=model.facts.family,
+        engine=state.execution.engine.name,
+        engine_note=engine_note,
         num_samples=len(store),
         num_eval_samples=len(eval_store) if eval_store is not None else 0,
         num_tokens=int(store.num_tokens.sum()),
@@ -55,7 +57,7 @@ def summarize(
         data_notes=tuple(store.report.notes()),
         batch_size=train.batch_size,
         micro_batches=len(share.micro_batches),
-        padding_share=_padding_share(model, share, state.precision),
+        padding_share=_padding_share(model, share, state),
         world_size=state.world.size,
         epochs=-(-total_steps // steps_per_epoch(len(store), train.batch_size)),
         start_step=start_step,
@@ -66,8 +68,9 @@ def summarize(
     )
 
 
-def _padding_share(model: CausalLM, share: Share, precision: Precision) -> float:
-    with precision.autocast():  # attention's form depends on what it would be given
-        counts = [model.padding(micro_batch.to(precision.device)) for micro_batch in share.micro_batches]
+def _padding_share(model: LanguageModel, share: Share, state: TrainState) -> float:
+    device, execution = state.precision.device, state.execution
+    with state.precision.autocast():  # attention's form depends on what it would be given
+        counts = [model.padding(micro_batch.to(device), execution) for micro_batch in share.micro_batches]
     operations = sum(float(of_all) for _, of_all in counts)
     return sum(float(on_padding) for on_padding, _ in counts) / operations if operations else 0.0

@@ -54,8 +54,8 @@ def _passed(state: TrainState, micro_batch: MicroBatch) -> bool:
     try:
         with synchronized(state.model, now=True):
             with precision.autocast():
-                out = state.model(micro_batch)
-            out.objective(1.0, 1.0).backward()
+                out = state.model(micro_batch, state.execution, objective=state.objective)
+            out.objective({term.denominator: 1.0 for term in out.terms.values()}).backward()
         state.model.zero_grad(set_to_none=True)
         if precision.device.type == "cuda":
             torch.cuda.synchronize(precision.device)

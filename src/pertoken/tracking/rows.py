@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
+
+from pertoken.objective.choose import ROW_TERMS
 
 __all__ = ["ROWS_VERSION", "StepRow"]
 
@@ -50,11 +52,15 @@ class StepRow:
     eval_loss: float | None = None  # nats per supervised token
     eval_perplexity: float | None = None
     eval_bits_per_byte: float | None = None
+    # By its own key in the file: the mean over supervised tokens of each term beside the cross entropy, before its
+    # coefficient.
+    row_terms: dict[str, float] = field(default_factory=dict)
     rebuilt: bool | None = None  # from a checkpoint, by a resume that found the row missing
 
     def to_json(self) -> dict[str, Any]:
         """The row as it stands in the file."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= values.pop("row_terms")
         return {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
@@ -65,6 +71,7 @@ class StepRow:
     def from_json(cls, values: dict[str, Any]) -> StepRow | None:
         """The row in an object of the file; None where a figure is missing or of another type, as in a lost row."""
         numbers = {name: math.nan if name in _NUMBERS and value is None else value for name, value in values.items()}
+        numbers["row_terms"] = {name: numbers[name] for name in ROW_TERMS if isinstance(numbers.get(name), float)}
         try:
             return _adapter().validate_json(json.dumps(numbers), strict=True)
         except ValidationError:

@@ -19,6 +19,8 @@ class Summary:
     num_parameters: int
     num_active_parameters: int  # what one token's way leads through: fewer only where there are experts
     family: str
+    engine: str  # "plain", "cpu" or "compile"
+    engine_note: str  # what it is, or why there is no faster one
     num_samples: int
     num_eval_samples: int
     num_tokens: int  # supervised, in an epoch

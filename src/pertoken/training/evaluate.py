@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from pertoken.data.batch.pack import collate, pack_micro_batches
 from pertoken.data.store.store import Store
 from pertoken.errors import PertokenError
 from pertoken.kernels.memory import forget_blocks
+from pertoken.model.execution import PLAIN, Execution
+from pertoken.model.protocol import TorchModule
 from pertoken.training.memory import out_of_memory
 from pertoken.training.parallel import World
-from pertoken.training.precision import Precision, keeping_casts
+from pertoken.training.precision import Precision
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -45,7 +46,13 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, store: Store, precision: Precision, *, token_budget: int, world: World | None = None
+    model: TorchModule,
+    store: Store,
+    precision: Precision,
+    *,
+    token_budget: int,
+    world: World | None = None,
+    execution: Execution = PLAIN,
 ) -> Evaluation:
     """Token-weighted loss over every sample of `store`, shared among the ranks of `world` (alone if not given).
 
@@ -61,7 +68,7 @@ def evaluate(
             micro_batches = pack_micro_batches(
                 store.lengths.tolist(), world_size=world.size, token_budget=token_budget
             )[world.rank]
-            loss_sum = _loss_sum(model, store, precision, micro_batches)
+            loss_sum = _loss_sum(model, store, precision, execution, micro_batches)
             if loss_sum is None and (world.size > 1 or len(micro_batches) >= len(store)):
                 raise PertokenError(
                     f"evaluation: out of memory with {token_budget} tokens in a micro-batch; "
@@ -75,15 +82,19 @@ def evaluate(
 
 
 def _loss_sum(
-    model: nn.Module, store: Store, precision: Precision, micro_batches: Sequence[Sequence[int]]
+    model: TorchModule,
+    store: Store,
+    precision: Precision,
+    execution: Execution,
+    micro_batches: Sequence[Sequence[int]],
 ) -> float | None:
     """In nats; None where memory ends."""
     loss_sum = 0.0
     try:
-        with keeping_casts(model):
+        with execution.keeping_casts() as this:
             for indices in micro_batches:
                 with precision.autocast():
-                    out = model(collate([store[i] for i in indices]).to(precision.device))
+                    out = model(collate([store[i] for i in indices]).to(precision.device), this)
                 loss_sum += float(out.loss_sum)
     except Exception as error:
         if not out_of_memory(error):

@@ -5,8 +5,8 @@ All ranks call these functions alike and with the same samples: under FSDP2 each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from pertoken.data.batch.pack import MicroBatch
 from pertoken.data.store.store import Store
-from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import PLAIN, Execution
+from pertoken.model.protocol import TorchModule
+from pertoken.objective.terms import CROSS_ENTROPY, Objective
 from pertoken.training.norms import sum_of_squares
 from pertoken.training.parallel import whole
 from pertoken.training.precision import Precision
 
-__all__ = ["first_non_finite", "is_finite", "nearest_bad_gradient", "shown_samples"]
+__all__ = ["first_non_finite", "is_finite", "nearest_bad_gradient", "plain_name", "shown_samples"]
 
 _SHOWN = 20
 
@@ -31,17 +33,19 @@ def shown_samples(store: Store, sample_ids: Sequence[int], limit: int = _SHOWN) 
 
 
 def is_finite(
-    model: nn.Module,
+    model: TorchModule,
     micro_batch: MicroBatch,
     precision: Precision,
+    execution: Execution = PLAIN,
     gradient_of: Callable[[Any], None] | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> bool:
-    """Whether the loss of `micro_batch` is finite; with `gradient_of`, which takes the model's output backward, whether
-    the loss and every gradient are. Gradients are cleared after."""
+    """Whether every term of the objective is finite over `micro_batch`; with `gradient_of`, which takes the model's
+    output backward, whether they and every gradient are. Gradients are cleared after."""
     with nullcontext() if gradient_of else torch.no_grad():
         with precision.autocast():
-            out = model(micro_batch.to(precision.device))
-        finite = bool(out.loss_sum.isfinite())
+            out = model(micro_batch.to(precision.device), execution, objective=objective)
+        finite = all(bool(term.sum.isfinite()) for term in out.terms.values())
         if gradient_of is None:
             return finite
         try:
@@ -51,7 +55,7 @@ def is_finite(
             model.zero_grad(set_to_none=True)
 
 
-def nearest_bad_gradient(model: nn.Module) -> str | None:
+def nearest_bad_gradient(model: TorchModule) -> str | None:
     """The parameter whose gradient is not finite, the nearest to the loss of them; None if all are finite.
 
     Nearest in the order in which models declare their parameters; a tied head counts as the embedding that it is.
@@ -59,12 +63,12 @@ def nearest_bad_gradient(model: nn.Module) -> str | None:
     bad = None
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not sum_of_squares(whole(parameter.grad)).isfinite():
-            bad = _plain_name(name)
+            bad = plain_name(name)
     return bad
 
 
 @torch.no_grad()
-def first_non_finite(model: nn.Module, micro_batch: MicroBatch, precision: Precision) -> str | None:
+def first_non_finite(model: TorchModule, micro_batch: MicroBatch, precision: Precision) -> str | None:
     """Where NaN or infinity shows first when `micro_batch` runs through the model, in words; None if it does not.
 
     The modules run one by one, without kernels and without compiled code, in the precision of training.
@@ -86,8 +90,8 @@ def first_non_finite(model: nn.Module, micro_batch: MicroBatch, precision: Preci
     for module in names:
         hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     try:
-        with _one_by_one(model), precision.autocast():
-            loss_sum = model(micro_batch.to(precision.device)).loss_sum
+        with _as_written(model), precision.autocast():
+            loss_sum = model(micro_batch.to(precision.device), PLAIN).loss_sum
     finally:
         for hook in hooks:
             hook.remove()
@@ -97,7 +101,7 @@ def first_non_finite(model: nn.Module, micro_batch: MicroBatch, precision: Preci
     if not found:
         return None if loss_sum.isfinite() else "the loss itself; the output of every layer is finite"
     what, name = found[0]
-    name = _plain_name(name)
+    name = plain_name(name)
     parent = name.rpartition(".")[0] or "the model"
     own = [p for p in bad_parameters if p.rpartition(".")[0] in (name, parent)]
     why = f", whose parameter {own[0]} is not finite already" if own else ""
@@ -106,8 +110,8 @@ def first_non_finite(model: nn.Module, micro_batch: MicroBatch, precision: Preci
     return f"what {parent} computes before {name}{why}"
 
 
-def _bad_parameters(model: nn.Module) -> list[str]:
-    return [_plain_name(name) for name, p in model.named_parameters() if not whole(p.detach()).isfinite().all()]
+def _bad_parameters(model: TorchModule) -> list[str]:
+    return [plain_name(name) for name, p in model.named_parameters() if not whole(p.detach()).isfinite().all()]
 
 
 def _all_finite(value: Any) -> bool:
@@ -119,21 +123,12 @@ def _all_finite(value: Any) -> bool:
     return not isinstance(value, tuple | list) or all(map(_all_finite, value))
 
 
-@contextmanager
-def _one_by_one(model: nn.Module) -> Iterator[None]:
-    """Inside, modules call each other as they are written, so that hooks see every one of them."""
+def _as_written(model: TorchModule) -> AbstractContextManager[object]:
+    """Inside, modules that a user has compiled run as they are written, so that hooks see every one of them."""
     compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
-    native = isinstance(model, CausalLM) and model.native
-    if isinstance(model, CausalLM):
-        model.native = False
-    try:
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            yield
-    finally:
-        if isinstance(model, CausalLM):
-            model.native = native
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """As in a saved model: without what wraps it."""
     return name.removeprefix("module.").removeprefix("hf.")

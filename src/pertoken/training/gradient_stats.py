@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
+from pertoken.model.protocol import TorchModule
 from pertoken.training.norms import sum_of_squares
 from pertoken.training.parallel import whole
 
@@ -22,7 +21,7 @@ class GradStats:
     norm: float | None
 
 
-def gradient_stats(model: nn.Module) -> list[GradStats]:
+def gradient_stats(model: TorchModule) -> list[GradStats]:
     """Mean, standard deviation and L2 norm of every trainable parameter's gradient, as it stands now."""
     stats = []
     for name, parameter in model.named_parameters():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from pertoken.model.moe import MixtureOfExperts
+from pertoken.model.protocol import LanguageModel, TorchModule
 from pertoken.recipe.schema import TrainConfig
 from pertoken.training.norms import matrix_norms
 from pertoken.training.parallel import shard_like, whole
@@ -68,7 +69,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
 
 
-def build_adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> AdamW:
+def build_adamw(model: TorchModule, *, weight_decay: float, betas: tuple[float, float]) -> AdamW:
     """AdamW; matrices (the embedding among them) decay, vectors (norms) do not.
 
     The learning rate is set at every step from `lr_at`, so none is given here.
@@ -78,7 +79,7 @@ def build_adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, fl
 
 
 def build_muon(
-    model: nn.Module, *, weight_decay: float, betas: tuple[float, float], lr_ratio: float, dtype: torch.dtype
+    model: LanguageModel, *, weight_decay: float, betas: tuple[float, float], lr_ratio: float, dtype: torch.dtype
 ) -> MuonAdamW:
     """Muon for the matrices of `model.layers`, AdamW for all else: embeddings, head, norms, routers.
 
@@ -90,7 +91,7 @@ def build_muon(
     return MuonAdamW(matrices, others, weight_decay=weight_decay, betas=betas, lr_ratio=lr_ratio, dtype=dtype)
 
 
-def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: LanguageModel, train: TrainConfig) -> torch.optim.Optimizer:
     """The recipe's. Its learning rates are set at every step, by `set_lr`."""
     if train.optimizer == "adamw":
         return build_adamw(model, weight_decay=train.weight_decay, betas=train.betas)
@@ -112,11 +113,11 @@ def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[st
     return [group for group in groups if group["params"]]
 
 
-def _matrices_of_blocks(model: nn.Module) -> list[nn.Parameter]:
+def _matrices_of_blocks(model: LanguageModel) -> list[nn.Parameter]:
     """Those that map hidden states to hidden states: no embeddings, and no routers (a row of one is an expert)."""
     excluded = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     excluded |= {m.gate.weight for m in model.modules() if isinstance(m, MixtureOfExperts)}
-    parameters = (p for layer in model.layers for p in layer.parameters())  # type: ignore[union-attr]
+    parameters = (p for layer in model.layers for p in layer.parameters())
     return [p for p in parameters if p.requires_grad and p.ndim == 2 and p not in excluded]
 
 

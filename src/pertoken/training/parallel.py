@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pertoken.errors import PertokenError
-from pertoken.objective.cross_entropy import LossOutput
+from pertoken.model.protocol import TorchModule
+from pertoken.objective.terms import LossOutput, Term
 
 __all__ = [
     "World",
@@ -173,7 +174,7 @@ def first_to_fail() -> bool:
 
 
 def parallelize(
-    model: nn.Module,
+    model: TorchModule,
     how: Literal["ddp", "fsdp"],
     world: World,
     *,
@@ -181,7 +182,7 @@ def parallelize(
     layers: list[nn.Module],
     low: torch.dtype | None = None,
     wide: Callable[[nn.Module], list[nn.Module]] | None = None,
-) -> nn.Module:
+) -> TorchModule:
     """What to call in `model`'s place: DDP around it, or the model itself with its parameters sharded by FSDP2.
 
     `layers` are sharded one by one, so that only one of them is whole at a time. Alone, `model` as it is.
@@ -211,6 +212,7 @@ def parallelize(
         if low is not None and wide is not None:
             fully_shard(wide(layer), mesh=mesh)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    assert isinstance(model, nn.Module)
     fully_shard(model, mesh=mesh)
     return model
 
@@ -219,19 +221,20 @@ def _show_fsdp_what_is_in_a_loss_output() -> None:
     """FSDP2 hooks its backward pass onto the tensors it finds in a module's output."""
     from torch.utils import _pytree
 
-    if LossOutput not in _pytree.SUPPORTED_NODES:
-        torch.export.register_dataclass(LossOutput)
+    for kind in (LossOutput, Term):
+        if kind not in _pytree.SUPPORTED_NODES:
+            torch.export.register_dataclass(kind)
 
 
 @contextmanager
-def synchronized(model: nn.Module, now: bool) -> Iterator[None]:
+def synchronized(model: TorchModule, now: bool) -> Iterator[None]:
     """Forward and backward inside; gradients are averaged over ranks at its end if `now`, and only added up if not."""
     if isinstance(model, nn.parallel.DistributedDataParallel) and not now:
         with model.no_sync():
             yield
         return
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's; its import costs half a second
-        model.set_requires_gradient_sync(now)  # type: ignore[operator]
+        model.set_requires_gradient_sync(now)
     yield
 
 

@@ -8,12 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from pertoken.errors import RecipeError
-from pertoken.model.decoder import CausalLM
 
-__all__ = ["Precision", "keeping_casts", "resolve_device"]
+__all__ = ["Precision", "resolve_device"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +45,6 @@ class Precision:
     def new_scaler(self) -> torch.amp.GradScaler:
         """Does nothing unless `dtype` is float16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")
-
-
-def keeping_casts(model: nn.Module) -> AbstractContextManager[object]:
-    """Inside, a model that can keeps its weights in low precision from one forward pass to the next."""
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    return inner.keeping_casts() if isinstance(inner, CausalLM) else nullcontext()
 
 
 def _best_of_five(work: Callable[[], object]) -> float:

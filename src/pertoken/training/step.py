@@ -1,9 +1,10 @@
 """One optimizer step. Read this first.
 
-    L = (1 / N) * sum over the step's tokens of loss_mask * nll  (+ a mixture's balance loss, normalized by all tokens)
+    L = (1 / N) * sum over the step's tokens of loss_mask * nll  (+ further terms, each with a denominator of its own)
 
-N, the step's supervised tokens over all ranks, is known before any forward pass (the store keeps the counts), so every
-micro-batch on every rank adds its share of one and the same mean, and how the step is split cannot matter.
+N, the step's supervised tokens over all ranks, is known before any forward pass (the store keeps the counts), and so is
+every other denominator (`Share.denominators`). Every micro-batch on every rank therefore adds its part of one and the
+same mean, and how the step is split cannot matter. `objective.terms` has the general formula.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pertoken.data.batch.pack import MicroBatch
+from pertoken.data.batch.share import Share, counts_of
 from pertoken.kernels.ops import Kernels
+from pertoken.model.execution import PLAIN, Execution
+from pertoken.model.protocol import TorchModule
+from pertoken.objective.terms import CROSS_ENTROPY, Objective, Term
 from pertoken.training.faults import nearest_bad_gradient
 from pertoken.training.norms import clip, total_norm
 from pertoken.training.optim import set_lr
 from pertoken.training.parallel import World, synchronized
-from pertoken.training.precision import Precision, keeping_casts
+from pertoken.training.precision import Precision
 
 __all__ = ["NonFiniteStep", "StepMetrics", "TrainState", "train_step"]
 
@@ -52,12 +56,15 @@ class StepMetrics:
 class TrainState:
     """What an update changes."""
 
-    model: nn.Module  # MicroBatch -> LossOutput; what DDP or FSDP2 made of it where there are several ranks
+    # (MicroBatch, Execution, objective=) -> LossOutput; with several ranks what DDP or FSDP2 made of it
+    model: TorchModule
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     precision: Precision
     world: World = field(default_factory=World)
+    objective: Objective = CROSS_ENTROPY
     kernels: Kernels | None = None  # for the norm, where the run has them
+    execution: Execution = PLAIN
     changed: bool = False  # weights, optimizer or scaler, since the loop has last cleared it
 
     def backward(self, objective: torch.Tensor) -> None:
@@ -103,63 +110,70 @@ class TrainState:
 
 def train_step(
     state: TrainState,
-    micro_batches: Sequence[MicroBatch],
+    share: Share,
     *,
-    num_tokens: float,
-    num_input_tokens: float,
     lr: float,
     max_norm: float,
     on_gradients: Callable[[], None] | None = None,
     skips: Callable[[float], bool] | None = None,
 ) -> StepMetrics:
-    """Update the weights once from `micro_batches`, this rank's share of the step; every rank has equally many.
+    """Update the weights once from `share`, this rank's part of the step; every rank has equally many micro-batches.
 
-    `num_tokens` (supervised, or the sum of weights) and `num_input_tokens` (which a mixture's balance loss is divided
-    by) are the whole step's, over all ranks. Gradients travel once, with the last micro-batch.
-    `skips`, told a finite norm, may leave the update out; it must answer alike on all ranks.
+    Gradients travel once, with the last micro-batch. `skips`, told a finite norm, may leave the update out; it must
+    answer alike on all ranks.
 
     Raises NonFiniteStep, on all ranks and with weights untouched; whatever else escapes (out of memory, say) leaves
     them untouched too unless `state.changed`, and gradients cleared.
     """
-    assert num_tokens > 0, "a step without a supervised token has no mean"
+    denominators = share.denominators
+    assert denominators["supervised"] > 0, "a step without a supervised token has no mean"
     state.model.train()
     loss_scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
-    metrics = []
+    metrics, terms = [], dict[str, Term]()
     try:
-        with keeping_casts(state.model):
-            for i, micro_batch in enumerate(micro_batches, start=1):
-                with synchronized(state.model, now=i == len(micro_batches)):
+        with state.execution.keeping_casts() as execution:
+            for i, micro_batch in enumerate(share.micro_batches, start=1):
+                with synchronized(state.model, now=i == len(share.micro_batches)):
                     with state.precision.autocast():
-                        out = state.model(micro_batch.to(state.precision.device))
+                        out = state.model(micro_batch.to(state.precision.device), execution, objective=state.objective)
                     # What wraps the model averages gradients over ranks; this makes it a sum.
-                    state.backward(out.objective(num_tokens, num_input_tokens) * state.world.size)
+                    state.backward(out.objective(denominators) * state.world.size)
                 metrics.append(out.metrics)
-        sums = _add_up(metrics, state.world)
-        loss_sum, seen = float(sums["loss"][0]), sums["loss"][1]
-        assert math.isclose(seen, num_tokens, rel_tol=1e-6), f"{seen} supervised tokens seen, {num_tokens} expected"
-        if not math.isfinite(loss_sum):
-            raise NonFiniteStep(f"the loss is {loss_sum}", micro_batch=_first_non_finite(metrics, state.world))
+                terms = out.terms
+        sums, counted = _add_up(metrics, [counts_of(m) for m in share.micro_batches], state.world)
+        seen = counted | {"supervised": sums["loss"][1]}
+        for name, expected in denominators.items():
+            assert math.isclose(seen[name], expected, rel_tol=1e-6), f"{name}: {seen[name]} seen, {expected} expected"
+        for name in terms:
+            if not math.isfinite(total := float(sums[name][0])):
+                raise NonFiniteStep(f"the {name} is {total}", micro_batch=_first_non_finite(name, metrics, state.world))
         grad_norm, skipped = state.clip_and_step(lr, max_norm, on_gradients, skips)
     except BaseException:
         state.optimizer.zero_grad(set_to_none=True)
         raise
-    return StepMetrics(loss_sum, seen, grad_norm, skipped, loss_scale, sums)
+    return StepMetrics(float(sums["loss"][0]), seen["supervised"], grad_norm, skipped, loss_scale, sums)
 
 
-def _add_up(metrics: Sequence[dict[str, tuple[Tensor, Tensor]]], world: World) -> dict[str, tuple[np.ndarray, float]]:
-    """Each metric's (sum, count) over micro-batches and ranks: one wait for the device, one message between ranks."""
-    names = sorted(metrics[0])
+def _add_up(
+    metrics: Sequence[dict[str, tuple[Tensor, Tensor]]], counts: Sequence[dict[str, float]], world: World
+) -> tuple[dict[str, tuple[np.ndarray, float]], dict[str, float]]:
+    """Each metric's (sum, count) and each count, over micro-batches and ranks: one wait for the device, one message
+    between ranks."""
+    names, counted = sorted(metrics[0]), sorted(counts[0])
     shapes = {name: metrics[0][name][0].shape for name in names}
     rows = [torch.cat([x.detach().reshape(-1).double() for n in names for x in m[n]]) for m in metrics]
-    total = world.sum(torch.stack(rows).cpu().sum(0)).numpy()
+    on_host = torch.tensor([[row[name] for name in counted] for row in counts], dtype=torch.float64)
+    total = world.sum(torch.cat((torch.stack(rows).cpu().sum(0), on_host.sum(0)))).numpy()
     sums, start = {}, 0
     for name in names:
         end = start + shapes[name].numel()
         sums[name] = (total[start:end].reshape(shapes[name]), float(total[end]))
         start = end + 1
-    return sums
+    return sums, dict(zip(counted, total[start:].tolist(), strict=True))
 
 
-def _first_non_finite(metrics: Sequence[dict[str, tuple[Tensor, Tensor]]], world: World) -> tuple[int, int] | None:
-    mine = next((i for i, m in enumerate(metrics) if not m["loss"][0].isfinite()), None)
+def _first_non_finite(
+    name: str, metrics: Sequence[dict[str, tuple[Tensor, Tensor]]], world: World
+) -> tuple[int, int] | None:
+    mine = next((i for i, m in enumerate(metrics) if not m[name][0].isfinite()), None)
     return next(((rank, i) for rank, i in enumerate(world.gather(mine)) if i is not None), None)

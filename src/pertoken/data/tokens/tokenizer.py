@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pertoken.data.tokens.trained import CHATML, SPECIAL_TOKENS, TrainedTokenizer
 from pertoken.errors import ModelError, RecipeError
+from pertoken.families import FAMILIES, Family
 from pertoken.files import plain_files, user_path
 from pertoken.text import escaped_logs, reason, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["MAX_TOKENS", "as_transformers", "load_tokenizer", "open_tokenizer", "special_ids"]
+# Of a tokenizer that is what its tokenizer.json says: transformers 5 and 4.
+_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
+
+__all__ = ["MAX_TOKENS", "as_transformers", "forced_tokenizer", "load_tokenizer", "open_tokenizer", "special_ids"]
 
 MAX_TOKENS = 1 << 24  # fifty times the largest vocabulary in use: an id beyond it would only fill the memory
 
@@ -83,9 +88,8 @@ def _load_folder(path: Path) -> PreTrainedTokenizerBase:
     try:
         plain_files(path)
         with escaped_logs("transformers"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(path), local_files_only=True, trust_remote_code=False
-            )
+            loader = transformers.PreTrainedTokenizerFast if _is_generic(path) else transformers.AutoTokenizer
+            tokenizer = loader.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         if not tokenizer.is_fast:
             raise ModelError(f"tokenizer {path}: has no tokenizer.json, so tokens cannot be traced back to their text")
         last = max(tokenizer.get_vocab().values(), default=-1)
@@ -97,6 +101,29 @@ def _load_folder(path: Path) -> PreTrainedTokenizerBase:
     if not 0 <= last < MAX_TOKENS:
         raise ModelError(f"tokenizer {path}: its last token has the id {last}; there can be {MAX_TOKENS:,} at most")
     return tokenizer
+
+
+def _is_generic(path: Path) -> bool:
+    """Whether the tokenizer of a folder is its tokenizer.json and no more, though AutoTokenizer would force the class
+    of the model beside it upon it (`Family.forced_tokenizer`)."""
+    files = (path / "config.json", path / "tokenizer_config.json")
+    if not all(file.exists() for file in files):
+        return False
+    of_model, of_tokenizer = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    family = FAMILIES.get(of_model.get("model_type"))
+    if family is None or family.forced_tokenizer is None:
+        return False
+    return of_tokenizer.get("tokenizer_class") in _GENERIC and "auto_map" not in of_tokenizer
+
+
+def forced_tokenizer(family: Family | None, tokenizer: Any) -> str | None:
+    """What a user should know of a tokenizer that is saved beside a model of `family`, None where it is nothing."""
+    if family is None or family.forced_tokenizer in (None, type(tokenizer).__name__):
+        return None
+    return (
+        f"transformers.AutoTokenizer opens every tokenizer beside a {family.model_type} model as its "
+        f"{family.forced_tokenizer}, which this one is not; open it there with PreTrainedTokenizerFast.from_pretrained"
+    )
 
 
 def _template_text(chat_template: str) -> str:

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pertoken.families import FAMILIES
 from pertoken.files import plain_files
 
 if TYPE_CHECKING:
@@ -79,14 +80,13 @@ _CONFIG = {
     "tokenizer_class": "TokenizersBackend",
 }
 _ABOUT_LOADING = ("is_local", "local_files_only")  # what transformers adds when it saves what it has loaded
-# What else transformers reads from such a folder, and config.json's families with which it does not read more.
+# What else transformers reads from such a folder. It reads nothing more for the families that pertoken saves.
 MORE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "additional_chat_templates",
     "tokenizer.model",
 )
-_FAMILIES = ("qwen3", "qwen3_moe", "llama", "mixtral")
 _MOST_TOKENS = 100_000  # above, transformers looks whether the tokenizer is one of Mistral's that it mends
 
 
@@ -215,7 +215,8 @@ def _is_ours(config: Path) -> bool:
     if not config.exists():
         return True
     values = json.loads(config.read_text(encoding="utf-8"))
-    return values["model_type"] in _FAMILIES and "tokenizer_class" not in values
+    family = FAMILIES.get(values["model_type"])
+    return family is not None and family.architecture is not None and "tokenizer_class" not in values
 
 
 def _frame(spec: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@ and its residual sum.
 
 Of the gradients of weights, d^T x and (x^T d)^T, the one is computed that has the narrower of d and x transposed, by a
 kernel: oneDNN multiplies by a transposed left matrix at half of its rate. A frozen weight costs no product and no
-transpose. Suffixes as in native.py.
+transpose. Suffixes as in runner.py.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from pertoken.engines.cpu.attention import attention_backward, attention_forward
-from pertoken.engines.cpu.runner import NativeBatch
+from pertoken.engines.cpu.runner import CpuBatch
 from pertoken.kernels.memory import empty
 from pertoken.objective.cross_entropy import first_order_only
 
 __all__ = ["attention_block", "mlp_block"]
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out=empty(a.shape[0], b.shape[1], dtype=a.dtype))
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    out = empty(a.shape[0], b.shape[1], dtype=a.dtype)
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -36,13 +37,18 @@ def attention_block(
     norm: nn.RMSNorm,
     projections: Sequence[nn.Linear],
     head_norms: Sequence[nn.RMSNorm | None],
-    batch: NativeBatch,
+    batch: CpuBatch,
 ) -> Tensor:
-    """hidden + attention(norm(hidden)), of the rows asked for; projections of q, k, v and out, norms of q and k."""
+    """hidden + attention(norm(hidden)), of the rows asked for; projections of q, k, v and out, norms of q and k.
+
+    The projections of q, k and v have a bias all three or none.
+    """
     weights = [p.weight for p in projections]
     low = batch.cast(weights[:3]), batch.cast(weights[3:])
     norms = [None if n is None else n.weight for n in head_norms]
-    out: Tensor = _AttentionBlock.apply(batch, low, hidden, norm.weight, *weights, *norms)  # type: ignore[no-untyped-call]
+    biases = [p.bias for p in projections[:3]]
+    inputs = (hidden, norm.weight, *weights, *norms, *biases)
+    out: Tensor = _AttentionBlock.apply(batch, low, *inputs)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -50,7 +56,7 @@ class _AttentionBlock(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        batch: NativeBatch,
+        batch: CpuBatch,
         low: tuple[Tensor, Tensor],
         hidden: Tensor,
         norm: Tensor,
@@ -60,19 +66,21 @@ class _AttentionBlock(torch.autograd.Function):
         w_o: Tensor,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
+        *biases: Tensor | None,
     ) -> Tensor:
         kernels, heads = batch.kernels, batch.heads
         w_qkv, w_out = low
         x_ND, rstd = kernels.norm_forward(hidden, norm, batch.eps)
+        b_qkv, b_q, b_kv = _low_biases(biases, w_q.shape[0], kernels.dtype)
         if batch.output_rows is None:
             residual = hidden
-            projected = _product(x_ND, w_qkv.t())
+            projected = _product(x_ND, w_qkv.t(), b_qkv)
             q_rows, kv_rows = projected, projected[:, w_q.shape[0] :]
         else:
             m = batch.padded(batch.num_output_rows)
             residual = _rows(hidden, batch.output_rows, m)
-            q_rows = _product(_rows(x_ND, batch.output_rows, m), w_qkv[: w_q.shape[0]].t())
-            kv_rows = projected = _product(x_ND, w_qkv[w_q.shape[0] :].t())
+            q_rows = _product(_rows(x_ND, batch.output_rows, m), w_qkv[: w_q.shape[0]].t(), b_q)
+            kv_rows = projected = _product(x_ND, w_qkv[w_q.shape[0] :].t(), b_kv)
         q, k, v = _seat_all(batch, q_rows, kv_rows, q_norm, k_norm)
         seated, log_zs = attention_forward(kernels, q, k, v, batch.plan, heads)
         mixed = empty(q_rows.shape[0], heads.query * heads.dim, dtype=q_rows.dtype)
@@ -87,14 +95,14 @@ class _AttentionBlock(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         first_order_only()
         hidden, norm, rstd, q_rows, projected, mixed, w_qkv, w_out, q_norm, k_norm, *log_zs = ctx.saved_tensors
-        batch: NativeBatch = ctx.batch
+        batch: CpuBatch = ctx.batch
         kernels, heads, plan = batch.kernels, batch.heads, batch.plan
         needs = _AttentionNeeds(*ctx.needs_input_grad[2:])
         d_out = grads[0].contiguous()
         low, low_t = kernels.cast_and_transpose(d_out) if needs.w_o else (d_out.to(kernels.dtype), None)
         d_w_out = None if low_t is None else _widened(torch.mm(low_t, mixed))
         if not any(needs._replace(w_o=False)):
-            return *[None] * 7, d_w_out, None, None
+            return *[None] * 7, d_w_out, *[None] * 5
         d_mixed = _product(low, w_out)
         del low, low_t
         query_size = ctx.sizes[0]
@@ -112,6 +120,7 @@ class _AttentionBlock(torch.autograd.Function):
             batch, (d_q, d_k, d_v), (q_rows, kv_rows), (d_q_rows, d_kv_rows), q_norm, k_norm
         )
         d_weights = _d_qkv(batch, needs, (hidden, norm, rstd), (d_q_rows, d_projected), ctx.sizes)
+        d_biases = _d_biases(needs, (d_q_rows, d_kv_rows), ctx.sizes)
         d_hidden = d_norm = None
         if needs.hidden or needs.norm:
             if batch.output_rows is None:
@@ -121,7 +130,7 @@ class _AttentionBlock(torch.autograd.Function):
                 d_x.index_add_(0, batch.output_rows, torch.mm(d_q_rows, w_qkv[:query_size])[: batch.num_output_rows])
                 d_residual = torch.zeros_like(hidden).index_copy_(0, batch.output_rows, d_out[: batch.num_output_rows])
             d_hidden, d_norm = kernels.norm_backward(d_x, hidden, norm, rstd, d_residual)
-        return None, None, d_hidden, d_norm, *d_weights, d_w_out, d_q_norm, d_k_norm
+        return None, None, d_hidden, d_norm, *d_weights, d_w_out, d_q_norm, d_k_norm, *d_biases
 
 
 class _AttentionNeeds(NamedTuple):
@@ -135,10 +144,31 @@ class _AttentionNeeds(NamedTuple):
     w_o: bool
     q_norm: bool
     k_norm: bool
+    b_q: bool
+    b_k: bool
+    b_v: bool
+
+
+def _low_biases(
+    biases: Sequence[Tensor | None], query_size: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of q, k and v one after the other, of q, and of k and v, in the kernels' dtype."""
+    found = [bias for bias in biases if bias is not None]
+    if not found:
+        return None, None, None
+    low = torch.cat(found).to(dtype)
+    return low, low[:query_size], low[query_size:]
+
+
+def _d_biases(needs: _AttentionNeeds, d_rows: tuple[Tensor, Tensor], sizes: list[int]) -> list[Tensor | None]:
+    """The gradients of the biases of q, k and v from those of their rows: sums over rows, the added ones are zero."""
+    d_q_rows, d_kv_rows = d_rows
+    parts = (d_q_rows[:, : sizes[0]], *torch.split(d_kv_rows, sizes[1:], 1))
+    return [part.sum(0, dtype=torch.float32) if wants else None for part, wants in zip(parts, needs[-3:], strict=True)]
 
 
 def _d_qkv(
-    batch: NativeBatch,
+    batch: CpuBatch,
     needs: _AttentionNeeds,
     normed: tuple[Tensor, Tensor, Tensor],
     d_rows: tuple[Tensor, Tensor],
@@ -157,7 +187,7 @@ def _d_qkv(
 
 
 def _d_weights(
-    batch: NativeBatch,
+    batch: CpuBatch,
     normed: tuple[Tensor, Tensor, Tensor],
     d_rows: Tensor,
     sizes: list[int],
@@ -190,7 +220,7 @@ def _rows(x: Tensor, index: Tensor, rows: int) -> Tensor:
 
 
 def _seat_all(
-    batch: NativeBatch, q_rows: Tensor, kv_rows: Tensor, q_norm: Tensor | None, k_norm: Tensor | None
+    batch: CpuBatch, q_rows: Tensor, kv_rows: Tensor, q_norm: Tensor | None, k_norm: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys normalized and turned, all in attention's layout."""
     heads, plan = batch.heads, batch.plan
@@ -202,7 +232,7 @@ def _seat_all(
 
 
 def _unseat_all(
-    batch: NativeBatch,
+    batch: CpuBatch,
     gradients: tuple[Tensor, Tensor, Tensor],
     rows: tuple[Tensor, Tensor],
     to: tuple[Tensor, Tensor],
@@ -220,7 +250,7 @@ def _unseat_all(
     return d_q_norm, d_k_norm
 
 
-def mlp_block(hidden: Tensor, norm: nn.RMSNorm, projections: Sequence[nn.Linear], batch: NativeBatch) -> Tensor:
+def mlp_block(hidden: Tensor, norm: nn.RMSNorm, projections: Sequence[nn.Linear], batch: CpuBatch) -> Tensor:
     """hidden + mlp(norm(hidden)); projections of gate, up and down."""
     weights = [p.weight for p in projections]
     low = batch.cast(weights[:2]), batch.cast(weights[2:])
@@ -232,7 +262,7 @@ class _MLPBlock(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        batch: NativeBatch,
+        batch: CpuBatch,
         low: tuple[Tensor, Tensor],
         hidden: Tensor,
         norm: Tensor,
@@ -253,7 +283,7 @@ class _MLPBlock(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         first_order_only()
         hidden, norm, rstd, gate_up, w_gate_up, w_down = ctx.saved_tensors
-        batch: NativeBatch = ctx.batch
+        batch: CpuBatch = ctx.batch
         kernels = batch.kernels
         needs_hidden, needs_norm, *needs_gate_up, needs_down = ctx.needs_input_grad[2:]
         d_out = grads[0].contiguous()

@@ -1,9 +1,9 @@
 """The decoder on a CPU: matrix products by oneDNN or MKL, everything between them by the kernels, gradients by hand.
 
-The same function of the same parameters as the plain modules of transformer.py, and tested against them. Activations
+The same function of the same parameters as the plain modules of model/, and tested against them. Activations
 are in the kernels' dtype, the residual stream and the gradients of weights in float32. A block is two autograd
-functions (native_blocks.py). All of them read weights past the modules that hold them, so `supported.unsupported` must
-have found nothing else there.
+functions (blocks.py). All of them read weights past the modules that hold them, so `unsupported` must have found
+nothing else there.
 
 Matrix products run on a number of rows rounded up, since oneDNN generates code for each shape; the rows added are zero,
 and stay so.
@@ -23,18 +23,16 @@ from torch import Tensor, nn
 from pertoken.engines.cpu.attention import AttentionPlan, Heads, round_up
 from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import Kernels
+from pertoken.model.execution import Casts
+from pertoken.model.rope import frequencies
 from pertoken.objective.cross_entropy import TiedGradient, first_order_only
 from pertoken.recipe.model import ResolvedModelConfig
 
-__all__ = ["Casts", "NativeBatch", "embed", "final_norm"]
-
-# Ids of parameters that read the same input -> one matrix of them all. The parameters themselves must not be in here:
-# FSDP2 takes any tensor among a block's arguments that wants a gradient for an input, and would reduce too early.
-Casts = dict[tuple[int, ...], Tensor]
+__all__ = ["CpuBatch", "embed", "final_norm"]
 
 
 @dataclass(frozen=True)
-class NativeBatch:
+class CpuBatch:
     """What the blocks of one forward pass share; the last block has one of its own, if not every row is asked for."""
 
     kernels: Kernels
@@ -56,7 +54,7 @@ class NativeBatch:
         lengths: Sequence[int],
         *,
         casts: Casts | None = None,
-    ) -> NativeBatch:
+    ) -> CpuBatch:
         """For consecutive documents of `lengths`."""
         heads = Heads(
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, float(config.head_dim) ** -0.5
@@ -66,14 +64,14 @@ class NativeBatch:
             heads,
             config.rms_norm_eps,
             AttentionPlan.of(lengths, heads),
-            _angles(max(lengths), config.head_dim, config.rope_theta),
+            _angles(max(lengths), config),
             num_rows=sum(lengths),
             exact_rows=config.use_moe,
             casts=casts,
             lengths=tuple(lengths),
         )
 
-    def with_output_rows(self, output_rows: Tensor) -> NativeBatch:
+    def with_output_rows(self, output_rows: Tensor) -> CpuBatch:
         """The same for the last block, whose hidden states are needed in some rows [M] only."""
         return replace(self, plan=AttentionPlan.of(self.lengths, self.heads, output_rows), output_rows=output_rows)
 
@@ -91,26 +89,26 @@ class NativeBatch:
     def cast(self, weights: Sequence[Tensor]) -> Tensor:
         """Matrices, one below the other, in the kernels' dtype."""
         key = tuple(map(id, weights))
-        if self.casts is not None and key in self.casts:
-            return self.casts[key]
+        kept = None if self.casts is None else self.casts.get(key)
+        if kept is not None:
+            return kept
         low = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=self.kernels.dtype)
         start = 0
         for weight in weights:
             low[start : start + len(weight)].copy_(weight.detach())
             start += len(weight)
         if self.casts is not None:
-            self.casts[key] = low
+            self.casts.put(key, low)
         return low
 
 
-def _angles(positions: int, head_dim: int, theta: float) -> Tensor:
-    """Cosines and sines of the rotary angles (Su et al., "RoFormer", 3.2)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    angles = torch.arange(positions, dtype=torch.float32)[:, None] * (1.0 / theta**exponents)
+def _angles(positions: int, config: ResolvedModelConfig) -> Tensor:
+    """Cosines and sines of the rotary angles, [positions, head_dim]."""
+    angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies(config, torch.float32)
     return torch.cat((angles.cos(), angles.sin()), 1)
 
 
-def embed(weight: Tensor, input_ids: Tensor, batch: NativeBatch, tied: TiedGradient | None) -> Tensor:
+def embed(weight: Tensor, input_ids: Tensor, batch: CpuBatch, tied: TiedGradient | None) -> Tensor:
     """[N, D] float32; rows beyond the real ones are zero."""
     out: Tensor = _Embed.apply(weight, input_ids, batch, tied)  # type: ignore[no-untyped-call]
     return out
@@ -118,7 +116,7 @@ def embed(weight: Tensor, input_ids: Tensor, batch: NativeBatch, tied: TiedGradi
 
 class _Embed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, input_ids: Tensor, batch: NativeBatch, tied: TiedGradient | None) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, input_ids: Tensor, batch: CpuBatch, tied: TiedGradient | None) -> Tensor:
         n = batch.num_rows
         out = empty(batch.padded(n), weight.shape[1], dtype=weight.dtype)
         torch.index_select(weight, 0, input_ids, out=out[:n])
@@ -140,7 +138,7 @@ class _Embed(torch.autograd.Function):
         return d_weight, None, None, None
 
 
-def final_norm(hidden: Tensor, norm: nn.RMSNorm, batch: NativeBatch) -> Tensor:
+def final_norm(hidden: Tensor, norm: nn.RMSNorm, batch: CpuBatch) -> Tensor:
     """The rows asked for, normalized, in the kernels' dtype."""
     out: Tensor = _Norm.apply(hidden, norm.weight, batch)  # type: ignore[no-untyped-call]
     return out
@@ -148,7 +146,7 @@ def final_norm(hidden: Tensor, norm: nn.RMSNorm, batch: NativeBatch) -> Tensor:
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, batch: NativeBatch) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, batch: CpuBatch) -> Tensor:
         out, rstd = batch.kernels.norm_forward(hidden[: batch.num_output_rows], weight, batch.eps)
         ctx.save_for_backward(hidden, weight, rstd)
         ctx.batch = batch

@@ -1,4 +1,4 @@
-"""Models and micro-batches for the tests of the native decoder, and how gradients are compared."""
+"""Models and micro-batches for the tests of engines, and how gradients are compared."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from pertoken.data.batch.pack import MicroBatch, Sample, collate
 from pertoken.model.decoder import CausalLM
+from pertoken.model.execution import PLAIN, Execution
 from pertoken.recipe.model import ModelConfig
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -24,6 +25,16 @@ BATCHES = {
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "llama, untied": {"family": "llama", "tie_word_embeddings": False},
+    "llama3": {
+        "family": "llama",
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen2": {"family": "qwen2"},
     "one head each": {"num_key_value_heads": 4, "head_dim": 6},
     "experts": {"use_moe": True, "num_experts": 4, "num_experts_per_tok": 2, "aux_loss_coef": 0.1},
 }
@@ -58,11 +69,13 @@ def model_of(changes: dict[str, Any], dtype: torch.dtype) -> CausalLM:
     return model
 
 
-def gradient(model: CausalLM, micro_batch: MicroBatch, *, low: bool = False) -> tuple[float, dict[str, torch.Tensor]]:
+def gradient(
+    model: CausalLM, micro_batch: MicroBatch, execution: Execution = PLAIN, *, low: bool = False
+) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        out = model(micro_batch)
-    out.objective(50.0, 60.0).backward()
+        out = model(micro_batch, execution)
+    out.objective({"supervised": 50.0, "inputs": 60.0}).backward()
     return float(out.loss_sum.detach()), {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
 
 

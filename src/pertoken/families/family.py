@@ -1,0 +1,48 @@
+"""What a record of a family says. A record is plain data: reading one costs nothing and imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Experts", "Family"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """How a config.json describes a mixture of experts."""
+
+    switch: str | None = None  # the key that says whether there are any; None: every model of the type has them
+    num_key: str = "num_experts"  # as it is written; `num_local_experts` and `num_experts` are both read
+    own_width: bool = True  # experts have `moe_intermediate_size`; False: `intermediate_size` is theirs
+    may_not_normalize: bool = True  # `norm_topk_prob` may be false; False: the weights of a token's experts sum to 1
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model type of Hugging Face: its names, its defaults, and what sets it apart in the decoder.
+
+    Every family is a causal decoder with RMSNorm before attention and feed-forward, SwiGLU, and rotary embeddings over
+    whole heads; all layers are alike and see the whole document. A configuration that asks for anything else is
+    refused by name.
+    """
+
+    model_type: str  # config.json's
+    architecture: str | None  # transformers' class, in which models are saved; None: the type is read, never written
+    recipe_name: str  # `model.family` in a recipe; a type with experts shares the name of the dense one
+    rope_theta: float = 1e4  # where a recipe gives none
+    # What a key absent from config.json means: the class's own defaults. A `head_dim` absent here and there is
+    # hidden_size / num_attention_heads, a `num_key_value_heads` num_attention_heads.
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)  # written beside the architecture, always the same
+    weight_names: Mapping[str, str] = field(default_factory=dict)  # parts of a parameter's name: ours -> on disk
+    # The class that transformers' AutoTokenizer makes of any tokenizer beside such a config.json, whatever the folder
+    # of the tokenizer says; None: it does as the folder says.
+    forced_tokenizer: str | None = None
+    # `sliding_window` counts only where this key is true; None: no key switches it off.
+    window_switch: str | None = "use_sliding_window"
+    rope_types: tuple[str, ...] = ("default",)  # "default", "llama3"
+    qk_norm: bool = False  # queries and keys are normalized, head by head, before they are turned
+    qkv_bias: bool = False  # the projections to queries, keys and values have a bias; the one out of attention has none
+    experts: Experts | None = None

@@ -1,0 +1,239 @@
+"""Hugging Face's `config.json` in and out, as the records of `families` say."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from pydantic import ValidationError
+
+from pertoken.errors import ModelError
+from pertoken.families import FAMILIES, Family, saved_as
+from pertoken.recipe.model import ModelConfig, ResolvedModelConfig, RopeScaling
+from pertoken.text import shown
+
+__all__ = ["NotCovered", "config_from_hf", "config_to_hf", "family_of"]
+
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+_SIZES = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings")
+_KINDS: dict[str, type] = {
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+    "quantization_config": dict,
+    "layer_types": list,
+}
+# Keys whose null is not their absence: as many key-value heads as query heads, and no window.
+_NULL_SAYS_SOMETHING = ("num_key_value_heads", "sliding_window")
+# In the dict of rotary parameters beside those of a scaling.
+_OF_EVERY_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_SCALED = RopeScaling.model_fields.keys() - {"rope_type"}
+
+
+class NotCovered(ModelError):
+    """An architecture that the decoder lacks. Transformers may have it (`pertoken.folders.open`)."""
+
+    def __init__(self, message: str, model_type: object) -> None:
+        super().__init__(message)
+        self.model_type = model_type
+
+
+def family_of(config: ResolvedModelConfig) -> Family:
+    """The record in whose names a model of this configuration is saved."""
+    family = saved_as(config.family, use_moe=config.use_moe)
+    assert family is not None, "ModelConfig is validated against the same records"
+    return family
+
+
+def config_from_hf(values: dict[str, Any]) -> ResolvedModelConfig:
+    """The architecture that a Hugging Face `config.json` describes, in the fields of transformers 4 or 5.
+
+    Dropout and noise on the router's input are ignored: they do not change what the model computes. `aux_loss_coef` is
+    the configuration's `router_aux_loss_coef`. Raises ModelError with one line (key, value, remedy) for anything the
+    decoder lacks.
+    """
+    family = _known_family(values)
+    defaults = {k: v for k, v in family.defaults.items() if k not in _NULL_SAYS_SOMETHING or k not in values}
+    values = defaults | {key: value for key, value in values.items() if value is not None}
+    for key, kind in _KINDS.items():
+        if not isinstance(values.get(key, kind()), kind):
+            raise ModelError(f"config.json: {key}={shown(values[key])}: must be a JSON {kind.__name__}; correct it")
+    _refuse_what_is_missing(values, family)
+    for key in _REQUIRED:
+        if key not in values:
+            raise ModelError(f"{key}: missing from config.json; add it")
+    rope = _rope(values)
+    scaling = {key: rope[key] for key in _SCALED} if _rope_type(rope) != "default" else None
+    try:
+        return ModelConfig.model_validate(
+            {key: values.get(key) for key in _SIZES}
+            | {
+                "family": family.recipe_name,
+                "rope_theta": rope.get("rope_theta", values["rope_theta"]),
+                "rope_scaling": scaling,
+                "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
+            }
+            | _experts(values, family)
+        ).resolve(values["vocab_size"])
+    except ValidationError as error:
+        problem = error.errors()[0]
+        if problem["type"] == "value_error":
+            raise ModelError(f"config.json: {problem['ctx']['error']}") from None
+        key = ".".join(map(str, problem["loc"]))
+        raise ModelError(f"config.json: {key}={shown(problem['input'])}: {problem['msg']}; correct it") from None
+
+
+def _known_family(values: dict[str, Any]) -> Family:
+    model_type = values.get("model_type")
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    known, own = ", ".join(FAMILIES), "" if "auto_map" not in values else " (its own code, auto_map, is never run)"
+    raise NotCovered(f"model_type={shown(model_type)}: pertoken has {known}; choose a model of these{own}", model_type)
+
+
+def _rope(values: dict[str, Any]) -> dict[str, Any]:
+    """The rotary parameters that transformers takes where a file has those of version 4 and of version 5."""
+    found: dict[str, Any] = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    return found
+
+
+def _rope_type(rope: dict[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _has_experts(values: dict[str, Any], family: Family) -> bool:
+    if family.experts is None:
+        return False
+    return family.experts.switch is None or bool(values.get(family.experts.switch))
+
+
+def _experts(values: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The keys of a mixture of experts, none for a dense model."""
+    if not _has_experts(values, family):
+        return {}
+    return {
+        "use_moe": True,
+        # transformers 5 writes the first, 4 the second for Qwen3-MoE
+        "num_experts": values.get("num_local_experts", values.get("num_experts")),
+        "num_experts_per_tok": values.get("num_experts_per_tok"),
+        "norm_topk_prob": values.get("norm_topk_prob"),
+        "moe_intermediate_size": values.get("moe_intermediate_size"),
+        "aux_loss_coef": values.get("router_aux_loss_coef"),
+    }
+
+
+def _refuse(values: dict[str, Any], key: str, reason: str) -> NoReturn:
+    raise NotCovered(f"{key}={shown(values[key])}: {reason}", values["model_type"])
+
+
+def _refuse_what_is_missing(values: dict[str, Any], family: Family) -> None:
+    _refuse_rope(values, family)
+    # A family whose queries, keys and values have a bias has it in every model, and its class reads no such key.
+    for key in ("mlp_bias",) if family.qkv_bias else ("attention_bias", "mlp_bias"):
+        if values.get(key):
+            _refuse(values, key, "pertoken has no such bias; choose a model without")
+    if values.get("hidden_act", "silu") != "silu":
+        _refuse(values, "hidden_act", "pertoken has silu only; choose a model with it")
+    # transformers dequantizes GGUF as it reads it, but leaves the note in what it writes out.
+    if values.get("quantization_config", {}).get("quant_method", "gguf") != "gguf":
+        _refuse(values, "quantization_config", "pertoken reads floating-point weights; write the model out dequantized")
+    _refuse_experts(values, family)
+    _refuse_windows(values, family)
+
+
+def _refuse_rope(values: dict[str, Any], family: Family) -> None:
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = values.get(key, {})
+        kind = _rope_type(rope)
+        if kind not in family.rope_types:
+            has = (
+                "plain rotary embeddings only" if family.rope_types == ("default",) else " or ".join(family.rope_types)
+            )
+            _refuse(
+                values, key, f"pertoken has {has} for model_type {family.model_type}; choose a model without scaling"
+            )
+        if rope.get("partial_rotary_factor", 1) != 1 or any(isinstance(v, dict) for v in rope.values()):
+            _refuse(values, key, "pertoken has one kind of rotary embeddings over whole heads; choose a model with it")
+        if kind != "default" and rope.keys() - _OF_EVERY_ROPE != _SCALED:
+            _refuse(
+                values, key, f"a scaling has {', '.join(sorted(_SCALED))}, and nothing else; choose a model with these"
+            )
+    if _rope_type(_rope(values)) != "default" and "original_max_position_embeddings" in values:
+        _refuse(
+            values, "original_max_position_embeddings", "pertoken reads it among the rotary parameters; move it there"
+        )
+    if values.get("partial_rotary_factor", 1) != 1:
+        _refuse(values, "partial_rotary_factor", "pertoken rotates whole heads; choose a model that does")
+
+
+def _refuse_windows(values: dict[str, Any], family: Family) -> None:
+    if family.window_switch is None and "sliding_window" in values:
+        _refuse(values, "sliding_window", "pertoken has full attention only; set it to null for short texts")
+    if "layer_types" in values:
+        if any(kind != "full_attention" for kind in values["layer_types"]):
+            _refuse(values, "layer_types", "pertoken has full attention only; choose a model without windows")
+    elif family.window_switch and values.get(family.window_switch) and "sliding_window" in values:
+        reason = f"pertoken has full attention only; set {family.window_switch} to false for short texts"
+        _refuse(values, "sliding_window", reason)
+
+
+def _refuse_experts(values: dict[str, Any], family: Family) -> None:
+    for key in ("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size"):
+        if values.get(key):
+            _refuse(values, key, "pertoken has no shared experts; choose a model without")
+    if _has_experts(values, family):
+        for key, usual in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):
+            if values.get(key, usual) != usual:
+                _refuse(values, key, "pertoken has experts in every layer or in none; choose such a model")
+    elif family.experts is None:  # a type with a switch may name its experts in dense configurations too
+        for key in ("use_moe", "num_experts", "num_local_experts"):
+            if values.get(key):
+                _refuse(
+                    values,
+                    key,
+                    f"a {family.model_type} model is dense; correct model_type, or choose one without experts",
+                )
+
+
+def config_to_hf(
+    config: ResolvedModelConfig,
+    *,
+    eos_token_id: int | None = None,
+    bos_token_id: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """A `config.json` for `AutoModelForCausalLM.from_pretrained`, readable by transformers 5 and 4.
+
+    It names no padding token: transformers would freeze that token's embedding, which may well be in use.
+    """
+    dtype_name = str(dtype).removeprefix("torch.")
+    family = family_of(config)
+    scaling = None if config.rope_scaling is None else config.rope_scaling.model_dump()
+    values = {key: getattr(config, key) for key in (*_SIZES, "rope_theta", "rms_norm_eps")}
+    values |= {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        # What transformers 5 writes, and what 4 reads. 5 prefers the second, with the base of `rope_theta`.
+        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
+        "rope_scaling": scaling,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,
+        **family.constants,
+    }
+    if family.experts is not None:
+        values |= {
+            family.experts.num_key: config.num_experts,
+            "num_experts_per_tok": config.num_experts_per_tok,
+            "router_aux_loss_coef": config.aux_loss_coef,
+            "output_router_logits": False,
+        }
+        if family.experts.may_not_normalize:
+            values["norm_topk_prob"] = config.norm_topk_prob
+        if family.experts.own_width:
+            values["moe_intermediate_size"] = config.moe_intermediate_size
+    return values

@@ -1,0 +1,130 @@
+"""The examples of docs/ run as they are printed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pertoken import Recipe
+from pertoken.data.files.records import Record
+from pertoken.data.formats import FORMATS, to_conversation
+from pertoken.data.store.store import build_store
+from pertoken.errors import RecipeError
+from pertoken.families import FAMILIES, Family
+from pertoken.folders.config import NotCovered, config_from_hf
+from pertoken.folders.weights import load_folder, save_folder
+from pertoken.model.decoder import CausalLM
+from pertoken.recipe.model import ModelConfig
+
+pytestmark = pytest.mark.numeric
+
+ROOT = Path(__file__).parents[1]
+EXTENDING = ROOT / "docs" / "extending.md"
+
+
+def section(title: str) -> str:
+    text = EXTENDING.read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^## {title}$(.*?)(?=^## |\Z)", text, re.M | re.S)
+    return found
+
+
+def run_blocks(title: str) -> dict[str, Any]:
+    """What the Python blocks of a section define."""
+    names: dict[str, Any] = {"__name__": "docs"}
+    for block in re.findall(r"^```python$(.*?)^```$", section(title), re.M | re.S):
+        exec(compile(block, str(EXTENDING), "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("title", ["A family", "A format", "A loss"])
+def test_sections_are_short(title):
+    assert 0 < len(section(title).splitlines()) < 60
+
+
+def test_the_family_of_the_documentation_computes_what_transformers_does(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    family = run_blocks("A family")["MISTRAL"]
+    assert isinstance(family, Family)
+    assert family.model_type not in FAMILIES, "then the documentation needs another example"
+    monkeypatch.setitem(FAMILIES, family.model_type, family)
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 61, "tie_word_embeddings": False, "max_position_embeddings": 256}
+    ours = CausalLM(ModelConfig.model_validate({"family": "mistral", **sizes}).resolve(61), seed=1)
+    save_folder(ours, tmp_path, eos_token_id=None)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(theirs).__name__ == "MistralForCausalLM"
+    ids = torch.arange(50) % 61
+    with torch.no_grad():
+        expected = theirs(input_ids=ids[None]).logits[0, -1]
+        found = load_folder(tmp_path).decode(ids, ours.new_cache(50))
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+
+    assert config_from_hf(MistralConfig(**sizes, sliding_window=None).to_dict()) == ours.config
+    for values in (MistralConfig(**sizes).to_dict(), {**sizes, "model_type": "mistral"}):  # windows, said or not
+        with pytest.raises(NotCovered, match="sliding_window=4096"):
+            config_from_hf(values)
+
+
+def test_the_format_of_the_docs_is_one_file_and_one_line_of_the_dict(
+    tmp_path: Path, bpe_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alpaca = run_blocks("A format")["ALPACA"]
+    file = tmp_path / "a.jsonl"
+    row = {"instruction": "Add.", "input": "2+2", "output": "4", "id": 7}
+    file.write_text("".join(json.dumps(r) + "\n" for r in (row, {"instruction": "Say hi.", "output": "Hi"})))
+    values = {
+        "stage": "sft",
+        "out_dir": str(tmp_path / "run"),
+        "data": {"path": str(file), "tokenizer": "t", "store": str(tmp_path / "store"), "format": "alpaca"},
+    }
+    with pytest.raises(RecipeError, match=r"data\.format='alpaca': must be one of"):
+        Recipe.parse(values)
+    monkeypatch.setitem(FORMATS, alpaca.name, alpaca)
+    data = Recipe.parse(values).data
+    store = build_store(data.path, stage="sft", tokenizer=bpe_tokenizer, data=data)
+    said = [bpe_tokenizer.decode(store[i].labels[store[i].loss_mask]) for i in range(len(store))]
+    assert said == ["4<|im_end|>", "Hi<|im_end|>"]
+    assert bpe_tokenizer.decode(store[0].tokens).startswith("<|im_start|>user\nAdd.\n\n2+2<|im_end|>")
+    (note,) = store.report.notes()
+    assert note.endswith(f": id (1 rows, the first {file}:1)"), "what is not read is said"
+    assert to_conversation(Record("a", 1, row, 0, 0)) == to_conversation(Record("a", 1, row, 0, 0), "alpaca")
+    assert str(to_conversation(Record("a", 1, row | {"output": ""}, 0, 0))).startswith("a:1: output: no text, so")
+
+
+def test_the_loss_of_the_docs_is_the_focal_loss():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        names = run_blocks("A loss")
+    hidden, weight, labels, mask = (names[name] for name in ("hidden", "weight", "labels", "loss_mask"))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    nll = F.cross_entropy(exact[0] @ exact[1].T, labels, reduction="none")[mask]
+    ((1 - (-nll).exp()) ** 2 * nll / 100).sum().backward()
+    for ours, theirs in zip((hidden, weight), exact, strict=True):
+        assert (ours.grad.double() - theirs.grad).abs().max() <= 1e-5 * theirs.grad.abs().max()
+
+
+PAGES = [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_the_pages_name_exist(page):
+    """`room/file.py` is below src/pertoken, `tests/...` and `benchmarks/...` below the repository, a name anywhere."""
+    known = [p for top in ("src", "tests", "benchmarks", "recipes") for p in (ROOT / top).rglob("*.*")]
+    names = {p.name for p in known}
+    examples = {"focal.py", "mistral.py", "alpaca.py", "test_alpaca.py"}
+    for name in set(re.findall(r"`([\w./-]+\.(?:py|c|toml))`", page.read_text(encoding="utf-8"))):
+        path = Path(name)
+        if path.name in examples or path.name in ("recipe.toml", "sft.toml", "pyproject.toml", "pretrain_gpt.py"):
+            continue
+        if len(path.parts) == 1:
+            assert path.name in names, f"{page.name} names {name}"
+        else:
+            assert (ROOT / name).exists() or (ROOT / "src" / "pertoken" / name).exists(), f"{page.name} names {name}"
