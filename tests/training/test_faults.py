@@ -220,7 +220,7 @@ def test_a_run_whose_gradient_is_not_finite_names_sample_and_parameter_and_repla
         f"step {step}: the gradient norm is nan; the weights were not touched and step {step - 1} is saved",
         "first: the gradient of model.layers.0.mlp.up_proj.weight; the forward pass is finite",
         f"non-finite by itself: {chats}:30",
-        f"look closer with: pertoken replay {run} --step {step}",
+        f"look closer with: replay({str(run)!r}, step={step})",
     ]
     again = replay(run, step)
     assert again.problem == "the gradient norm is nan"
@@ -327,7 +327,7 @@ def test_a_spike_is_told_and_its_update_left_out_if_asked(world, tmp_path, monke
     (message,) = (text for text in told.messages if "median" in text)
     assert message.startswith(f"step {SPIKE}: the gradient norm ")
     done = {"warn": 'updated all the same (train.on_spike="warn")', "skip": 'update skipped (train.on_spike="skip")'}
-    for part in (done[mode], "chats.jsonl:", " and 11 more", f"pertoken replay {run} --step {SPIKE}"):
+    for part in (done[mode], "chats.jsonl:", " and 11 more", f"replay({str(run)!r}, step={SPIKE})"):
         assert part in message
     states = [
         json.loads((run / "checkpoints" / f"step-{step:08d}" / "trainer_state.json").read_text())

@@ -13,7 +13,7 @@ import torch
 from tiny import pertoken, rows_of
 
 from pertoken import train
-from pertoken.checkpoints import write as saving
+from pertoken.checkpoints import snapshot as saving
 from pertoken.errors import CheckpointError, PertokenError, RecipeError
 from pertoken.inference.generate import generate
 from pertoken.model.decoder import CausalLM

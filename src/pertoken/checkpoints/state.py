@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,16 +11,14 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-from pertoken.errors import CheckpointError
+from pertoken.errors import CheckpointError, RecipeError
+from pertoken.recipe.old_keys import without_old_keys
 from pertoken.text import one_line, reason, shown
 
-__all__ = ["GONE_KEYS", "MOVED_KEYS", "STATE_VERSION", "ProbeLoss", "TrainerState", "read_state", "refuse_newer"]
+__all__ = ["GONE_KEYS", "STATE_VERSION", "ProbeLoss", "TrainerState", "read_state", "refuse_newer"]
 
 STATE_VERSION = 2
-"""1: states without a number, whose recipes may have the keys of `MOVED_KEYS` and `GONE_KEYS`."""
-
-MOVED_KEYS: dict[str, Callable[[Any], dict[str, Any]]] = {}
-"""What became of recipe keys that earlier versions had: dotted key -> from its value, the keys and values of today."""
+"""1: states without a number, whose recipes may have the keys of `recipe/old_keys.py` and of `GONE_KEYS`."""
 
 GONE_KEYS: dict[str, str] = {}
 """Recipe keys that earlier versions had and nothing replaces: dotted key -> what a resume says of it."""
@@ -98,12 +95,15 @@ def refuse_newer(where: Path, version: int, known: int) -> None:
 
 
 def migrate_recipe(recipe: dict[str, Any], where: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The recipe of an earlier version with today's keys, and a line for each key that nothing replaces."""
-    recipe, remarks = copy.deepcopy(recipe), []
-    for key, moved in MOVED_KEYS.items():
-        if (found := _take(recipe, key)) is not None:
-            for new_key, value in moved(found[0]).items():
-                _put(recipe, new_key, value)
+    """The recipe of an earlier version with today's keys, and a line for each key that nothing replaces.
+
+    Keys that only have another name now need no line. Raises CheckpointError where one has a value that it never had.
+    """
+    try:
+        renamed, _ = without_old_keys(recipe)
+    except RecipeError as error:
+        raise CheckpointError(f"{where}: recipe: {one_line(str(error))}") from None
+    recipe, remarks = copy.deepcopy(renamed), []
     for key, what in GONE_KEYS.items():
         if (found := _take(recipe, key)) is not None:
             remarks.append(f"{where}: {key}={shown(found[0])} of an earlier version: {what}")
@@ -117,14 +117,6 @@ def _take(recipe: dict[str, Any], key: str) -> tuple[Any] | None:
     for section in sections:
         inner = inner.get(section) if isinstance(inner, dict) else None
     return (inner.pop(leaf),) if isinstance(inner, dict) and leaf in inner else None
-
-
-def _put(recipe: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key, unless it is there."""
-    *sections, leaf = key.split(".")
-    for section in sections:
-        recipe = recipe.setdefault(section, {})
-    recipe.setdefault(leaf, value)
 
 
 @cache

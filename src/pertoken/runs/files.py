@@ -42,7 +42,7 @@ def remove_run(out_dir: Path) -> list[str]:
     """
     remove_checkpoints(out_dir)
     noted = claimed(out_dir)
-    ours = [*noted, *(name for name in _FIXED if name not in noted and _is_ours(out_dir / name))]
+    ours = [*noted, *(name for name in (*_FIXED, EVENTS) if name not in noted and _is_ours(out_dir / name))]
     for name in sorted(ours, key=lambda name: name in _FIXED):
         _remove(out_dir, out_dir / name)
     left = [path for path in sorted(out_dir.iterdir()) if path.name not in (LIST, ".lock")]
