@@ -24,13 +24,13 @@ WARM_UP = 10
 CONTENDERS = ("pertoken", "pertoken, compiled", "transformers, padded")
 
 
-def ours(recipe: Path, overrides: list[str], steps: int, compile_: str) -> dict[str, Any]:
+def ours(recipe: Path, overrides: list[str], steps: int, engine: str) -> dict[str, Any]:
     import torch
 
     from pertoken import Recipe, train
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = [*overrides, f"out_dir={folder}/run", f"train.max_steps={steps}", f"train.compile={compile_}"]
+        settings = [*overrides, f"out_dir={folder}/run", f"train.max_steps={steps}", f"train.engine={engine}"]
         settings += ["train.device=cuda", "train.dtype=bfloat16", "checkpoint.async_save=false"]
         torch.cuda.reset_peak_memory_stats()
         train(Recipe.load(recipe, settings))
@@ -135,7 +135,7 @@ def main() -> None:
             found = theirs(options.recipe, options.overrides, options.steps)
         else:
             found = ours(
-                options.recipe, options.overrides, options.steps, "on" if "compiled" in options.contender else "off"
+                options.recipe, options.overrides, options.steps, "compile" if "compiled" in options.contender else "plain"
             )
         print(json.dumps(found))
         return
