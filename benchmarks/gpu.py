@@ -134,9 +134,8 @@ def main() -> None:
         if options.contender == CONTENDERS[2]:
             found = theirs(options.recipe, options.overrides, options.steps)
         else:
-            found = ours(
-                options.recipe, options.overrides, options.steps, "compile" if "compiled" in options.contender else "plain"
-            )
+            engine = "compile" if "compiled" in options.contender else "plain"
+            found = ours(options.recipe, options.overrides, options.steps, engine)
         print(json.dumps(found))
         return
     for number in range(options.rounds):

@@ -147,7 +147,10 @@ def test_every_implementation_of_the_head_agrees_with_the_reference(impl):
     ours = gradients(impl, torch.bfloat16)
     for truth, reference, found in zip(exact, low, ours, strict=True):
         error, allowed = (found - truth).abs().max(), (reference - truth).abs().max()
-        assert error <= 4 * allowed + 1e-3 * truth.abs().max(), (impl, float(error), float(allowed))
+        bound = 4 * allowed + 1e-3 * truth.abs().max()
+        if impl == "cce":  # 25.1.1 adds gradients up in bfloat16, block by block of the vocabulary: half an ulp each
+            bound = 5003 / 128 * 2**-9 * truth.abs().max()
+        assert error <= bound, (impl, float(error), float(allowed))
 
 
 def test_fsdp2_and_ddp_on_one_gpu_are_a_plain_run(world, tmp_path):
