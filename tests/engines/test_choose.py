@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from decoder_cases import BATCHES, batch_of, model_of
@@ -41,6 +43,21 @@ def test_every_choice_says_why_there_is_no_faster_engine():
     assert chosen("plain").note == 'as train.engine="plain" says'
     assert chosen("auto", before=False).note == "as when the run was started"
     assert "fewer than 500 steps" in chosen("auto", device=CUDA).note
+
+
+def test_auto_goes_on_without_torch_compile_where_a_user_has_changed_a_module_and_says_so():
+    model, why = model_of({}, torch.float32), "model.layers.1.mlp.up_proj has a forward hook"
+    hook(model)
+    choice = choose_engine(model, "auto", dtype="bfloat16", device=CUDA, total_steps=1000)
+    assert (choice.engine, choice.note, choice.remark) == ("plain", why, f"training without torch.compile: {why}")
+
+
+def test_the_norm_is_not_by_kernels_where_torch_compile_was_asked_for(monkeypatch):
+    monkeypatch.setattr(choose, "has_compiler", lambda: True)
+    monkeypatch.setattr(choose, "CompileEngine", lambda: SimpleNamespace(name="compile"))
+    assert chosen("compile").kernels("float32", CPU) is None
+    assert chosen("cpu").kernels("float32", CPU) is not None
+    assert chosen("plain").kernels("float32", CPU) is None
 
 
 @pytest.mark.parametrize("engine", ["auto", "plain"])

@@ -38,7 +38,8 @@ class Choice:
 
     def kernels(self, dtype: str, device: torch.device) -> Kernels | None:
         """Those of the run's dtype, for what is computed outside of the model."""
-        return Kernels(getattr(torch, dtype)) if self.compiled and device.type == "cpu" and _fits(dtype) else None
+        compiled = self.compiled and self.engine != "compile" and device.type == "cpu"
+        return Kernels(getattr(torch, dtype)) if compiled and _fits(dtype) else None
 
 
 def choose_engine(
@@ -61,11 +62,12 @@ def choose_engine(
         return _plain("as when the run was started")
     if device.type == "cpu":
         return _fastest_on_a_cpu(model, dtype)
-    if before is None and not isinstance(model, CausalLM):
+    if not isinstance(model, CausalLM):
         return _plain("transformers' own code")
     if before is None and total_steps < _WORTH_COMPILING:
         return _plain(f"torch.compile takes longer than it saves in fewer than {_WORTH_COMPILING} steps")
-    return _compile(model, device)
+    why = not_compiled(model)
+    return _compile(model, device) if why is None else _plain(why, f"training without torch.compile: {why}")
 
 
 def _plain(note: str, remark: str | None = None) -> Choice:

@@ -12,7 +12,7 @@ from pertoken.data.batch.pack import MicroBatch
 from pertoken.model.execution import Execution
 from pertoken.objective.terms import LossOutput, Objective
 
-__all__ = ["BalanceLoss", "Cache", "LanguageModel", "ModelFacts", "TorchModule"]
+__all__ = ["BalanceLoss", "LanguageModel", "ModelFacts", "TorchModule"]
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,6 @@ class ModelFacts:
     @property
     def has_experts(self) -> bool:
         return self.balance_loss is not None
-
-
-class Cache(Protocol):
-    """What `LanguageModel.decode` has seen so far."""
-
-    @property
-    def length(self) -> int:
-        """In tokens."""
-        ...
 
 
 class TorchModule(Protocol):
@@ -129,7 +120,7 @@ class LanguageModel(TorchModule, Protocol):
         ...
 
     def new_cache(self, max_length: int) -> Any:
-        """An empty `Cache` for `decode`, for one sequence of at most `max_length` tokens."""
+        """An empty cache for `decode`, for one sequence of at most `max_length` tokens; it holds `length` of them."""
         ...
 
     def decode(self, input_ids: Tensor, cache: Any) -> Tensor:
