@@ -72,7 +72,7 @@ def test_a_float16_overflow_skips_the_update_halves_the_scale_and_is_logged(worl
     assert len(told.messages) == sum(row["skipped"] for row in rows)
     assert "update skipped, scale halved" in told.messages[0]
     saved, _ = checkpoint_module.newest_checkpoint(tmp_path / "run")
-    assert saved.state["scaler"]["scale"] == rows[-1]["loss_scale"] / (2 if rows[-1]["skipped"] else 1)
+    assert saved.state.scaler["scale"] == rows[-1]["loss_scale"] / (2 if rows[-1]["skipped"] else 1)
 
 
 def test_float16_gradients_do_not_depend_on_the_loss_scale(world, tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_out_of_memory_halves_the_budget_and_gives_the_same_step(world, tmp_path
         assert b["micro_batches"] > a["micro_batches"]
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
     saved, _ = checkpoint_module.newest_checkpoint(run)
-    assert saved.state["micro_batch_tokens"] <= limit
+    assert saved.state.micro_batch_tokens <= limit
 
     limit = 10
     with pytest.raises(PertokenError, match="one sample in a micro-batch"):
