@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 import pertoken.data.files.hashes
 import pertoken.data.store.folder
+import pertoken.data.store.key
 import pertoken.data.store.store
 import pertoken.data.store.sums
 from pertoken.data.files.hashes import recall, remember, see
@@ -343,3 +345,56 @@ def test_hashes_are_remembered_beside_those_of_other_runs_but_not_of_files_that_
 def test_a_folder_that_cannot_be_written_loses_only_the_memory(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     remember(tmp_path / "a.txt" / "below", [tmp_path / "a.txt"], see([tmp_path / "a.txt"]), ["hash"])
+
+
+def _as_version(path: Path, version: int) -> None:
+    """Make the store what another version would have put under its name."""
+    meta = json.loads((_folder(path) / "store.json").read_text())
+    meta.pop("checksum")
+    meta["format_version"] = version
+    checksum = pertoken.data.store.folder._checksum(meta)
+    (_folder(path) / "store.json").write_text(json.dumps({**meta, "checksum": checksum}))
+
+
+def test_a_store_of_a_newer_version_is_refused_and_left_as_it_is(write_jsonl: WriteJsonl, bpe_tokenizer: Any) -> None:
+    path = write_jsonl("a.jsonl", _rows(3))
+    _build(path, bpe_tokenizer)
+    version = pertoken.data.store.folder.FORMAT_VERSION
+    _as_version(path, version + 1)
+    before = {file.name: file.read_bytes() for file in _folder(path).iterdir()}
+    with pytest.raises(DataError) as error:
+        _build(path, bpe_tokenizer)
+    assert str(error.value) == (
+        f"{_folder(path)}: a token store of a newer pertoken (format_version {version + 1}, this one knows {version}); "
+        "update pertoken, or name another folder with data.store"
+    )
+    assert {file.name: file.read_bytes() for file in _folder(path).iterdir()} == before
+
+
+def test_a_store_of_an_earlier_version_is_made_again_and_said(
+    write_jsonl: WriteJsonl, bpe_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, told = write_jsonl("a.jsonl", _rows(3)), []  # type: ignore[var-annotated]
+    _build(path, bpe_tokenizer)
+    _as_version(path, 1)
+    assert not _build(path, bpe_tokenizer, told).report.hit
+    assert "(of an earlier pertoken, format_version 1); making it again from the data" in told[0]
+    assert _build(path, bpe_tokenizer).report.hit
+
+    named: list[str] = []  # as version 3 named the same data
+    name_of = pertoken.data.store.key.StoreKey.earlier_name
+
+    def earlier_name(key: Any, contents: list[str]) -> str | None:
+        named.append(str(name_of(key, contents)))
+        return named[-1]
+
+    monkeypatch.setattr(pertoken.data.store.key.StoreKey, "earlier_name", earlier_name)
+    shutil.rmtree(_folder(path))
+    _build(path, bpe_tokenizer)
+    shutil.rmtree(_folder(path))
+    old = path.parent / "cache" / named[0]
+    old.mkdir()
+    told.clear()
+    _build(path, bpe_tokenizer, told)
+    assert told == [f"{old}: a token store of an earlier version; making a new one, so it can be removed"]
+    assert old.is_dir(), "another installation may still read it"

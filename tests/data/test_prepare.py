@@ -257,7 +257,7 @@ def test_parts_of_other_data_settings_or_cuts_are_not_taken(
     assert everything_was_made()
     monkeypatch.setattr(pertoken.data.store.parts, "_PART_BYTES", (PART_BYTES + 500,) * 2)
     cuts = pertoken.data.store.parts.scan(files)[1]
-    assert [pertoken.data.store.prepare._find(work, i, part) for i, part in enumerate(cuts)] == [None] * len(cuts)
+    assert [pertoken.data.store.prepare.find_part(work, i, part) for i, part in enumerate(cuts)] == [None] * len(cuts)
     files[0].write_text(files[0].read_text().replace("1?", "2?"))
     _build(files, cache, bpe_tokenizer, "sft", **options)
     assert everything_was_made()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pertoken.data.formats import formats_that_give
+
 __all__ = ["STARTERS"]
 
 _TRAIN = """\
@@ -59,7 +61,7 @@ init_from = "runs/pretrain"     # a run, a Hugging Face model folder, or a MiniM
 path = "chats.jsonl"            # files, folders or globs; one conversation a line
 # eval_path = "held-out.jsonl"  # or hold some rows out:
 eval_fraction = 0.02
-format = "auto"                 # messages | conversations | prompt_completion
+format = "auto"                 # {" | ".join(formats_that_give("conversation"))}
 # tokenizer = "path/to/tokenizer"  # left out: the one that init_from has
 max_seq_len = 1024
 overlong = "drop"               # drop | truncate | error: longer conversations, counted and reported
