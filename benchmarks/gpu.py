@@ -135,7 +135,10 @@ def main() -> None:
             found = theirs(options.recipe, options.overrides, options.steps)
         else:
             found = ours(
-                options.recipe, options.overrides, options.steps, "compile" if "compiled" in options.contender else "plain"
+                options.recipe,
+                options.overrides,
+                options.steps,
+                "compile" if "compiled" in options.contender else "plain",
             )
         print(json.dumps(found))
         return
