@@ -122,10 +122,10 @@ def failing_above(monkeypatch, most_tokens: int, error: Exception) -> None:
     """The model's forward pass has memory for micro-batches of so many tokens, in training and evaluation."""
     real = CausalLM.forward
 
-    def forward(self, micro_batch, **kwargs):
+    def forward(self, micro_batch, *args, **kwargs):
         if micro_batch.input_ids.shape[0] > most_tokens:
             raise error
-        return real(self, micro_batch, **kwargs)
+        return real(self, micro_batch, *args, **kwargs)
 
     monkeypatch.setattr(CausalLM, "forward", forward)
 
