@@ -65,7 +65,7 @@ REFUSED = {
 NEAREST = {
     "train.optimizer=adanw": "train.optimizer='adanw': must be one of 'adamw', .*; did you mean 'adamw'\\?",
     "train.engine=plane": "train.engine='plane': must be one of 'auto', .*; did you mean 'plain'\\?",
-    "log.trackers=wanbd": "log.trackers.0='wanbd': must be one of 'tensorboard', .*; did you mean 'wandb'\\?",
+    "log.trackers=wanbd": "log.trackers.0='wanbd': must be one of .*'tensorboard', .*; did you mean 'wandb'\\?",
 }
 
 
