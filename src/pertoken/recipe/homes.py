@@ -35,6 +35,7 @@ OPTIMIZERS: dict[str, OptimizerHome] = {
 
 # Homes of a `TrackerKind`.
 TRACKERS: dict[str, str] = {
+    "csv": "pertoken.tracking.trackers.csv:CSV",
     "tensorboard": "pertoken.tracking.trackers.tensorboard:TENSORBOARD",
     "wandb": "pertoken.tracking.trackers.wandb:WANDB",
 }
