@@ -31,6 +31,7 @@ class OptimizerHome:
 OPTIMIZERS: dict[str, OptimizerHome] = {
     "adamw": OptimizerHome("pertoken.training.optimizers.adamw:ADAMW", reads=("betas",)),
     "muon": OptimizerHome("pertoken.training.optimizers.muon:MUON", reads=("betas", "muon_learning_rate")),
+    "adafactor": OptimizerHome("pertoken.training.optimizers.adafactor:ADAFACTOR", can_shard=False),
 }
 
 # Homes of a `TrackerKind`.
