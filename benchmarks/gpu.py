@@ -49,7 +49,7 @@ def theirs(recipe: Path, overrides: list[str], steps: int) -> dict[str, Any]:
     from pertoken.folders.open import save_folder
     from pertoken.model.decoder import CausalLM
     from pertoken.runs.data import prepare
-    from pertoken.training.optim import lr_at
+    from pertoken.training.schedule import lr_at
 
     recipe_ = Recipe.load(recipe, [*overrides, f"train.max_steps={steps}"])
     store, _ = prepare(recipe_)

@@ -18,7 +18,7 @@ from pertoken.data.batch.order import step_at
 from pertoken.folders.open import save_folder
 from pertoken.model.decoder import CausalLM
 from pertoken.runs.data import prepare
-from pertoken.training.optim import lr_at
+from pertoken.training.schedule import lr_at
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pertoken import Recipe
+from pertoken.recipe.homes import OPTIMIZERS
 
 # What none of this needs. Those of the second line come with torch's compiler, pandas with two calls of pyarrow.
 HEAVY = "transformers huggingface_hub accelerate datasets pandas jinja2 "
@@ -33,7 +34,7 @@ def test_a_tokenizer_is_trained_by_tokenizers_alone(text_file: Path, tmp_path: P
     assert heavy_after(*command, also=also) == "[]"
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_whole_run_and_its_resume_import_nothing_heavy(
     optimizer: str, text_file: Path, char_folder: Path, tmp_path: Path
 ) -> None:

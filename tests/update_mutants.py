@@ -24,7 +24,10 @@ import pertoken.objective.cross_entropy
 import pertoken.prove.evaluation
 import pertoken.prove.update
 import pertoken.runs.computation
-import pertoken.training.optim
+import pertoken.training.optimizers.adamw
+import pertoken.training.optimizers.muon
+import pertoken.training.optimizers.optimizer
+import pertoken.training.schedule
 import pertoken.training.step
 from pertoken.data.batch.pack import collate, pack_micro_batches
 from pertoken.kernels.ops import Kernels
@@ -114,7 +117,7 @@ def decay_from_the_first_step(patch: Patch) -> None:
     """Warm-up does not count: t is step / total_steps."""
     old, new = "(step - warmup_steps) / max(1, total_steps - warmup_steps)", "step / total_steps"
     seen_by = (pertoken.runs.computation, pertoken.prove.update)
-    _rewrite(patch, pertoken.training.optim, "lr_at", old, new, seen_by=seen_by)
+    _rewrite(patch, pertoken.training.schedule, "lr_at", old, new, seen_by=seen_by)
 
 
 # The norm and clipping.
@@ -221,22 +224,25 @@ def overflow_not_skipped(patch: Patch) -> None:
 
 def norms_decay(patch: Patch) -> None:
     old, new = '"weight_decay": 0.0', '"weight_decay": weight_decay'
-    _rewrite(patch, pertoken.training.optim, "_groups", old, new)
+    seen_by = (pertoken.training.optimizers.adamw, pertoken.training.optimizers.muon)
+    _rewrite(patch, pertoken.training.optimizers.optimizer, "decay_groups", old, new, seen_by=seen_by)
 
 
 def bias_correction_lost(patch: Patch) -> None:
-    adamw = pertoken.training.optim.adamw
+    adamw = pertoken.training.optimizers.adamw.adamw
 
     def late(*arguments: Any, **settings: Any) -> None:
         arguments = (*arguments[:5], [step + 10_000 for step in arguments[5]])
         adamw(*arguments, **settings)
 
-    patch.setattr(pertoken.training.optim, "adamw", late)
+    patch.setattr(pertoken.training.optimizers.adamw, "adamw", late)
 
 
 def muon_without_its_shape_factor(patch: Patch) -> None:
-    orthogonalized = pertoken.training.optim.orthogonalized
-    patch.setattr(pertoken.training.optim, "orthogonalized", lambda x: orthogonalized(x) / math.sqrt(max(x.shape[-2:])))
+    orthogonalized = pertoken.training.optimizers.muon.orthogonalized
+    patch.setattr(
+        pertoken.training.optimizers.muon, "orthogonalized", lambda x: orthogonalized(x) / math.sqrt(max(x.shape[-2:]))
+    )
 
 
 def rows_reversed_when_read_back(patch: Patch) -> None:
@@ -247,8 +253,10 @@ def rows_reversed_when_read_back(patch: Patch) -> None:
 
 def rows_reversed_when_sharded(patch: Patch) -> None:
     """Of Muon's update."""
-    shard_like = pertoken.training.optim.shard_like
-    patch.setattr(pertoken.training.optim, "shard_like", lambda x, parameter: shard_like(x.flip(0), parameter))
+    shard_like = pertoken.training.optimizers.muon.shard_like
+    patch.setattr(
+        pertoken.training.optimizers.muon, "shard_like", lambda x, parameter: shard_like(x.flip(0), parameter)
+    )
 
 
 # Evaluation.

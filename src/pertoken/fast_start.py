@@ -26,14 +26,14 @@ class FastStart:
 
 FAST_STARTS = (
     FastStart(
-        place="pertoken.training.optim:AdamW",
+        place="pertoken.training.optimizers.adamw:AdamW",
         instead_of="torch.optim.AdamW.step, whose decorators import torch's compiler",
         rests_on="torch.optim.adamw.adamw, the function that the class calls, and the keys of its state",
         saves_s=1.4,
         until="an optimizer of torch steps without importing torch._dynamo",
     ),
     FastStart(
-        place="pertoken.training.optim:_WithoutCompiler",
+        place="pertoken.training.optimizers.optimizer:Optimizer",
         instead_of="Optimizer.add_param_group and zero_grad, which import torch's compiler to keep it away",
         rests_on="what the two methods do to `param_groups` and to gradients",
         saves_s=1.4,

@@ -25,8 +25,9 @@ from pertoken.folders.weights import save_folder
 from pertoken.model.decoder import CausalLM
 from pertoken.runs.data import prepare
 from pertoken.training.evaluate import evaluate
-from pertoken.training.optim import build_adamw, lr_at
+from pertoken.training.optimizers.adamw import build_adamw
 from pertoken.training.precision import Precision
+from pertoken.training.schedule import lr_at
 
 pytestmark = pytest.mark.numeric
 

@@ -17,7 +17,7 @@ from pertoken.kernels.ops import Kernels
 from pertoken.model.decoder import CausalLM
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.recipe.schema import TrainConfig
-from pertoken.training.optim import build_optimizer
+from pertoken.training.optimizers import build_optimizer
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
 

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from pertoken.engines.choose import Choice, EngineName, choose_engine
+from pertoken.engines.choice import Choice
+from pertoken.engines.choose import choose_engine
 from pertoken.errors import CompilerError, RecipeError
 from pertoken.kernels import build
 from pertoken.kernels.ops import Kernels
@@ -40,7 +41,7 @@ def cold(monkeypatch, tmp_path):
     build._found.cache_clear()
 
 
-def chosen(model: CausalLM, how: EngineName, dtype: str = "float32", before: bool | None = None) -> Choice:
+def chosen(model: CausalLM, how: str, dtype: str = "float32", before: bool | None = None) -> Choice:
     return choose_engine(model, how, dtype=dtype, device=CPU, total_steps=10, before=before)
 
 

@@ -17,7 +17,7 @@ from pertoken import Recipe
 from pertoken.engines.cpu import attention as cpu_attention
 from pertoken.errors import RecipeError
 from pertoken.objective import cross_entropy
-from pertoken.prove import paths, run
+from pertoken.prove import paths, plain_update, run
 from pertoken.prove.case import Case
 from pertoken.prove.plain_update import PlainOptimizer
 from pertoken.prove.report import Gradient, Result, compare
@@ -226,6 +226,15 @@ def test_the_norm_is_clipped_where_the_two_samples_have_a_far_smaller_one_than_a
     proof = prove(world.recipe(tmp_path / "run"), only=["norm, in the run's dtype"])
     assert [r.verdict for r in proof.results] == ["failed"], proof.results
     assert proof.results[0].gradient_error > 0.1
+
+
+def test_an_optimizer_without_a_textbook_is_not_said_to_be_proved(world, tmp_path, monkeypatch):
+    monkeypatch.delitem(plain_update._ROLES, "adamw")
+    proof = prove(world.recipe(tmp_path / "run"), only=["update, clipped", "update, DDP, 2 ranks", "learning rate"])
+    verdicts = {result.name: (result.verdict, result.note) for result in proof.results}
+    said = ("skipped", "no plain update of adamw is known")
+    assert verdicts["update, clipped"] == verdicts["update, DDP, 2 ranks"] == said
+    assert verdicts["learning rate"][0] == "passed"
 
 
 def test_an_update_is_measured_by_what_rounding_of_its_gradient_can_do():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 
@@ -32,7 +33,7 @@ REFUSED = {
     "train.learning_rate=nan": "train.learning_rate=nan: must be a finite number",
     "train.learning_rate=0": "train.learning_rate=0: must be more than 0",
     "train.betas=[0.9, 1.0]": "train.betas=[0.9, 1.0]: each must be at least 0 and below 1",
-    "train.optimizer=sgd": "train.optimizer='sgd': must be one of 'adamw' or 'muon'",
+    "train.optimizer=lion": "train.optimizer='lion': must be one of 'adamw', 'muon'",
     "train.muon_learning_rate=0.01": 'train.muon_learning_rate=0.01: train.optimizer="adamw" does not use it; set',
     "train.dtype=fp16": "train.dtype='fp16': must be one of",
     "train.device=tpu": "train.device='tpu': must be",
@@ -59,6 +60,20 @@ REFUSED = {
     "stage=dpo": "stage='dpo': must be one of 'pretrain' or 'sft'",
     'log.trackers=["mlflow"]': "log.trackers.0='mlflow': must be one of",
 }
+
+
+NEAREST = {
+    "train.optimizer=adanw": "train.optimizer='adanw': must be one of 'adamw', .*; did you mean 'adamw'\\?",
+    "train.engine=plane": "train.engine='plane': must be one of 'auto', .*; did you mean 'plain'\\?",
+    "log.trackers=wanbd": "log.trackers.0='wanbd': must be one of .*'tensorboard', .*; did you mean 'wandb'\\?",
+}
+
+
+@pytest.mark.parametrize("override", NEAREST)
+def test_a_name_that_is_none_is_answered_with_all_and_the_nearest(override):
+    with pytest.raises(RecipeError) as refusal:
+        parse(override)
+    assert re.fullmatch(NEAREST[override], str(refusal.value))
 
 
 @pytest.mark.parametrize("override", REFUSED)

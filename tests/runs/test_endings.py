@@ -12,13 +12,13 @@ from tiny import rows_of, untimed
 
 import pertoken.runs.computation as computation
 import pertoken.runs.loop as loop
-import pertoken.tracking.trackers as trackers
+import pertoken.tracking.trackers.wandb as trackers_wandb
 from pertoken import train
 from pertoken.checkpoints.saver import Saver
 from pertoken.errors import CheckpointError, PertokenError
 from pertoken.runs.spikes import Spikes
 from pertoken.tracking.listener import Heard, Listener
-from pertoken.training.optim import AdamW
+from pertoken.training.optimizers.adamw import AdamW
 
 KEYS = {
     "train__max_steps": 6,
@@ -250,7 +250,7 @@ def test_no_tracker_ends_training(world, whole, tmp_path, monkeypatch, where):
             if where == "close":
                 raise RuntimeError("the network")
 
-    monkeypatch.setattr(trackers, "_WandB", Tracker)
+    monkeypatch.setattr(trackers_wandb, "_WandB", Tracker)
     monkeypatch.setenv("WANDB_MODE", "offline")
     messages = []
 

@@ -18,6 +18,7 @@ import torch
 from tiny import pertoken, rows_of, untimed
 
 from pertoken import train
+from pertoken.recipe.homes import OPTIMIZERS
 from pertoken.runs.probe import environment
 from pertoken.training.precision import Precision
 
@@ -46,7 +47,7 @@ def lose_everything_after(run: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_resume_in_mid_epoch_after_an_evaluation_is_bitwise(world, tmp_path, dtype, optimizer):
     recipe = world.write_recipe(
         tmp_path / "recipe",

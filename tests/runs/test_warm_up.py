@@ -13,7 +13,7 @@ from pertoken.model.decoder import CausalLM
 from pertoken.runs import assemble, warm_up
 from pertoken.runs.data import prepare
 from pertoken.runs.warm_up import first_samples, seconds_per_token, warm_up_ddp
-from pertoken.training.optim import build_optimizer
+from pertoken.training.optimizers import build_optimizer
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState
 

@@ -9,8 +9,11 @@ import torch
 
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.schema import ModelConfig, TrainConfig
-from pertoken.training import optim
-from pertoken.training.optim import build_adamw, build_muon, build_optimizer, lr_at, orthogonalized, set_lr
+from pertoken.training.optimizers import build_optimizer
+from pertoken.training.optimizers import muon as muon_module
+from pertoken.training.optimizers.adamw import build_adamw
+from pertoken.training.optimizers.muon import build_muon, orthogonalized
+from pertoken.training.schedule import lr_at, set_lr
 
 pytestmark = pytest.mark.numeric
 
@@ -157,8 +160,8 @@ def test_what_muon_leaves_is_updated_as_by_adamw():
 @pytest.mark.parametrize("numbers", [1, 500])
 def test_how_many_matrices_are_stacked_changes_nothing(monkeypatch, numbers):
     ends = []
-    for limit in (optim._NUMBERS_AT_A_TIME, numbers):
-        monkeypatch.setattr(optim, "_NUMBERS_AT_A_TIME", limit)
+    for limit in (muon_module._NUMBERS_AT_A_TIME, numbers):
+        monkeypatch.setattr(muon_module, "_NUMBERS_AT_A_TIME", limit)
         model = small_model()
         ends.append(steps_of(muon_of(model, torch.float64), dict(model.named_parameters())))
     for name, end in ends[0].items():

@@ -284,7 +284,7 @@ from pertoken.recipe.schema import ModelConfig
 from pertoken.data.batch.pack import MicroBatch, collate
 from pertoken.data.batch.share import Share
 from pertoken.model.decoder import CausalLM
-from pertoken.training.optim import build_adamw
+from pertoken.training.optimizers.adamw import build_adamw
 from pertoken.training.parallel import end_process, join_world, parallelize, whole
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step

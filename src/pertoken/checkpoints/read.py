@@ -36,6 +36,7 @@ from pertoken.folders.open import load_folder
 from pertoken.model.protocol import LanguageModel, TorchModule
 from pertoken.recipe.schema import Recipe
 from pertoken.text import one_line, reason
+from pertoken.training.optimizers import Optimizer
 from pertoken.training.parallel import shard_like
 
 __all__ = [
@@ -106,19 +107,28 @@ def optimizer_part(rank: int, size: int) -> str:
     return f"optimizer-{rank + 1:05d}-of-{size:05d}.safetensors"
 
 
-def load_optimizer(checkpoint: Checkpoint, model: TorchModule, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(checkpoint: Checkpoint, model: TorchModule, optimizer: Optimizer) -> None:
     """Fill `optimizer` with the saved state of any number of ranks. Raises CheckpointError where it does not fit."""
     tensors = _whole_optimizer_tensors(checkpoint.folder)
     for name, parameter in model.named_parameters():
         entries = {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == name}
+        if not entries:  # frozen, or without a gradient so far
+            continue
+        needed = optimizer.new_state(parameter)
+        where = f"{checkpoint.folder / OPTIMIZER}: {name}"
+        if entries.keys() != needed.keys():
+            raise CheckpointError(
+                f"{where} has {', '.join(sorted(entries))}, the optimizer needs {', '.join(sorted(needed))}; "
+                "the checkpoint belongs to another optimizer"
+            )
         for key, value in entries.items():
-            if value.ndim and value.shape != parameter.shape:
+            if value.shape != needed[key].shape:
                 raise CheckpointError(
-                    f"{checkpoint.folder / OPTIMIZER}: {name}/{key} has shape {tuple(value.shape)}, "
-                    f"the parameter {tuple(parameter.shape)}; the checkpoint belongs to another model"
+                    f"{where}/{key} has shape {tuple(value.shape)}, the optimizer needs {tuple(needed[key].shape)}; "
+                    "the checkpoint belongs to another model"
                 )
-            # A fused AdamW keeps its step count on the parameter's device, as it does its moments.
-            optimizer.state[parameter][key] = shard_like(value, parameter)
+            # On the device of what the optimizer would make itself, and as that is sharded.
+            optimizer.state[parameter][key] = shard_like(value, needed[key])
 
 
 def _whole_optimizer_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ from pertoken.recipe.schema import Recipe
 from pertoken.runs.setup import train
 from pertoken.text import plain
 from pertoken.training.evaluate import Evaluation, evaluate
-from pertoken.training.optim import build_adamw
+from pertoken.training.optimizers.adamw import build_adamw
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
 

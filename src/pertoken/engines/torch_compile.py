@@ -12,14 +12,26 @@ import torch
 from torch import nn
 
 from pertoken.data.batch.pack import MicroBatch
+from pertoken.engines.choice import Choice
+from pertoken.errors import RecipeError
 from pertoken.model.attention import attention
 from pertoken.model.blocks import Attention, Layer, call
 from pertoken.model.decoder import CausalLM
-from pertoken.model.execution import ForwardPass
+from pertoken.model.execution import Execution, ForwardPass
 from pertoken.model.hooks import has_global_hook, is_exactly, users_hook
 from pertoken.model.plain import PlainPass
 
-__all__ = ["CompileEngine", "has_compiler", "not_compiled"]
+__all__ = ["CompileEngine", "choose", "has_compiler", "not_compiled"]
+
+
+def choose(model: object, dtype: str, device: torch.device) -> Choice:
+    """Raises RecipeError where `model` cannot run compiled here."""
+    why = not_compiled(model)
+    if why is None and device.type == "cpu" and not has_compiler():
+        why = "torch.compile finds no C++ compiler"
+    if why is not None:
+        raise RecipeError(f'train.engine="compile": {why}; set it to "auto" or "plain"')
+    return Choice(Execution(CompileEngine()), "layers fused by torch.compile", compiled=True)
 
 
 class CompileEngine:

@@ -26,7 +26,7 @@ from pertoken.objective.terms import CROSS_ENTROPY
 from pertoken.prove.case import EXACT, FLOAT32, FLOAT64, Case, balance_loss_of, gradient_of_step, set_balance_loss
 from pertoken.prove.report import Gradient, Result, compare
 from pertoken.prove.samples import Chosen
-from pertoken.training.optim import build_optimizer
+from pertoken.training.optimizers import build_optimizer
 from pertoken.training.step import TrainState, train_step
 
 __all__ = ["CLASSES", "split_of_balance"]

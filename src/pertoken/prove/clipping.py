@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -87,7 +86,7 @@ def in_the_runs_dtype(name: str, case: Case) -> Result:
     dtype = case.train.dtype
     precision = Precision(dtype, torch.device("cpu"))
     model = copy.deepcopy(case.model).to(precision.parameter_dtype)
-    how: Literal["plain", "auto"] = "plain" if case.train.engine == "plain" else "auto"
+    how = "plain" if case.train.engine == "plain" else "auto"
     choice = choose_engine(model, how, dtype=dtype, device=precision.device, total_steps=1)
     kernels = choice.kernels(dtype, precision.device)
     optimizer, max_norm = _Recorder(model), case.reference.norm / _FAR_BELOW

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
 
 import numpy as np
 import torch
@@ -52,7 +51,7 @@ def _curve(case: Case, *, in_one: bool) -> np.ndarray:
     """
     model = copy.deepcopy(case.model).float()
     precision = Precision("bfloat16", torch.device("cpu"))
-    how: Literal["plain", "auto"] = "plain" if case.train.engine == "plain" else "auto"
+    how = "plain" if case.train.engine == "plain" else "auto"
     choice = choose_engine(model, how, dtype=precision.dtype, device=precision.device, total_steps=STEPS)
     learning_rate = _FALL / case.reference.norm**2
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)

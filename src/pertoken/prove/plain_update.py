@@ -1,12 +1,13 @@
 """The recipe's update by the textbook, in float64: schedule, clipping, AdamW, Muon.
 
 Nothing of `training` or of `torch.optim` is used here, so that a mistake there cannot hide. The formulas are those that
-the docstrings of `training/optim.py` promise.
+the docstrings of `training/optimizers/` and `training/schedule.py` promise.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "scheduled_lr",
     "total_steps_of",
     "update_error",
+    "why_not_proved",
 ]
 
 _ADAM_EPS = 1e-8
@@ -66,18 +68,37 @@ def clip_factor(norm: float, max_norm: float) -> float:
     return min(1.0, max_norm / (norm + _CLIP_EPS)) if max_norm > 0 else 1.0
 
 
-def roles_of(model: LanguageModel, train: TrainConfig) -> dict[str, str]:
-    """Each parameter's: "muon", "decays" (AdamW with weight decay), "stays" (AdamW without)."""
+def _all_by_adamw(model: LanguageModel) -> dict[str, str]:
+    return {name: "decays" if parameter.ndim > 1 else "stays" for name, parameter in model.named_parameters()}
+
+
+def _matrices_of_blocks_by_muon(model: LanguageModel) -> dict[str, str]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     in_blocks = {id(p) for layer in model.layers for p in layer.parameters()} - embeddings
-    roles = {}
+    roles = _all_by_adamw(model)
     for name, parameter in model.named_parameters():
         router = name.endswith(".mlp.gate.weight")
-        if train.optimizer == "muon" and parameter.ndim == 2 and id(parameter) in in_blocks and not router:
+        if parameter.ndim == 2 and id(parameter) in in_blocks and not router:
             roles[name] = "muon"
-        else:
-            roles[name] = "decays" if parameter.ndim > 1 else "stays"
     return roles
+
+
+# By `train.optimizer`: how each parameter is updated, from the model. An optimizer that is missing here can be trained
+# with; its updates are not proved.
+_ROLES: dict[str, Callable[[LanguageModel], dict[str, str]]] = {
+    "adamw": _all_by_adamw,
+    "muon": _matrices_of_blocks_by_muon,
+}
+
+
+def why_not_proved(train: TrainConfig) -> str | None:
+    """In words, where the updates of the recipe's optimizer have no textbook here; None where they have."""
+    return None if train.optimizer in _ROLES else f"no plain update of {train.optimizer} is known"
+
+
+def roles_of(model: LanguageModel, train: TrainConfig) -> dict[str, str]:
+    """Each parameter's: "muon", "decays" (AdamW with weight decay), "stays" (AdamW without)."""
+    return _ROLES[train.optimizer](model)
 
 
 @dataclass(frozen=True)

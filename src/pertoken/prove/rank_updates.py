@@ -21,7 +21,7 @@ from pertoken.prove.report import Result
 from pertoken.prove.samples import InMemory
 from pertoken.prove.update import Planned, judge_updates, plan_updates, updates_of, with_settings
 from pertoken.recipe.schema import Recipe
-from pertoken.training.optim import build_optimizer
+from pertoken.training.optimizers import Optimizer, build_optimizer
 from pertoken.training.parallel import World, parallelize
 from pertoken.training.step import TrainState
 
@@ -66,11 +66,12 @@ def update_of_ranks(
     recipe = Recipe.parse(plan["recipe"])
     balance_loss, scratch = balance_loss_of(model), folder / name.replace(" ", "-")
 
-    def state_of(model: LanguageModel) -> TrainState:
+    def state_of(model: LanguageModel) -> tuple[TrainState, Optimizer]:
         wrapped = parallelize(model, how, world, device=FLOAT64.device, layers=model.layers)
         optimizer = build_optimizer(model, with_settings(recipe, dtype="float64").train)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        return TrainState(wrapped, optimizer, scaler, FLOAT64, world, objective=objective_of(recipe.train))
+        state = TrainState(wrapped, optimizer, scaler, FLOAT64, world, objective=objective_of(recipe.train))
+        return state, optimizer
 
     def resumed(model: LanguageModel, state: TrainState) -> tuple[LanguageModel, TrainState]:
         saved = save_checkpoint(
@@ -84,8 +85,8 @@ def update_of_ranks(
         )
         again = load_model(saved, dtype=torch.float64)
         set_balance_loss(again, balance_loss)
-        its_state = state_of(again)
-        load_optimizer(Checkpoint(saved), again, its_state.optimizer)
+        its_state, its_optimizer = state_of(again)
+        load_optimizer(Checkpoint(saved), again, its_optimizer)
         return again, its_state
 
     if world.is_main:
@@ -97,7 +98,7 @@ def update_of_ranks(
         planned,
         samples,
         model,
-        state_of(model),
+        state_of(model)[0],
         total_steps=plan["total_steps"],
         token_budget=int(samples.lengths.max()),
         between=resumed if how == "fsdp" else lambda model, state: (model, state),

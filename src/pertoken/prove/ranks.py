@@ -33,6 +33,7 @@ from pertoken.objective.choose import objective_of
 from pertoken.objective.terms import Objective
 from pertoken.prove.case import EXACT, Case, balance_loss_of, gradient_of_step, set_balance_loss
 from pertoken.prove.evaluation import evaluated
+from pertoken.prove.plain_update import why_not_proved
 from pertoken.prove.rank_updates import update_of_ranks, write_plan
 from pertoken.prove.report import Comparison, Gradient, Result, compare
 from pertoken.prove.samples import InMemory
@@ -59,6 +60,14 @@ _TIMEOUT_S = 600
 
 def run_ranks(names: Sequence[str], case: Case) -> list[Result]:
     """The results of the named classes. A process that dies fails them all, with its last words."""
+    why = why_not_proved(case.train)
+    updates = [name for name in names if RANK_CLASSES[name][0] == "update"] if why is not None else []
+    others = [name for name in names if name not in updates]
+    skipped = [Result(name, "float64", "skipped", note=why or "") for name in updates]
+    return skipped + (_run_ranks(others, case) if others else [])
+
+
+def _run_ranks(names: Sequence[str], case: Case) -> list[Result]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_job(folder, names, case)

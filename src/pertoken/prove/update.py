@@ -27,14 +27,16 @@ from pertoken.prove.plain_update import (
     roles_of,
     scheduled_lr,
     update_error,
+    why_not_proved,
 )
 from pertoken.prove.report import Result, Verdict
 from pertoken.prove.samples import InMemory
 from pertoken.recipe.schema import Recipe
 from pertoken.runs.computation import Computation, update
 from pertoken.tracking.reporter import Reporter
-from pertoken.training.optim import build_optimizer, lr_at
+from pertoken.training.optimizers import build_optimizer
 from pertoken.training.parallel import whole
+from pertoken.training.schedule import lr_at
 from pertoken.training.step import TrainState
 
 __all__ = ["UPDATE_CLASSES", "Planned", "judge_updates", "plan_updates", "updates_of", "with_settings"]
@@ -162,6 +164,9 @@ def judge_updates(name: str, taken: Sequence[Taken], planned: Sequence[Planned],
 
 
 def _updated(name: str, case: Case, *, clipped: bool) -> Result:
+    why = why_not_proved(case.train)
+    if why is not None:
+        return Result(name, "float64", "skipped", note=why)
     planned = plan_updates(case, clipped=clipped)
     optimizer = build_optimizer(case.model, with_settings(case.recipe, dtype="float64").train)
     # A scale that grows after each step: one that is out of date is off by a factor of two.

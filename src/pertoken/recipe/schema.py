@@ -5,7 +5,6 @@ Every message is one line that names the key, the value and the remedy.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 import types
 import typing
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from pertoken.data.formats import FORMATS, KeyNames
 from pertoken.errors import RecipeError
 from pertoken.files import check_path, plain_file, user_path
 from pertoken.recipe.explain import explain
+from pertoken.recipe.homes import ENGINES, OPTIMIZER_KEYS, OPTIMIZERS, TRACKERS, known_name
 from pertoken.recipe.model import ModelConfig, ResolvedModelConfig, Section
 from pertoken.recipe.old_keys import without_old_keys
 from pertoken.text import reason, shown
@@ -69,12 +69,7 @@ class DataConfig(Section):
     @field_validator("format")
     @classmethod
     def _known_format(cls, value: str) -> str:
-        known = ["auto", *FORMATS]
-        if value not in known:
-            near = difflib.get_close_matches(value, known, 1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"must be one of {', '.join(map(repr, known))}{meant}")
-        return value
+        return known_name(value, ["auto", *FORMATS])
 
     @field_validator("path", "eval_path")
     @classmethod
@@ -111,7 +106,7 @@ class TrainConfig(Section):
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     decay_ratio: float = Field(default=0.2, gt=0, le=1)
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Annotated[str, AfterValidator(lambda name: known_name(name, OPTIMIZERS))] = "adamw"
     muon_learning_rate: float | None = Field(default=None, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
@@ -126,7 +121,7 @@ class TrainConfig(Section):
     device: str = "auto"
     seed: int = Field(default=42, ge=0)
     micro_batch_tokens: int = Field(default=8192, ge=1)
-    engine: Literal["auto", "cpu", "compile", "plain"] = "auto"
+    engine: Annotated[str, AfterValidator(lambda name: known_name(name, ["auto", *ENGINES]))] = "auto"
     loss_impl: Literal["auto", "liger", "cce"] = "auto"
     activation_checkpointing: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -135,10 +130,19 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        if self.muon_learning_rate is not None and self.optimizer != "muon":
+        home = OPTIMIZERS[self.optimizer]
+        for key in OPTIMIZER_KEYS:
+            value = getattr(self, key)
+            if key not in home.reads and value != type(self).model_fields[key].default:
+                readers = " or ".join(f'"{name}"' for name, other in OPTIMIZERS.items() if key in other.reads)
+                raise ValueError(
+                    f'train.{key}={shown(value)}: train.optimizer="{self.optimizer}" does not use it; '
+                    f"set train.optimizer={readers}, or leave the key out"
+                )
+        if self.parallel == "fsdp" and not home.can_shard:
             raise ValueError(
-                f'train.muon_learning_rate={self.muon_learning_rate}: train.optimizer="{self.optimizer}" does not use '
-                'it; set train.optimizer="muon", or leave the key out'
+                f'train.optimizer="{self.optimizer}": its update needs whole parameters, and train.parallel="fsdp" '
+                'shards them; set train.parallel="ddp", or another optimizer'
             )
         return self
 
@@ -178,7 +182,7 @@ class LogConfig(Section):
     """What is shown and tracked."""
 
     log_interval: int = Field(default=10, ge=1)
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    trackers: tuple[Annotated[str, AfterValidator(lambda name: known_name(name, TRACKERS))], ...] = ()
     project: str = Field(default="pertoken", min_length=1)
     grad_stats: bool = False
 

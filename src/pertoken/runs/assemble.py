@@ -14,7 +14,7 @@ from pertoken.checkpoints.read import Checkpoint, load_optimizer
 from pertoken.checkpoints.saver import Saver
 from pertoken.checkpoints.state import TrainerState
 from pertoken.data.batch.order import steps_per_epoch
-from pertoken.engines.choose import Choice
+from pertoken.engines.choice import Choice
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.model.protocol import LanguageModel
 from pertoken.objective.choose import objective_of
@@ -35,7 +35,7 @@ from pertoken.tracking.metrics_file import MetricsFile
 from pertoken.tracking.reporter import Reporter
 from pertoken.tracking.summary import Summary
 from pertoken.tracking.trackers import open_trackers
-from pertoken.training.optim import build_optimizer
+from pertoken.training.optimizers import build_optimizer
 from pertoken.training.parallel import World, parallelize
 from pertoken.training.precision import Precision, resolve_device
 from pertoken.training.step import TrainState

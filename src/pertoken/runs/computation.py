@@ -19,7 +19,7 @@ from pertoken.recipe.schema import Recipe
 from pertoken.tracking.reporter import Reporter
 from pertoken.tracking.rows import StepRow
 from pertoken.training.memory import memory_problem, out_of_memory
-from pertoken.training.optim import lr_at
+from pertoken.training.schedule import lr_at
 from pertoken.training.step import StepMetrics, TrainState, train_step
 
 __all__ = ["Computation", "rank_share", "samples_of", "update"]

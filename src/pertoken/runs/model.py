@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from pertoken.checkpoints.read import Checkpoint, load_model, resolve_model_folder
-from pertoken.engines.choose import Choice, choose_engine
+from pertoken.engines.choice import Choice
+from pertoken.engines.choose import choose_engine
 from pertoken.errors import RecipeError
 from pertoken.folders.files import count_weights, weight_files
 from pertoken.folders.open import resize_embeddings

@@ -12,6 +12,7 @@ import torch
 from pertoken.errors import RecipeError
 from pertoken.recipe.schema import Recipe
 from pertoken.text import shown
+from pertoken.training.optimizers import optimizer_kind
 from pertoken.training.parallel import World
 
 __all__ = ["check_parameters", "check_size", "machine_bytes", "memory_problem", "out_of_memory"]
@@ -87,7 +88,7 @@ def check_size(recipe: Recipe, vocab_size: int, device: torch.device | None = No
 def check_parameters(what: str, num_parameters: int, recipe: Recipe, device: torch.device | None) -> None:
     """`check_size` for a model of so many parameters, which the message calls `what`."""
     weights = num_parameters * _ITEM_BYTES.get(recipe.train.dtype, 4)
-    needed = weights * (4 if recipe.train.optimizer == "adamw" else 3)
+    needed = weights * (2 + optimizer_kind(recipe.train.optimizer).state_numbers)
     on_gpu = device is not None and device.type == "cuda"
     there = machine_bytes()
     if there is not None and (weights if on_gpu else needed) > there:

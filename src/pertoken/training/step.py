@@ -24,9 +24,9 @@ from pertoken.model.protocol import TorchModule
 from pertoken.objective.terms import CROSS_ENTROPY, Objective, Term
 from pertoken.training.faults import nearest_bad_gradient
 from pertoken.training.norms import clip, total_norm
-from pertoken.training.optim import set_lr
 from pertoken.training.parallel import World, synchronized
 from pertoken.training.precision import Precision
+from pertoken.training.schedule import set_lr
 
 __all__ = ["NonFiniteStep", "StepMetrics", "TrainState", "train_step"]
 
