@@ -122,7 +122,13 @@ def test_files_that_the_pages_name_exist(page):
     examples = {"focal.py", "mistral.py", "alpaca.py", "test_alpaca.py"}
     for name in set(re.findall(r"`([\w./-]+\.(?:py|c|toml))`", page.read_text(encoding="utf-8"))):
         path = Path(name)
-        if path.name in examples or path.name in ("recipe.toml", "sft.toml", "pyproject.toml", "pretrain_gpt.py"):
+        if path.name in examples or path.name in (
+            "recipe.toml",
+            "sft.toml",
+            "pyproject.toml",
+            "pretrain_gpt.py",
+            "train_full_sft.py",
+        ):
             continue
         if len(path.parts) == 1:
             assert path.name in names, f"{page.name} names {name}"

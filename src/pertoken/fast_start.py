@@ -40,9 +40,9 @@ FAST_STARTS = (
         until="an optimizer of torch is made without importing torch._dynamo",
     ),
     FastStart(
-        place="pertoken.model.decoder:CausalLM.compile_layers",
+        place="pertoken.engines.torch_compile:CompileEngine.__init__",
         instead_of="torch.compiler.disable as a decorator of attention and of experts",
-        rests_on="attributes that hold the functions to call, so that they can be replaced when layers are compiled",
+        rests_on="the plain pass taking the functions to call as arguments, so that an engine can give others",
         saves_s=1.9,
         until="torch.compiler.disable does not import torch._dynamo",
     ),
