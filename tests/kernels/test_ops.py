@@ -178,23 +178,23 @@ def test_what_is_not_finite_stays_so(dtype, what):
     assert not scores.isfinite().all()
 
 
-@pytest.mark.parametrize("share", [1, 2])
+@pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_come_back_from_their_seats(dtype, share):
+def test_heads_come_back_from_their_seats(dtype, group):
     """Two documents of 3 and 1 rows, padded to widths 4 and 2, the first one in two blocks."""
     kernels, heads, dim = Kernels(dtype), 2, 6
     table = [[0, 4, 2, 0, 0], [0, 4, 2, 1, 0], [0, 4, 2, 2, 1], [4, 2, 2, 0, 1]]
     seats = PaddedLayout(torch.tensor(table, dtype=torch.int32), torch.tensor([0, 1, 2, 0], dtype=torch.int32), 6)
     x, norm = values(4, heads * dim + 2, dtype=dtype)[:, : heads * dim], values(dim, seed=1)
-    plain = kernels.pad_heads(x, seats, heads, share, dim)
+    plain = kernels.pad_heads(x, seats, heads, group, dim)
     # [document, group of heads, block, head of the group, row]
-    first = x[:3].reshape(3, heads // share, share, dim)
-    first = torch.cat((first, torch.zeros_like(first[:1]))).view(2, 2, heads // share, share, dim)
-    second = torch.cat((x[3:], torch.zeros_like(x[3:]))).view(1, 2, heads // share, share, dim)
+    first = x[:3].reshape(3, heads // group, group, dim)
+    first = torch.cat((first, torch.zeros_like(first[:1]))).view(2, 2, heads // group, group, dim)
+    second = torch.cat((x[3:], torch.zeros_like(x[3:]))).view(1, 2, heads // group, group, dim)
     expected = [part.permute(2, 0, 3, 1, 4).reshape(-1, dim) for part in (first, second)]
     assert torch.equal(plain, torch.cat(expected))
     back = torch.empty_like(x, memory_format=torch.contiguous_format)
-    kernels.unseat_heads(plain, back, seats, heads, share, dim)
+    kernels.unpad_heads(plain, back, seats, heads, group, dim)
     assert torch.equal(back, x)
 
     angles = torch.arange(3)[:, None] * torch.tensor([1.0, 0.5, 0.25])
@@ -204,15 +204,15 @@ def test_heads_come_back_from_their_seats(dtype, share):
     a, b = normed.chunk(2, -1)
     cosine, sine = (t.double()[seats.positions.long()][:, None] for t in table_of_angles.chunk(2, 1))
     turned = torch.cat((a * cosine - b * sine, b * cosine + a * sine), -1)
-    seated = kernels.pad_heads(x, seats, heads, share, dim, norm=norm, angles=table_of_angles, eps=EPS)
+    seated = kernels.pad_heads(x, seats, heads, group, dim, norm=norm, angles=table_of_angles, eps=EPS)
     unseated = torch.empty(4, heads * dim, dtype=dtype)
-    kernels.unseat_heads(seated, unseated, seats, heads, share, dim)
+    kernels.unpad_heads(seated, unseated, seats, heads, group, dim)
     close(unseated, turned.detach().flatten(1))
     d_out = values(4, heads * dim, seed=7, dtype=dtype)
     turned.backward(d_out.double().view_as(turned))
-    d_seated = kernels.pad_heads(d_out, seats, heads, share, dim)
+    d_seated = kernels.pad_heads(d_out, seats, heads, group, dim)
     d_x = torch.empty(4, heads * dim, dtype=dtype)
     settings = {"x": x, "norm": norm, "angles": table_of_angles, "eps": EPS}
-    d_norm = kernels.unseat_heads(d_seated, d_x, seats, heads, share, dim, **settings)
+    d_norm = kernels.unpad_heads(d_seated, d_x, seats, heads, group, dim, **settings)
     close(d_x, exact.grad)
     close(d_norm, exact_norm.grad)

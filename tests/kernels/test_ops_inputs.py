@@ -30,7 +30,7 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Call, dict[str, Any]]]:
     def act(*shape: int) -> Tensor:
         return torch.randn(shape).to(dtype)
 
-    heads = {"seats": seats(), "heads": 2, "share": 1, "head_dim": 6}
+    heads = {"seats": seats(), "heads": 2, "group": 1, "head_dim": 6}
     angles = torch.randn(3, 6)
     scores = {"log_z_BR": torch.zeros(4, 3), "limits_SR": torch.full((2, 3), 7, dtype=torch.int32), "scale": 0.5}
     return {
@@ -55,8 +55,8 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Call, dict[str, Any]]]:
         "swiglu_forward": (k.swiglu_forward, {"gate_up_NF": act(5, 14)}),
         "swiglu_backward": (k.swiglu_backward, {"gate_up_NF": act(5, 14), "d_out_NF": act(5, 7)}),
         "pad_heads": (k.pad_heads, {"x": act(4, 12), **heads, "norm": torch.randn(6), "angles": angles}),
-        "unseat_heads": (
-            k.unseat_heads,
+        "unpad_heads": (
+            k.unpad_heads,
             {"d_out": act(12, 6), "to": act(4, 12), "x": act(4, 12), **heads, "norm": torch.randn(6), "angles": angles},
         ),
         "softmax_forward": (k.softmax_forward, {"scores_BRC": act(4, 3, 16), **scores}),
@@ -204,7 +204,7 @@ def test_a_seat_outside_of_the_layout_is_an_error(row, why):
 
 def test_heads_that_do_not_fit_their_seats_are_errors():
     function, arguments = calls(torch.float32)["pad_heads"]
-    for changes in ({"heads": 3}, {"share": 3}, {"share": 0}, {"head_dim": 5}, {"head_dim": 0}, {"heads": 0}):
+    for changes in ({"heads": 3}, {"group": 3}, {"group": 0}, {"head_dim": 5}, {"head_dim": 0}, {"heads": 0}):
         with pytest.raises(ValueError, match=r"must be|are seated"):
             function(**{**arguments, **changes})
     wide = MAX_HEAD_DIM + 2

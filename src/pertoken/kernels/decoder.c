@@ -382,7 +382,7 @@ void pad_heads(const act *x, int64_t stride, act *out, const seat *seats, const 
 
 /* The gradient of pad_heads: d_out in the padded layout -> d_x [N, ...] with `stride`; d_w [Dh] where normalized, summed
  * in float64. `x` is the forward pass's input, `partial` [threads, Dh] scratch. Without `angles` it brings rows back. */
-void unseat_heads(const act *d_out, const act *x, int64_t x_stride, act *d_x, int64_t stride, const seat *seats,
+void unpad_heads(const act *d_out, const act *x, int64_t x_stride, act *d_x, int64_t stride, const seat *seats,
                   const int32_t *positions, const float *w, const float *angles, float *d_w, double *partial, int64_t N,
                   int64_t heads, int64_t share, int64_t Dh, float eps, int threads) {
     if (w) memset(partial, 0, (size_t)threads * Dh * sizeof(double));

@@ -162,7 +162,7 @@ class Kernels:
         x: Tensor,
         seats: PaddedLayout,
         heads: int,
-        share: int,
+        group: int,
         head_dim: int,
         *,
         norm: Tensor | None = None,
@@ -174,22 +174,22 @@ class Kernels:
         Heads are normalized with `norm` [head_dim] where given, and turned by their position's row of `angles`
         [positions, head_dim] (cosines, then sines), where given.
         """
-        self._expect_heads(x, seats, heads, share, head_dim, norm, angles)
+        self._expect_heads(x, seats, heads, group, head_dim, norm, angles)
         out = empty(heads * seats.num_rows, head_dim, dtype=self.dtype)
         self._call(
             "pad_heads",
             *(x, x.stride(0), out, seats.table, seats.positions, norm, angles),
-            *(seats.num_tokens, heads, share, head_dim, C_FLOAT(eps)),
+            *(seats.num_tokens, heads, group, head_dim, C_FLOAT(eps)),
         )
         return out
 
-    def unseat_heads(
+    def unpad_heads(
         self,
         d_out: Tensor,
         to: Tensor,
         seats: PaddedLayout,
         heads: int,
-        share: int,
+        group: int,
         head_dim: int,
         *,
         x: Tensor | None = None,
@@ -201,19 +201,19 @@ class Kernels:
 
         `x` is that input, needed with `norm`. Without `angles`, rows are brought back and nothing else.
         """
-        self._expect_heads(to, seats, heads, share, head_dim, norm, angles)
+        self._expect_heads(to, seats, heads, group, head_dim, norm, angles)
         expect("d_out", d_out, self.dtype, heads * seats.num_rows, head_dim)
         if norm is not None:
             if x is None:
                 raise ValueError("x is missing: the gradient of a norm needs its input")
-            self._expect_heads(x, seats, heads, share, head_dim, norm, angles)
+            self._expect_heads(x, seats, heads, group, head_dim, norm, angles)
         d_norm = torch.empty_like(norm) if norm is not None else None
         partial = torch.empty(torch.get_num_threads(), head_dim, dtype=torch.float64) if norm is not None else None
         self._call(
-            "unseat_heads",
+            "unpad_heads",
             *(d_out, x, 0 if x is None else x.stride(0), to, to.stride(0)),
             *(seats.table, seats.positions, norm, angles, d_norm, partial),
-            *(seats.num_tokens, heads, share, head_dim, C_FLOAT(eps)),
+            *(seats.num_tokens, heads, group, head_dim, C_FLOAT(eps)),
             threads=None if partial is None else len(partial),
         )
         return d_norm
@@ -223,7 +223,7 @@ class Kernels:
         x: Tensor,
         seats: PaddedLayout,
         heads: int,
-        share: int,
+        group: int,
         head_dim: int,
         norm: Tensor | None,
         angles: Tensor | None,
@@ -232,8 +232,8 @@ class Kernels:
         expect("rows", x, self.dtype, -1, -1, apart=True)
         if x.shape[0] < seats.num_tokens or x.shape[1] < heads * head_dim:
             raise ValueError(f"rows have shape {list(x.shape)}: {seats.num_tokens} of {heads} x {head_dim} are seated")
-        if min(heads, share, head_dim) < 1 or heads % share:
-            raise ValueError(f"{heads} heads of {head_dim}, {share} to a group: must be whole groups")
+        if min(heads, group, head_dim) < 1 or heads % group:
+            raise ValueError(f"{heads} heads of {head_dim}, {group} to a group: must be whole groups")
         if angles is not None:
             if head_dim > MAX_HEAD_DIM or head_dim % 2:
                 raise ValueError(f"head_dim={head_dim}: must be even and at most {MAX_HEAD_DIM} where heads are turned")

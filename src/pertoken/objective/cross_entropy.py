@@ -1,6 +1,6 @@
 """Hidden states to sums: the cross entropy of a linear head, whose logits never exist whole.
 
-Only supervised rows are computed, a chunk of them at a time, and each chunk's share of the gradient is formed while its
+Only supervised rows are computed, a chunk of them at a time, and each chunk's part of the gradient is formed while its
 logits are at hand, so the forward pass does all the matrix work and the backward pass only scales.
 """
 

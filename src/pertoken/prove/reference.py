@@ -1,6 +1,7 @@
 """The plain way: one sample at a time, all logits, no fused loss, no plan, no step.
 
-Nothing of `data.batch`, `data.share`, `loss` or `training.step` is used here, so that a mistake there cannot hide.
+Nothing of `data.batch.pack`, `data.batch.share`, `objective` or `training.step` is used here, so that a mistake there
+cannot hide.
 """
 
 from __future__ import annotations

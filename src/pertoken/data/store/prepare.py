@@ -17,7 +17,7 @@ from typing import Any
 from pertoken.data.samples import SampleBuilder
 from pertoken.data.store.made_part import MadePart, find_part, make_part
 from pertoken.data.store.parts import Part, part_bytes
-from pertoken.data.store.workers import share_out
+from pertoken.data.store.workers import hand_out
 from pertoken.errors import PertokenError
 
 __all__ = ["make_parts", "work_folder"]
@@ -52,7 +52,7 @@ def make_parts(
         on_progress(sum(done.values()))
     workers = min(workers or _processors(), len(missing))
     if workers > 1 and sum(map(part_bytes, missing.values())) >= _LITTLE_BYTES and os.name == "posix":
-        share_out(missing, builder, folder, workers=workers, on_bytes=on_bytes)
+        hand_out(missing, builder, folder, workers=workers, on_bytes=on_bytes)
     else:
         for i, part in missing.items():
             make_part(folder, i, part, builder, on_bytes)

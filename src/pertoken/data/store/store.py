@@ -105,8 +105,8 @@ class Store:
     def split(self, eval_fraction: float, eval_split: Literal["rows", "tail"]) -> tuple[Store, Store]:
         """(train, eval), together every sample once; the same in every run.
 
-        "rows" holds out the given share of the distinct rows, at least one, chosen by their content: all samples of a
-        row and of its duplicates are on one side. "tail" holds out what was built as the end of each document.
+        "rows" holds out the given fraction of the distinct rows, at least one, chosen by their content: all samples of
+        a row and of its duplicates are on one side. "tail" holds out what was built as the end of each document.
         Raises DataError where either side would be empty.
         """
         assert 0 < eval_fraction < 1, eval_fraction

@@ -1,4 +1,4 @@
-"""Processes that make parts: `share_out` is the parent's side, `main` a worker's.
+"""Processes that make parts: `hand_out` is the parent's side, `main` a worker's.
 
 A worker is a fresh Python that runs this module. Not a fork, since the parent has threads; not `multiprocessing`, whose
 workers import the program that was started, which may be anybody's script. It loads no torch.
@@ -28,10 +28,10 @@ from pertoken.data.store.parts import Part
 from pertoken.errors import PertokenError
 from pertoken.text import one_line
 
-__all__ = ["share_out"]
+__all__ = ["hand_out"]
 
 
-def share_out(
+def hand_out(
     parts: Mapping[int, Part],
     builder: SampleBuilder,
     folder: Path,
@@ -46,10 +46,10 @@ def share_out(
     """
     # What workers write goes there: of one that ran out of memory, a trace that is of no use to anybody.
     with tempfile.TemporaryFile() as said:
-        _share_out(parts, builder, folder, workers, on_bytes, said)
+        _hand_out(parts, builder, folder, workers, on_bytes, said)
 
 
-def _share_out(
+def _hand_out(
     parts: Mapping[int, Part],
     builder: SampleBuilder,
     folder: Path,

@@ -42,14 +42,14 @@ class Heads:
     scale: float  # of the scores
 
     @property
-    def share(self) -> int:
+    def group(self) -> int:
         """Query heads for each key-value head."""
         return self.query // self.kv
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A product's share: the same block of queries of S consecutive documents of one width."""
+    """What one product computes: the same block of queries of S consecutive documents of one width."""
 
     documents: int  # S
     first_query: int  # row of the first document's first query, for one head
@@ -160,11 +160,11 @@ def _groups(query_widths: np.ndarray, key_widths: np.ndarray, heads: Heads) -> l
 
 def _queries(x: Tensor, block: _Block, heads: Heads) -> Tensor:
     """[S * K, (H / K) * R, D], a view of the padded layout."""
-    share = heads.share
+    group = heads.group
     return x.as_strided(
-        (block.documents * heads.kv, share * block.rows, heads.dim),
-        (share * block.query_width * heads.dim, heads.dim, 1),
-        (block.first_query * heads.query + block.block * share * block.rows) * heads.dim,
+        (block.documents * heads.kv, group * block.rows, heads.dim),
+        (group * block.query_width * heads.dim, heads.dim, 1),
+        (block.first_query * heads.query + block.block * group * block.rows) * heads.dim,
     )
 
 

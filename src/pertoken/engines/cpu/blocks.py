@@ -85,7 +85,7 @@ class _AttentionBlock(torch.autograd.Function):
         seated, log_zs = attention_forward(kernels, q, k, v, batch.plan, heads)
         mixed = empty(q_rows.shape[0], heads.query * heads.dim, dtype=q_rows.dtype)
         mixed[batch.num_output_rows :].zero_()
-        kernels.unseat_heads(seated, mixed, batch.plan.queries, heads.query, heads.share, heads.dim)
+        kernels.unpad_heads(seated, mixed, batch.plan.queries, heads.query, heads.group, heads.dim)
         out = kernels.add_residual(residual, _product(mixed, w_out.t()))
         ctx.save_for_backward(hidden, norm, rstd, q_rows, projected, mixed, w_qkv, w_out, q_norm, k_norm, *log_zs)
         ctx.batch, ctx.sizes = batch, [w.shape[0] for w in (w_q, w_k, w_v)]
@@ -107,7 +107,7 @@ class _AttentionBlock(torch.autograd.Function):
         del low, low_t
         query_size = ctx.sizes[0]
         kv_rows = projected[:, query_size:] if batch.output_rows is None else projected
-        d_seated = kernels.pad_heads(d_mixed, plan.queries, heads.query, heads.share, heads.dim)
+        d_seated = kernels.pad_heads(d_mixed, plan.queries, heads.query, heads.group, heads.dim)
         q, k, v = _seat_all(batch, q_rows, kv_rows, q_norm, k_norm)
         d_q, d_k, d_v = attention_backward(kernels, q, k, v, d_seated, log_zs, plan, heads)
         d_projected = empty(*projected.shape, dtype=projected.dtype)
@@ -116,7 +116,7 @@ class _AttentionBlock(torch.autograd.Function):
         if batch.output_rows is not None:
             d_q_rows, d_kv_rows = empty(*q_rows.shape, dtype=q_rows.dtype), d_projected
             d_q_rows[batch.num_output_rows :].zero_()
-        d_q_norm, d_k_norm = _unseat_all(
+        d_q_norm, d_k_norm = _unpad_all(
             batch, (d_q, d_k, d_v), (q_rows, kv_rows), (d_q_rows, d_kv_rows), q_norm, k_norm
         )
         d_weights = _d_qkv(batch, needs, (hidden, norm, rstd), (d_q_rows, d_projected), ctx.sizes)
@@ -225,13 +225,13 @@ def _seat_all(
     """Queries and keys normalized and turned, all in attention's layout."""
     heads, plan = batch.heads, batch.plan
     seat = partial(batch.kernels.pad_heads, angles=batch.angles, eps=batch.eps)
-    q = seat(q_rows, plan.queries, heads.query, heads.share, heads.dim, norm=q_norm)
+    q = seat(q_rows, plan.queries, heads.query, heads.group, heads.dim, norm=q_norm)
     k = seat(kv_rows, plan.keys, heads.kv, 1, heads.dim, norm=k_norm)
     v = batch.kernels.pad_heads(kv_rows[:, heads.kv * heads.dim :], plan.keys, heads.kv, 1, heads.dim)
     return q, k, v
 
 
-def _unseat_all(
+def _unpad_all(
     batch: CpuBatch,
     gradients: tuple[Tensor, Tensor, Tensor],
     rows: tuple[Tensor, Tensor],
@@ -241,12 +241,12 @@ def _unseat_all(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of `_seat_all`'s rows, written to `to`; returns those of the two norms."""
     heads, plan = batch.heads, batch.plan
-    unseat = partial(batch.kernels.unseat_heads, angles=batch.angles, eps=batch.eps)
+    unpad = partial(batch.kernels.unpad_heads, angles=batch.angles, eps=batch.eps)
     (d_q, d_k, d_v), (q_rows, kv_rows), (to_q, to_kv) = gradients, rows, to
-    d_q_norm = unseat(d_q, to_q, plan.queries, heads.query, heads.share, heads.dim, x=q_rows, norm=q_norm)
-    d_k_norm = unseat(d_k, to_kv, plan.keys, heads.kv, 1, heads.dim, x=kv_rows, norm=k_norm)
+    d_q_norm = unpad(d_q, to_q, plan.queries, heads.query, heads.group, heads.dim, x=q_rows, norm=q_norm)
+    d_k_norm = unpad(d_k, to_kv, plan.keys, heads.kv, 1, heads.dim, x=kv_rows, norm=k_norm)
     to_v = to_kv[:, heads.kv * heads.dim :]
-    batch.kernels.unseat_heads(d_v, to_v, plan.keys, heads.kv, 1, heads.dim)
+    batch.kernels.unpad_heads(d_v, to_v, plan.keys, heads.kv, 1, heads.dim)
     return d_q_norm, d_k_norm
 
 
