@@ -294,7 +294,7 @@ def test_memory_that_ends_while_a_checkpoint_is_written_costs_that_save_not_the_
     told = Told()
     train(world.recipe(tmp_path / "run", train__max_steps=3, checkpoint__save_interval=1), listener=told)
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
-    assert any("could not be saved (out of memory); free memory; training goes on" in line for line in told.messages)
+    assert any("could not be saved (out of memory); free memory; training continues" in line for line in told.messages)
 
 
 def test_a_copy_to_the_host_that_no_setting_would_spare_names_another_remedy(world, tmp_path, monkeypatch):

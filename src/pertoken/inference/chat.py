@@ -44,7 +44,7 @@ class ChatSession:
         return cls(model, tokenizer, frozenset(stops), template_kwargs)
 
     def encode(self, text: str) -> list[int]:
-        """Text to go on from, encoded as the tokenizer does by itself (with a BOS where it adds one)."""
+        """Text to continue, encoded as the tokenizer does by itself (with a BOS where it adds one)."""
         ids = self._ids(text)
         if not ids:
             raise RecipeError(f"prompt={shown(text)}: gives no token; write something to continue from")

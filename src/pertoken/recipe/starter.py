@@ -33,7 +33,7 @@ keep_best = true                # checkpoints/best: the lowest evaluation loss
 
 [log]
 log_interval = 10
-trackers = []                   # ["tensorboard", "wandb"]
+trackers = []                   # ["csv", "tensorboard", "wandb"]
 """
 
 _MODEL = """\

@@ -81,7 +81,7 @@ def spike_error(this: Step, problem: SpikeStep, store: Store, out_dir: Path, sav
 
 
 def spike_message(this: Step, spikes: Spikes, row: StepRow, store: Store, out_dir: Path) -> str:
-    """Of a spike that the run goes on after. `spikes` do not remember it yet."""
+    """Of a spike after which the run continues. `spikes` do not remember it yet."""
     what = "update skipped" if row.skipped else "updated all the same"
     return (
         f'step {this.step}: {spikes.describe(row.grad_norm)}; {what} (train.on_spike="{spikes.on_spike}"). '

@@ -69,7 +69,7 @@ def note_save_result(run: Run, outcome: Outcome | None) -> None:
         return
     reporter = run.output.reporter
     if outcome.problem is not None:
-        what = f"{outcome.problem}; training goes on, and the checkpoint before this one is kept"
+        what = f"{outcome.problem}; training continues, and the checkpoint before this one is kept"
         reporter.report("save_failed", what, checkpoint_step=outcome.step)
         return
     run.checkpoints.last_saved, run.checkpoints.last_folder = outcome.step, outcome.folder

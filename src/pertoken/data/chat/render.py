@@ -62,7 +62,7 @@ class ChatTemplate:
         return tuple(sorted(key for key in found if key.isidentifier() or key not in template)) if found else ()
 
     def text(self, chat: Conversation, upto: int | None = None, *, prompt: bool = False) -> str:
-        """The rendering of the first `upto` messages, with `prompt` up to where the assistant would go on."""
+        """The rendering of the first `upto` messages, with `prompt` up to where the assistant would continue."""
         return self.marked(chat, upto, mark=False, prompt=prompt).text
 
     def marked(
@@ -111,7 +111,7 @@ def _span(chat: Conversation, turn: int, text: str, template: ChatTemplate) -> t
         raise ValueError(f"starts with an assistant turn, and {error}, or put a user turn before it") from None
     start = _common(given, text)
     if start < len(given):
-        # The prompt may go on differently than the turn (an empty thinking block, say), but what is before must agree.
+        # The prompt may continue differently from the turn (an empty thinking block, say), but what is before must agree.
         before = template.text(chat, turn) if turn else ""
         if start < len(before) or not text.startswith(before):
             raise _rewrites(turn)
