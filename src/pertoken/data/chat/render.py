@@ -111,7 +111,7 @@ def _span(chat: Conversation, turn: int, text: str, template: ChatTemplate) -> t
         raise ValueError(f"starts with an assistant turn, and {error}, or put a user turn before it") from None
     start = _common(given, text)
     if start < len(given):
-        # The prompt may continue differently from the turn (an empty thinking block, say), but what precedes must agree.
+        # The prompt may continue differently from the turn (an empty thinking block, say), but not from what precedes.
         before = template.text(chat, turn) if turn else ""
         if start < len(before) or not text.startswith(before):
             raise _rewrites(turn)
