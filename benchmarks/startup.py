@@ -19,6 +19,7 @@ import hashlib
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from safetensors.torch import save_file
 
 from pertoken.checkpoints.read import LEDGER
 from pertoken.tracking.ledger import Ledger
+from pertoken.tracking.rows import StepRow
 
 LENGTH, BATCH, DOCUMENT = 8, 16, 20_000
 MODELS = {
@@ -78,12 +80,13 @@ def pretend_to_be_at(run_dir: Path, position: int) -> int:
     newest = sorted(p for p in checkpoints.glob("step-*") if p.is_dir())[-1]
     state = json.loads((newest / "trainer_state.json").read_text())
     (newest / "trainer_state.json").write_text(json.dumps({**state, "step": step}))
-    row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    row = StepRow.from_json(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1]))
+    assert row is not None, run_dir
     ledger = Ledger()
     with (run_dir / "metrics.jsonl").open("w") as file:
         for number in range(1, step + 1):
-            written = {**row, "step": number, "positions": [(number - 1) * BATCH, number * BATCH]}
-            line = json.dumps(written)
+            written = replace(row, step=number, positions=[(number - 1) * BATCH, number * BATCH])
+            line = json.dumps(written.to_json())
             file.write(line + "\n")
             ledger.add(written, line.encode())
     save_file(ledger.tensors(), newest / LEDGER)

@@ -10,7 +10,7 @@ from decoder_cases import BATCHES, batch_of, model_of
 from tiny import pertoken
 from torch import nn
 
-from pertoken.engines import choose
+from pertoken.engines import torch_compile
 from pertoken.engines.choose import choose_engine
 from pertoken.engines.torch_compile import not_compiled
 from pertoken.errors import RecipeError
@@ -30,7 +30,7 @@ def test_kernels_are_not_for_cuda():
 
 
 def test_torch_compile_on_a_cpu_needs_a_compiler_and_says_so(monkeypatch):
-    monkeypatch.setattr(choose, "has_compiler", lambda: False)
+    monkeypatch.setattr(torch_compile, "has_compiler", lambda: False)
     with pytest.raises(
         RecipeError, match=r'^train\.engine="compile": .*no C\+\+ compiler; set it to "auto" or "plain"'
     ):
@@ -53,8 +53,8 @@ def test_auto_goes_on_without_torch_compile_where_a_user_has_changed_a_module_an
 
 
 def test_the_norm_is_not_by_kernels_where_torch_compile_was_asked_for(monkeypatch):
-    monkeypatch.setattr(choose, "has_compiler", lambda: True)
-    monkeypatch.setattr(choose, "CompileEngine", lambda: SimpleNamespace(name="compile"))
+    monkeypatch.setattr(torch_compile, "has_compiler", lambda: True)
+    monkeypatch.setattr(torch_compile, "CompileEngine", lambda: SimpleNamespace(name="compile"))
     assert chosen("compile").kernels("float32", CPU) is None
     assert chosen("cpu").kernels("float32", CPU) is not None
     assert chosen("plain").kernels("float32", CPU) is None

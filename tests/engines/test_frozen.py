@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pertoken.checkpoints.read import Checkpoint, load_model, load_optimizer
 from pertoken.checkpoints.saver import save_checkpoint
+from pertoken.checkpoints.state import TrainerState
 from pertoken.data.batch.share import share_of_all
 from pertoken.engines.cpu.engine import CpuEngine
 from pertoken.kernels.ops import Kernels
@@ -150,9 +151,8 @@ def test_training_saving_and_resuming_leave_frozen_weights_as_they_are(frozen, o
     assert all(p.grad is None for p in model.parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == frozen(name), name
-    saved = save_checkpoint(
-        tmp_path, step=1, model=model, tokenizer=None, eos_token_id=0, optimizer=optimizer, state={"recipe": {}}
-    )
+    state = TrainerState(step=1, recipe={}, data={}, scaler={}, micro_batch_tokens=0)
+    saved = save_checkpoint(tmp_path, model=model, tokenizer=None, eos_token_id=0, optimizer=optimizer, state=state)
     again = load_model(saved)
     its_optimizer = prepared(again)
     load_optimizer(Checkpoint(saved), again, its_optimizer)

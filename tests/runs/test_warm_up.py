@@ -41,7 +41,7 @@ def test_where_memory_ends_nobody_knows_how_long_and_no_gradient_is_left(world, 
     store, _ = prepare(world.recipe(tmp_path / "run"))
     micro_batch = first_samples(state, store, torch.arange(4).numpy())
 
-    def ends(*args: object) -> None:
+    def ends(*args: object, **settings: object) -> None:
         parameter = next(state.model.parameters())
         parameter.grad = torch.zeros_like(parameter)
         raise MemoryError

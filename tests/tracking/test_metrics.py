@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import pertoken, row_of, rows_of
 
-from pertoken.model import decoder as transformer
+from pertoken.model import plain
 from pertoken.tracking.metrics_file import MetricsFile
 
 KEYS = """step epoch loss loss_sum num_tokens aux_loss grad_norm lr samples tokens micro_batches padding_share step_s
@@ -165,8 +165,8 @@ def test_wandb_that_cannot_start_is_one_line(world, tmp_path, monkeypatch):
 
 def test_the_summary_counts_padding_at_the_precision_of_the_step(world, tmp_path, monkeypatch):
     """Attention's form depends on it."""
-    seen, real = [], transformer.which_attention
-    monkeypatch.setattr(transformer, "which_attention", lambda *args: seen.append(args[1]) or real(*args))
+    seen, real = [], plain.which_attention
+    monkeypatch.setattr(plain, "which_attention", lambda *args: seen.append(args[1]) or real(*args))
     recipe = world.write_recipe(tmp_path / "run", train__max_steps=1, train__dtype="bfloat16", train__engine="plain")
     assert pertoken("train", recipe)[0] == 0
     assert set(seen) == {torch.bfloat16}

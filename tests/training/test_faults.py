@@ -158,16 +158,17 @@ def spoil_gradient(model: nn.Module, name: str) -> None:
 
 def built_with(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Every model that a run builds goes through `change`."""
-    from pertoken.runs import setup as run
+    from pertoken.runs import assemble, setup
 
-    real = run.build_model
+    real = setup.build_model
 
     def build(*args: Any) -> Any:
         model = real(*args)
         change(model)
         return model
 
-    monkeypatch.setattr(run, "build_model", build)
+    for module in (setup, assemble):  # a run, and a replay of it
+        monkeypatch.setattr(module, "build_model", build)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -247,7 +247,7 @@ def test_only_rank_zero_prints(world, tmp_path):
     assert [done.stdout.count(f"step {step} ") for step in (1, 2, 3)] == [1, 1, 1], done.stdout
     assert done.stdout.count("done: ") == 1
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert [event["kind"] for event in events] == ["start", "saved", "end"], "rank 0 alone keeps them"
+    assert [event["kind"] for event in events] == ["start", "best", "saved", "end"], "rank 0 alone keeps them"
 
 
 def test_a_signal_stops_all_ranks_after_the_same_step_and_saves(world, tmp_path):

@@ -142,10 +142,10 @@ def test_out_of_memory_halves_the_budget_and_gives_the_same_step(world, tmp_path
     train(world.recipe(whole, train__max_steps=3))
     real, limit = CausalLM.forward, 1200
 
-    def forward(self, micro_batch, **kwargs):
+    def forward(self, micro_batch, *args, **kwargs):
         if micro_batch.input_ids.shape[0] > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, micro_batch, **kwargs)
+        return real(self, micro_batch, *args, **kwargs)
 
     monkeypatch.setattr(CausalLM, "forward", forward)
     told, run = Told(), tmp_path / "run"
@@ -232,7 +232,7 @@ def evaluations_of(monkeypatch, *losses):
     """The evaluations to come have these losses, in turn."""
     coming = iter(losses)
 
-    def evaluated(model, store, precision, *, token_budget, world):
+    def evaluated(model, store, precision, **settings):
         return Evaluation(100.0 * next(coming), 100.0, 100)
 
     monkeypatch.setattr("pertoken.runs.loop.evaluate", evaluated)
