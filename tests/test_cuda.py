@@ -36,6 +36,9 @@ KINDS = {
     "Muon": {"train__optimizer": "muon", "train__muon_learning_rate": 4e-3},
     "checkpointed activations": {"train__activation_checkpointing": True},
     "untied Llama": {"model__family": "llama", "model__tie_word_embeddings": False},
+    "Qwen2": {"model__family": "qwen2"},
+    "z-loss": {"train__z_loss_coef": 1e-2},
+    "Adafactor": {"train__optimizer": "adafactor", "train__learning_rate": 1e-2},
 }
 
 
