@@ -119,7 +119,7 @@ def test_files_that_the_pages_name_exist(page):
     """`room/file.py` is below src/pertoken, `tests/...` and `benchmarks/...` below the repository, a name anywhere."""
     known = [p for top in ("src", "tests", "benchmarks", "recipes") for p in (ROOT / top).rglob("*.*")]
     names = {p.name for p in known}
-    examples = {"focal.py", "mistral.py", "alpaca.py", "test_alpaca.py"}
+    examples = {"NAME.py", "focal.py", "mistral.py", "alpaca.py", "test_alpaca.py"}
     for name in set(re.findall(r"`([\w./-]+\.(?:py|c|toml))`", page.read_text(encoding="utf-8"))):
         path = Path(name)
         if path.name in examples or path.name in (
