@@ -23,7 +23,7 @@ import torch
 from pertoken.data.batch.pack import Sample, collate, pack_micro_batches
 from pertoken.data.batch.share import share_of_all
 from pertoken.model.decoder import CausalLM
-from pertoken.recipe.schema import ModelConfig
+from pertoken.recipe.model import ModelConfig
 from pertoken.training.optimizers.adamw import build_adamw
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step

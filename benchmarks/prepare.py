@@ -77,7 +77,7 @@ def some_tokenizer(work: Path) -> Path:
 def ours(data: Path, tokenizer: Path, work: Path) -> float:
     from pertoken.data.store.store import build_store
     from pertoken.data.tokens.tokenizer import load_tokenizer
-    from pertoken.recipe.schema import DataConfig
+    from pertoken.recipe.data import DataConfig
 
     loaded = load_tokenizer(tokenizer)
     config = DataConfig.model_validate({"path": [str(data)], "store": str(work), "max_seq_len": 512})

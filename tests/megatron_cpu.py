@@ -26,7 +26,7 @@ from pertoken.adapters.megatron import forward_step
 from pertoken.data.batch.pack import Sample, collate
 from pertoken.data.batch.share import share_of_all
 from pertoken.model.decoder import CausalLM
-from pertoken.recipe.schema import ModelConfig, ResolvedModelConfig
+from pertoken.recipe.model import ModelConfig, ResolvedModelConfig
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
 

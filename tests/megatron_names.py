@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pertoken.recipe.schema import ResolvedModelConfig
+from pertoken.recipe.model import ResolvedModelConfig
 
 _WHOLE = {  # ours -> Megatron's
     "model.embed_tokens": "embedding.word_embeddings",

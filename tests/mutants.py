@@ -40,7 +40,7 @@ from pertoken.model.execution import Casts, Execution
 from pertoken.objective.choose import objective_of
 from pertoken.objective.row_terms import RowFactors
 from pertoken.objective.terms import LossOutput, Term
-from pertoken.recipe.schema import TrainConfig
+from pertoken.recipe.train import TrainConfig
 from pertoken.training.step import TrainState
 
 Patch = pytest.MonkeyPatch

@@ -14,7 +14,8 @@ from pertoken.checkpoints.state import TrainerState
 from pertoken.errors import CheckpointError
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.homes import OPTIMIZERS
-from pertoken.recipe.schema import ModelConfig, TrainConfig
+from pertoken.recipe.model import ModelConfig
+from pertoken.recipe.train import TrainConfig
 from pertoken.training.optimizers import Optimizer, build_optimizer
 from pertoken.training.schedule import set_lr
 

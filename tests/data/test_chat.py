@@ -37,10 +37,14 @@ DROPS_REASONING = (
 )
 
 
-def _chat(*contents: str, first: str = "user", num_context: int = 0) -> Conversation:
+def _chat(*contents: str, first: str = "user", context: int = 0) -> Conversation:
     roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
     messages = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
-    return Conversation(messages, num_context=num_context)
+    return Conversation(messages, weights=_weights(messages, context))
+
+
+def _weights(messages: list[Any], context: int) -> tuple[float, ...]:
+    return tuple([float(i >= context) for i in range(len(messages))])
 
 
 def _with_template(tokenizer: Any, template: str) -> Any:
@@ -167,7 +171,7 @@ def test_spans_of_several_template_families(bpe_tokenizer: Any, template: str) -
 @pytest.mark.parametrize("template", [CHATML, UNMARKED])
 def test_assistant_turns_of_a_prompt_are_context(bpe_tokenizer: Any, template: str) -> None:
     tokenizer = _with_template(bpe_tokenizer, template)
-    assert _said(_chat("a", "b", "c", "d", num_context=3), tokenizer) == ["d<|im_end|>"]
+    assert _said(_chat("a", "b", "c", "d", context=3), tokenizer) == ["d<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", [CHATML, UNMARKED])
@@ -193,7 +197,9 @@ def test_a_template_that_drops_earlier_reasoning_is_refused_where_it_matters(bpe
     with pytest.raises(ValueError, match=r"renders message 1 .* differently once later messages follow .* set data\."):
         _said(chat, tokenizer)
     # Reasoning that is context may be dropped: the last turn is given what it is given at inference.
-    assert _said(Conversation(chat.messages, num_context=3), tokenizer) == ["<think>hm</think>d<|im_end|>"]
+    assert _said(Conversation(chat.messages, weights=_weights(chat.messages, 3)), tokenizer) == [
+        "<think>hm</think>d<|im_end|>"
+    ]
 
 
 def test_a_prompt_that_changes_what_is_before_the_turn_is_refused(bpe_tokenizer: Any) -> None:

@@ -25,7 +25,7 @@ from pertoken.data.store.columns import Columns
 from pertoken.data.store.store import Store, build_store, open_store
 from pertoken.data.store.sums import SummedFile, damaged_block
 from pertoken.errors import DataError
-from pertoken.recipe.schema import DataConfig
+from pertoken.recipe.data import DataConfig
 
 WriteJsonl = Callable[..., Path]
 

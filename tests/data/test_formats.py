@@ -57,9 +57,12 @@ def _convert(value: Any, format: str = "auto", **keys: str) -> Any:
                 [TOOL],
             ),
         ),
-        ({"prompt": "2+2?", "completion": "4"}, Conversation([USER, REPLY], num_context=1)),
-        ({"prompt": "2+2?", "completion": ""}, Conversation([USER, REPLY | {"content": ""}], num_context=1)),
-        ({"prompt": [USER, REPLY, USER], "completion": [REPLY]}, Conversation([USER, REPLY, USER, REPLY], None, 3)),
+        ({"prompt": "2+2?", "completion": "4"}, Conversation([USER, REPLY], weights=(0.0, 1.0))),
+        ({"prompt": "2+2?", "completion": ""}, Conversation([USER, REPLY | {"content": ""}], weights=(0.0, 1.0))),
+        (
+            {"prompt": [USER, REPLY, USER], "completion": [REPLY]},
+            Conversation([USER, REPLY, USER, REPLY], None, (0.0, 0.0, 0.0, 1.0)),
+        ),
     ],
 )
 def test_a_row_becomes_its_conversation(value: Any, expected: Conversation) -> None:
@@ -68,7 +71,7 @@ def test_a_row_becomes_its_conversation(value: Any, expected: Conversation) -> N
 
 def test_prompt_and_completion_keys_are_configurable() -> None:
     value = {"question": "2+2?", "answer": "4"}
-    expected = Conversation([USER, REPLY], num_context=1)
+    expected = Conversation([USER, REPLY], weights=(0.0, 1.0))
     keys = {"prompt": "question", "completion": "answer"}
     assert _convert(value, **keys) == _convert(value, "prompt_completion", **keys) == expected
 

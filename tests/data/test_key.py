@@ -16,7 +16,7 @@ from pertoken.data.store.key import DO_NOT_DECIDE, StoreKey
 from pertoken.data.store.store import Store, build_store
 from pertoken.data.tokens.encode import Encoder
 from pertoken.data.tokens.tokenizer import load_tokenizer
-from pertoken.recipe.schema import DataConfig
+from pertoken.recipe.data import DataConfig
 
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "old_run"
 DECIDE = [name for name in DataConfig.model_fields if name not in DO_NOT_DECIDE]

@@ -26,7 +26,7 @@ from pertoken.data.store.store import Store, build_store
 from pertoken.data.tokens.encode import Encoder
 from pertoken.data.tokens.train import train_tokenizer
 from pertoken.errors import DataError
-from pertoken.recipe.schema import DataConfig
+from pertoken.recipe.data import DataConfig
 
 CONTENTS = st.lists(
     st.sampled_from(

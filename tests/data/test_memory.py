@@ -11,7 +11,7 @@ import pytest
 
 PREPARE = """
 import resource, sys
-from pertoken.recipe.schema import DataConfig
+from pertoken.recipe.data import DataConfig
 from pertoken.data.store.store import build_store
 from pertoken.data.tokens.tokenizer import open_tokenizer
 stage, path, folder = sys.argv[1:]

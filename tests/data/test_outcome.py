@@ -11,7 +11,7 @@ import pytest
 
 from pertoken.data.outcome import UnusedKeys
 from pertoken.data.store.store import Store, build_store
-from pertoken.recipe.schema import DataConfig
+from pertoken.recipe.data import DataConfig
 
 WriteJsonl = Callable[..., Path]
 USER = {"role": "user", "content": "2+2?"}

@@ -22,7 +22,7 @@ import pertoken.data.store.store
 import pertoken.data.store.workers
 from pertoken.data.store.store import Store, build_store
 from pertoken.errors import DataError
-from pertoken.recipe.schema import DataConfig
+from pertoken.recipe.data import DataConfig
 
 PART_BYTES = 2000
 
@@ -163,7 +163,7 @@ import pertoken.data.store.parts
 import pertoken.data.store.prepare
 pertoken.data.store.parts._PART_BYTES = ({part_bytes}, {part_bytes})
 pertoken.data.store.prepare._LITTLE_BYTES = 0
-from pertoken.recipe.schema import DataConfig
+from pertoken.recipe.data import DataConfig
 from pertoken.data.store.store import build_store
 from pertoken.data.tokens.tokenizer import load_tokenizer
 

@@ -19,7 +19,7 @@ from pertoken.data.store.store import Store, build_store
 from pertoken.data.tokens.encode import Encoder
 from pertoken.data.tokens.tokenizer import load_tokenizer
 from pertoken.errors import DataError, RecipeError
-from pertoken.recipe.schema import DataConfig
+from pertoken.recipe.data import DataConfig
 
 WriteJsonl = Callable[..., Path]
 

@@ -13,7 +13,7 @@ from tiny import pertoken as run_command
 import pertoken.demo.demo
 from pertoken.data.store.store import build_store
 from pertoken.demo.trigram import trigram_nats
-from pertoken.recipe.schema import DataConfig
+from pertoken.recipe.data import DataConfig
 
 
 def test_the_trigram_is_the_add_k_trigram(write_jsonl, char_tokenizer, tmp_path):

@@ -10,7 +10,7 @@ from pertoken.data.batch.pack import Sample, collate
 from pertoken.engines.torch_compile import CompileEngine
 from pertoken.model.decoder import CausalLM
 from pertoken.model.execution import PLAIN, Execution
-from pertoken.recipe.schema import ModelConfig
+from pertoken.recipe.model import ModelConfig
 
 pytestmark = pytest.mark.numeric
 

@@ -17,7 +17,7 @@ from pertoken.engines.cpu.engine import CpuEngine
 from pertoken.kernels.ops import Kernels
 from pertoken.model.decoder import CausalLM
 from pertoken.model.execution import PLAIN, Execution
-from pertoken.recipe.schema import TrainConfig
+from pertoken.recipe.train import TrainConfig
 from pertoken.training.optimizers import build_optimizer
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step

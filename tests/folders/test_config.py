@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2
 from pertoken.errors import ModelError
 from pertoken.folders.config import NotCovered, config_from_hf, config_to_hf
 from pertoken.model.decoder import CausalLM
-from pertoken.recipe.schema import ModelConfig
+from pertoken.recipe.model import ModelConfig
 
 SHARED = {
     "vocab_size": 97,

@@ -27,7 +27,7 @@ from pertoken.folders.weights import load_folder, resize_embeddings, save_folder
 from pertoken.inference.generate import generate
 from pertoken.model.decoder import CausalLM
 from pertoken.model.execution import PLAIN, Execution
-from pertoken.recipe.schema import ModelConfig
+from pertoken.recipe.model import ModelConfig
 
 pytestmark = pytest.mark.numeric
 

@@ -14,7 +14,7 @@ from pertoken.errors import RecipeError
 from pertoken.folders.weights import save_folder
 from pertoken.inference.generate import generate, keep_top_k, keep_top_p, penalize_repetition, stream_text
 from pertoken.model.decoder import CausalLM
-from pertoken.recipe.schema import ModelConfig
+from pertoken.recipe.model import ModelConfig
 
 pytestmark = pytest.mark.numeric
 

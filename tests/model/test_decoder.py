@@ -5,7 +5,7 @@ import torch
 from pertoken.data.batch.pack import Sample, collate
 from pertoken.model.decoder import CausalLM
 from pertoken.model.execution import PLAIN, Execution
-from pertoken.recipe.schema import ModelConfig
+from pertoken.recipe.model import ModelConfig
 
 pytestmark = pytest.mark.numeric
 

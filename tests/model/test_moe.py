@@ -12,7 +12,7 @@ from pertoken.data.batch.share import share_of_all
 from pertoken.model.decoder import CausalLM
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.moe import MixtureOfExperts, _num_rows
-from pertoken.recipe.schema import ModelConfig
+from pertoken.recipe.model import ModelConfig
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
 

@@ -13,7 +13,7 @@ from pertoken.model import plain
 from pertoken.model.decoder import CausalLM
 from pertoken.model.execution import Execution
 from pertoken.model.operations import body_parameters
-from pertoken.recipe.schema import ModelConfig
+from pertoken.recipe.model import ModelConfig
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 EXPERTS = {"use_moe": True, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}

@@ -16,7 +16,7 @@ from pertoken.model import plain as plain_pass
 from pertoken.model.attention import AttentionLayout, flash_capability, varlen_attention, which_attention
 from pertoken.model.decoder import CausalLM
 from pertoken.model.execution import PLAIN, Execution
-from pertoken.recipe.schema import ModelConfig
+from pertoken.recipe.model import ModelConfig
 
 pytestmark = pytest.mark.numeric
 

@@ -17,7 +17,8 @@ from pertoken.objective.choose import ROW_TERMS, objective_of
 from pertoken.objective.row_terms import RowTerm
 from pertoken.objective.terms import CROSS_ENTROPY, Objective
 from pertoken.objective.z_loss import z_loss
-from pertoken.recipe.schema import ModelConfig, TrainConfig
+from pertoken.recipe.model import ModelConfig
+from pertoken.recipe.train import TrainConfig
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
 

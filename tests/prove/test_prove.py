@@ -23,7 +23,7 @@ from pertoken.prove.plain_update import PlainOptimizer
 from pertoken.prove.report import Gradient, Result, compare
 from pertoken.prove.run import NAMES, prove
 from pertoken.prove.samples import LONG, choose
-from pertoken.recipe.schema import TrainConfig
+from pertoken.recipe.train import TrainConfig
 from pertoken.runs.data import prepare
 
 pytestmark = pytest.mark.numeric

@@ -14,7 +14,8 @@ from pertoken.engines.choice import Choice
 from pertoken.errors import RecipeError
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.homes import ENGINES, OPTIMIZER_KEYS, OPTIMIZERS, TRACKERS, at_home
-from pertoken.recipe.schema import ModelConfig, TrainConfig
+from pertoken.recipe.model import ModelConfig
+from pertoken.recipe.train import TrainConfig
 from pertoken.tracking.trackers.tracker import TrackerKind
 from pertoken.training.optimizers import OptimizerKind, build_optimizer
 

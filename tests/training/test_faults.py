@@ -23,7 +23,7 @@ from pertoken.data.batch.sample import Sample
 from pertoken.errors import NonFiniteError, RecipeError
 from pertoken.hf_fallback.model import FallbackLM
 from pertoken.model.decoder import CausalLM
-from pertoken.recipe.schema import ModelConfig
+from pertoken.recipe.model import ModelConfig
 from pertoken.runs import loop, spikes
 from pertoken.runs.replay import replay
 from pertoken.runs.spikes import Spikes, SpikeStep

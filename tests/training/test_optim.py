@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pertoken.model.decoder import CausalLM
-from pertoken.recipe.schema import ModelConfig, TrainConfig
+from pertoken.recipe.model import ModelConfig
+from pertoken.recipe.train import TrainConfig
 from pertoken.training.optimizers import build_optimizer
 from pertoken.training.optimizers import muon as muon_module
 from pertoken.training.optimizers.adamw import build_adamw

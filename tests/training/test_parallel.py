@@ -280,7 +280,7 @@ OVERFLOW = """
 import sys
 import torch
 import torch.distributed as dist
-from pertoken.recipe.schema import ModelConfig
+from pertoken.recipe.model import ModelConfig
 from pertoken.data.batch.pack import MicroBatch, collate
 from pertoken.data.batch.share import Share
 from pertoken.model.decoder import CausalLM
@@ -334,7 +334,7 @@ GATHERED = """
 import sys
 import numpy as np
 import torch
-from pertoken.recipe.schema import ModelConfig
+from pertoken.recipe.model import ModelConfig
 from pertoken.data.batch.pack import Sample, collate
 from pertoken.model.decoder import CausalLM
 from pertoken.model.execution import Execution

@@ -7,6 +7,7 @@ from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, Literal
 
 from pertoken.data.files.records import Problems
+from pertoken.data.findings import Findings
 from pertoken.text import one_line
 
 __all__ = ["Counts", "Outcome", "UnusedKeys"]
@@ -122,6 +123,7 @@ class Outcome:
     counts: Counts = field(default_factory=Counts)
     problems: Problems = field(default_factory=Problems)
     unused: UnusedKeys = field(default_factory=UnusedKeys)
+    findings: Findings = field(default_factory=Findings)
     skippable: bool = False  # data.on_bad_row="skip" would pass over some of the problems
 
     def extend(self, other: Outcome) -> None:
@@ -130,6 +132,7 @@ class Outcome:
             setattr(self.counts, name, getattr(self.counts, name) + count)
         self.problems.extend(other.problems)
         self.unused.extend(other.unused)
+        self.findings.extend(other.findings)
         self.skippable |= other.skippable
 
     def raise_problems(self) -> None:

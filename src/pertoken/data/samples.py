@@ -17,7 +17,7 @@ from pertoken.data.outcome import Counts, Outcome
 from pertoken.data.tokens.cuts import NoCut
 from pertoken.data.tokens.encode import Encoded, Encoder, TextWithSpans
 from pertoken.errors import DataError, RecipeError
-from pertoken.recipe.schema import DataConfig
+from pertoken.recipe.data import DataConfig
 from pertoken.text import reason
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pertoken.objective.row_terms import RowFunction, RowTerm
 from pertoken.objective.terms import Objective
 from pertoken.objective.z_loss import z_loss
-from pertoken.recipe.schema import TrainConfig
+from pertoken.recipe.train import TrainConfig
 
 __all__ = ["ROW_TERMS", "objective_of"]
 

@@ -18,7 +18,8 @@ from pertoken.objective.terms import Objective
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient
 from pertoken.prove.samples import Chosen, InMemory
-from pertoken.recipe.schema import Recipe, TrainConfig
+from pertoken.recipe.schema import Recipe
+from pertoken.recipe.train import TrainConfig
 from pertoken.training.parallel import World, whole
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step

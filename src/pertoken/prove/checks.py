@@ -160,7 +160,7 @@ def _said_by_template(chat: Conversation, template_kwargs: dict[str, Any], token
         )
         return text
 
-    turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and i >= chat.num_context]
+    turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and chat.weight(i)]
     if "generation" in tokenizer.get_chat_template(tools=chat.tools).replace("add_generation_prompt", ""):
         encoded = tokenizer.apply_chat_template(
             chat.messages, tools=chat.tools, return_dict=True, return_assistant_tokens_mask=True, **template_kwargs

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import EXACT
-from pertoken.recipe.schema import TrainConfig
+from pertoken.recipe.train import TrainConfig
 
 __all__ = [
     "UPDATE_ERROR",

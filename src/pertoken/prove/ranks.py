@@ -37,7 +37,7 @@ from pertoken.prove.plain_update import why_not_proved
 from pertoken.prove.rank_updates import update_of_ranks, write_plan
 from pertoken.prove.report import Comparison, Gradient, Result, compare
 from pertoken.prove.samples import InMemory
-from pertoken.recipe.schema import TrainConfig
+from pertoken.recipe.train import TrainConfig
 from pertoken.training.parallel import World, end_process, leave, parallelize
 from pertoken.training.precision import Precision
 

@@ -14,7 +14,8 @@ from pertoken.data.formats import to_conversation, to_text
 from pertoken.data.store.store import Store
 from pertoken.prove.report import Result
 from pertoken.prove.samples import Chosen
-from pertoken.recipe.schema import DataConfig, Recipe
+from pertoken.recipe.data import DataConfig
+from pertoken.recipe.schema import Recipe
 
 __all__ = ["records_at", "token_by_token"]
 

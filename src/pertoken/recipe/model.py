@@ -6,17 +6,12 @@ import difflib
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pertoken.families import FAMILIES, Family, recipe_names, saved_as
+from pertoken.recipe.section import Section
 
-__all__ = ["MOE_KEYS", "ModelConfig", "ResolvedModelConfig", "RopeScaling", "Section"]
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, strict, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+__all__ = ["MOE_KEYS", "ModelConfig", "ResolvedModelConfig", "RopeScaling"]
 
 
 # MiniMind's

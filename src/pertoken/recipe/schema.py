@@ -15,158 +15,24 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from pertoken.data.formats import FORMATS, KeyNames
+from pertoken.data.formats import FORMATS
 from pertoken.errors import RecipeError
 from pertoken.files import check_path, plain_file, user_path
+from pertoken.recipe.data import DataConfig
 from pertoken.recipe.explain import explain
-from pertoken.recipe.homes import ENGINES, OPTIMIZER_KEYS, OPTIMIZERS, TRACKERS, known_name
-from pertoken.recipe.model import ModelConfig, ResolvedModelConfig, Section
+from pertoken.recipe.homes import TRACKERS, known_name
+from pertoken.recipe.model import ModelConfig
 from pertoken.recipe.old_keys import without_old_keys
+from pertoken.recipe.section import Section, one_or_many
+from pertoken.recipe.train import TrainConfig
 from pertoken.text import reason, shown
 
 __all__ = [
     "CheckpointConfig",
-    "DataConfig",
     "LogConfig",
-    "ModelConfig",
     "Recipe",
-    "ResolvedModelConfig",
-    "TrainConfig",
     "apply_override",
 ]
-
-
-def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-class DataConfig(Section):
-    """Where the samples come from and how they are made."""
-
-    path: tuple[str, ...] = Field(min_length=1)
-    eval_path: tuple[str, ...] = ()
-    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
-    eval_split: Literal["rows", "tail"] = "rows"
-    format: str = "auto"
-    text_key: str = Field(default="text", min_length=1)
-    prompt_key: str = Field(default="prompt", min_length=1)
-    completion_key: str = Field(default="completion", min_length=1)
-    tokenizer: str | None = None
-    add_tokens: tuple[str, ...] = ()
-    chat_template: str | None = None
-    template_kwargs: dict[str, Any] = Field(default={})
-    max_seq_len: int = Field(default=1024, ge=2)
-    overlong: Literal["drop", "truncate", "error"] = "drop"
-    on_bad_row: Literal["error", "skip"] = "error"
-    store: str | None = None
-    workers: int | None = Field(default=None, ge=1)
-
-    @field_validator("path", "eval_path", "add_tokens", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return _as_tuple(value)
-
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, value: str) -> str:
-        return known_name(value, ["auto", *FORMATS])
-
-    @field_validator("path", "eval_path")
-    @classmethod
-    def _paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(check_path, value))
-
-    @field_validator("tokenizer", "store")
-    @classmethod
-    def _path(cls, value: str | None) -> str | None:
-        return None if value is None else check_path(value)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DataConfig:
-        if self.eval_path and self.eval_fraction:
-            raise ValueError(
-                f"data.eval_fraction={self.eval_fraction}: data.eval_path is given too; keep one of the two"
-            )
-        return self
-
-    @property
-    def key_names(self) -> KeyNames:
-        """What the formats that have no keys of their own read."""
-        return KeyNames(self.text_key, self.prompt_key, self.completion_key)
-
-
-class TrainConfig(Section):
-    """The objective's optimization, and the plan it is computed by."""
-
-    epochs: int = Field(default=1, ge=1)
-    max_steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=16, ge=1)
-    learning_rate: float | None = Field(default=None, gt=0)
-    warmup_steps: int = Field(default=0, ge=0)
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    decay_ratio: float = Field(default=0.2, gt=0, le=1)
-    optimizer: Annotated[str, AfterValidator(lambda name: known_name(name, OPTIMIZERS))] = "adamw"
-    muon_learning_rate: float | None = Field(default=None, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
-    grad_clip: float = Field(default=1.0, ge=0)
-    # z_loss_coef * log(Z)^2 of every supervised token, as part of the objective (PaLM, section 5, has 1e-4); 0: none.
-    z_loss_coef: float = Field(default=0.0, ge=0)
-    # A finite gradient norm above `spike_factor` times the median of the last 100 steps' norms (of at least 20) is a
-    # spike; 0 turns this off. "warn" says so and updates, "skip" leaves the update out, "stop" ends the run (exit 3).
-    on_spike: Literal["stop", "skip", "warn"] = "warn"
-    spike_factor: float = Field(default=10.0, ge=0)
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16"
-    device: str = "auto"
-    seed: int = Field(default=42, ge=0)
-    micro_batch_tokens: int = Field(default=8192, ge=1)
-    engine: Annotated[str, AfterValidator(lambda name: known_name(name, ["auto", *ENGINES]))] = "auto"
-    loss_impl: Literal["auto", "liger", "cce"] = "auto"
-    activation_checkpointing: bool = False
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    eval_interval: int | None = Field(default=None, ge=1)
-    max_minutes: float | None = Field(default=None, gt=0)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TrainConfig:
-        home = OPTIMIZERS[self.optimizer]
-        for key in OPTIMIZER_KEYS:
-            value = getattr(self, key)
-            if key not in home.reads and value != type(self).model_fields[key].default:
-                readers = " or ".join(f'"{name}"' for name, other in OPTIMIZERS.items() if key in other.reads)
-                raise ValueError(
-                    f'train.{key}={shown(value)}: train.optimizer="{self.optimizer}" does not use it; '
-                    f"set train.optimizer={readers}, or leave the key out"
-                )
-        if self.parallel == "fsdp" and not home.can_shard:
-            raise ValueError(
-                f'train.optimizer="{self.optimizer}": its update needs whole parameters, and train.parallel="fsdp" '
-                'shards them; set train.parallel="ddp", or another optimizer'
-            )
-        return self
-
-    @field_validator("betas")
-    @classmethod
-    def _betas_below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in value):
-            raise ValueError("each must be at least 0 and below 1")
-        return value
-
-    @field_validator("spike_factor")
-    @classmethod
-    def _spikes_are_above_the_median(cls, value: float) -> float:
-        if 0 < value <= 1:
-            raise ValueError("must be above 1, or half of all steps would be spikes; 0 turns spikes off")
-        return value
-
-    @field_validator("device")
-    @classmethod
-    def _known_device(cls, value: str) -> str:
-        kind, _, index = value.partition(":")
-        if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
-            raise ValueError('must be "auto", "cpu", "cuda" or "cuda:N"')
-        return value
 
 
 class CheckpointConfig(Section):
@@ -189,7 +55,7 @@ class LogConfig(Section):
     @field_validator("trackers", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        return _as_tuple(value)
+        return one_or_many(value)
 
 
 class Recipe(Section):

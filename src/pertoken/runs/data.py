@@ -13,7 +13,8 @@ from pertoken.data.store.folder import Check
 from pertoken.data.store.store import Store, build_store, open_store
 from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import DataError, RecipeError
-from pertoken.recipe.schema import DataConfig, Recipe
+from pertoken.recipe.data import DataConfig
+from pertoken.recipe.schema import Recipe
 from pertoken.tracking.listener import Listener
 from pertoken.training.parallel import World
 

@@ -9,7 +9,8 @@ from tiny import pertoken, rows_of
 from torch import Tensor
 
 from pertoken.model.decoder import CausalLM
-from pertoken.recipe.schema import ModelConfig, TrainConfig
+from pertoken.recipe.model import ModelConfig
+from pertoken.recipe.train import TrainConfig
 from pertoken.training.optimizers import Optimizer, build_optimizer
 from pertoken.training.schedule import set_lr
 

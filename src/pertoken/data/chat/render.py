@@ -89,16 +89,16 @@ def rendered_chat(chat: Conversation, template: ChatTemplate) -> TextWithSpans:
     """
     if template.has_marks(chat.tools):
         marked = template.marked(chat)
-        given = len(template.marked(chat, chat.num_context).spans) if _has_assistant(chat) else 0
-        return TextWithSpans(marked.text, marked.spans[given:])
+        turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        if all(chat.weight(i) for i in turns):
+            return marked
+        ends = [len(template.marked(chat, i + 1).spans) for i in turns]
+        starts = [0, *ends[:-1]]
+        learned = [i for turn, a, b in zip(turns, starts, ends, strict=True) if chat.weight(turn) for i in range(a, b)]
+        return TextWithSpans(marked.text, [marked.spans[i] for i in learned])
     text = template.text(chat)
-    turns = range(chat.num_context, len(chat.messages))
-    spans = [_span(chat, i, text, template) for i in turns if chat.messages[i]["role"] == "assistant"]
+    spans = [_span(chat, i, text, template) for i in range(len(chat.messages)) if chat.weight(i)]
     return TextWithSpans(text, spans)
-
-
-def _has_assistant(chat: Conversation) -> bool:
-    return any(message["role"] == "assistant" for message in chat.messages[: chat.num_context])
 
 
 def _span(chat: Conversation, turn: int, text: str, template: ChatTemplate) -> tuple[int, int]:

@@ -19,12 +19,18 @@ class Conversation:
     """What a chat template is given.
 
     Every message has a `role` of ROLES and a text `content`; an assistant's may have a text `reasoning_content` and
-    a list `tool_calls`. Assistant turns among the first `num_context` messages are read but not learned from.
+    a list `tool_calls`. A message of weight 0 is read but not learned from.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
-    num_context: int = 0
+    weights: tuple[float, ...] | None = None  # how much each message's tokens count; None: 1 for the assistant's
+
+    def weight(self, message: int) -> float:
+        """How much the tokens of a message count in the loss, and in what it is divided by."""
+        if self.messages[message]["role"] != "assistant":
+            return 0.0
+        return 1.0 if self.weights is None else self.weights[message]
 
 
 def read_conversation(messages: Any, field: str, tools: Any) -> Conversation:

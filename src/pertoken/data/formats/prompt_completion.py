@@ -16,7 +16,8 @@ def _read(fields: Fields, keys: KeyNames) -> Conversation:
         completion = [{"role": "assistant", "content": completion}]
     context, learned = read_messages(prompt, keys.prompt), read_messages(completion, keys.completion)
     require_assistant(learned, keys.completion)
-    return Conversation(context + learned, read_tools(fields.get("tools"), "tools"), num_context=len(context))
+    weights = (0.0,) * len(context) + (1.0,) * len(learned)
+    return Conversation(context + learned, read_tools(fields.get("tools"), "tools"), weights)
 
 
 PROMPT_COMPLETION = Format("prompt_completion", "conversation", lambda keys: (keys.prompt, keys.completion), _read)

@@ -18,7 +18,7 @@ from pertoken.data.store.columns import SCHEMA
 from pertoken.data.store.folder import FORMAT_VERSION
 from pertoken.data.tokens.encode import Encoder
 from pertoken.data.tokens.tokenizer import special_ids
-from pertoken.recipe.schema import DataConfig
+from pertoken.recipe.data import DataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

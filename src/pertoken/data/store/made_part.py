@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pertoken.data.files.records import BadRow, Problems
+from pertoken.data.findings import Findings
 from pertoken.data.outcome import Counts, Outcome, UnusedKeys
 from pertoken.data.samples import SampleBuilder
 from pertoken.data.store.columns import write
@@ -54,6 +55,7 @@ def make_part(
         "totals": totals,
         "counts": asdict(outcome.counts),
         "unused": outcome.unused.to_json(),
+        "findings": outcome.findings.to_json(),
         "problems": {"count": outcome.problems.count, "first": [asdict(row) for row in outcome.problems.first]},
         "skippable": outcome.skippable,
     }
@@ -77,7 +79,8 @@ def find_part(folder: Path, index: int, part: Part, *, check: bool = True) -> Ma
         problems.count = int(meta["problems"]["count"])
         problems.first = [BadRow(**row) for row in meta["problems"]["first"]]
         unused = UnusedKeys.from_json(meta["unused"])
-        outcome = Outcome(Counts(**meta["counts"]), problems, unused, bool(meta["skippable"]))
+        findings = Findings.from_json(meta["findings"])
+        outcome = Outcome(Counts(**meta["counts"]), problems, unused, findings, bool(meta["skippable"]))
         return MadePart(samples, skipped, outcome, meta["totals"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pertoken.data.findings import Findings
 from pertoken.data.outcome import Outcome, UnusedKeys
 
 __all__ = ["StoreReport", "to_json"]
@@ -25,15 +26,17 @@ class StoreReport:
     unsupervised: int  # conversations dropped for having no supervised token (left)
     too_short: int  # documents of one token, which predict nothing
     unused_keys: tuple[str, ...]  # lines on the keys of rows that nothing was made of
+    findings: tuple[str, ...]  # lines on what is worth a word (data/findings.py)
     skipped_file: str | None
     hit: bool  # the store was there already
 
     @classmethod
     def of(cls, values: dict[str, Any], files: Sequence[str], *, skipped_file: str | None, hit: bool) -> StoreReport:
         """From what `to_json` made. Raises KeyError, TypeError or ValueError for anything else."""
-        counts = {name: int(value) for name, value in values.items() if name != "unused"}
+        counts = {name: int(value) for name, value in values.items() if name not in ("unused", "findings")}
         unused = UnusedKeys.from_json(values["unused"]).notes(files)
-        return cls(**counts, unused_keys=tuple(unused), skipped_file=skipped_file, hit=hit)
+        findings = Findings.from_json(values.get("findings", {})).notes(files)
+        return cls(**counts, unused_keys=tuple(unused), findings=tuple(findings), skipped_file=skipped_file, hit=hit)
 
     def notes(self) -> list[str]:
         """One line for each way in which rows, or keys of them, were lost or cut."""
@@ -47,9 +50,14 @@ class StoreReport:
                 (self.too_short, "{count} documents of a single token dropped"),
             )
             if count
-        ] + list(self.unused_keys)
+        ] + [*self.findings, *self.unused_keys]
 
 
 def to_json(outcome: Outcome, totals: dict[str, int]) -> dict[str, Any]:
     """What store.json keeps: of all rows their outcome, of all samples the totals."""
-    return {**asdict(outcome.counts), **totals, "unused": outcome.unused.to_json()}
+    return {
+        **asdict(outcome.counts),
+        **totals,
+        "unused": outcome.unused.to_json(),
+        "findings": outcome.findings.to_json(),
+    }

@@ -30,7 +30,7 @@ from pertoken.data.store.prepare import make_parts, work_folder
 from pertoken.data.store.report import StoreReport, to_json
 from pertoken.data.tokens.encode import Encoder
 from pertoken.errors import DataError
-from pertoken.recipe.schema import DataConfig
+from pertoken.recipe.data import DataConfig
 from pertoken.text import reason
 
 if TYPE_CHECKING:

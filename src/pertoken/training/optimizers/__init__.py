@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pertoken.model.protocol import LanguageModel
 from pertoken.recipe.homes import OPTIMIZERS, at_home
-from pertoken.recipe.schema import TrainConfig
+from pertoken.recipe.train import TrainConfig
 from pertoken.training.optimizers.optimizer import Optimizer, OptimizerKind
 
 __all__ = ["Optimizer", "OptimizerKind", "build_optimizer", "optimizer_kind"]

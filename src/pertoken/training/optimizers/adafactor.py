@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pertoken.model.protocol import LanguageModel
-from pertoken.recipe.schema import TrainConfig
+from pertoken.recipe.train import TrainConfig
 from pertoken.training.optimizers.optimizer import Optimizer, OptimizerKind, decay_groups
 
 __all__ = ["ADAFACTOR", "Adafactor"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from pertoken.model.protocol import LanguageModel, TorchModule
-from pertoken.recipe.schema import TrainConfig
+from pertoken.recipe.train import TrainConfig
 from pertoken.training.optimizers.optimizer import Optimizer, OptimizerKind, decay_groups
 
 __all__ = ["ADAMW", "AdamW", "build_adamw"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pertoken.model.moe import MixtureOfExperts
 from pertoken.model.protocol import LanguageModel
-from pertoken.recipe.schema import TrainConfig
+from pertoken.recipe.train import TrainConfig
 from pertoken.training.norms import matrix_norms
 from pertoken.training.optimizers.adamw import AdamW
 from pertoken.training.optimizers.optimizer import Optimizer, OptimizerKind, decay_groups

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pertoken.model.protocol import LanguageModel
-from pertoken.recipe.schema import TrainConfig
+from pertoken.recipe.train import TrainConfig
 
 __all__ = ["Optimizer", "OptimizerKind", "decay_groups"]
 

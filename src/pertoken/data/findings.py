@@ -1,0 +1,81 @@
+"""What is worth a word about rows: of each kind how many there are, and where the first ones stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from pertoken.text import one_line
+
+__all__ = ["KINDS", "Findings", "Kind"]
+
+_PLACES = 20  # of each kind that are kept
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way in which a row is other than its author may think. One of them is one line of `KINDS`."""
+
+    what: str  # "{count} conversations ...", with the remedy where there is one
+    harms: bool  # whether what is trained is not what the row says: then `pertoken audit` exits with 1
+
+
+KINDS: dict[str, Kind] = {}
+
+
+@dataclass
+class _Found:
+    count: int
+    places: list[tuple[int, int]]  # (index into the files, line) of the first
+
+
+class Findings:
+    """Counted by kind. The first 20 places of each are kept, in the order of the rows, however they are split."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, _Found] = {}
+
+    def add(self, kind: str, file: int, line: int, count: int = 1) -> None:
+        """`kind` is a key of KINDS, `file` an index into the files."""
+        assert kind in KINDS, kind
+        found = self._found.setdefault(kind, _Found(0, []))
+        found.count += count
+        if len(found.places) < _PLACES and (file, line) not in found.places:
+            found.places.append((file, line))
+
+    def extend(self, later: Findings) -> None:
+        """Add what was found in the rows that follow."""
+        for kind, of_later in later._found.items():
+            found = self._found.setdefault(kind, _Found(0, []))
+            found.count += of_later.count
+            found.places += of_later.places[: _PLACES - len(found.places)]
+
+    def count(self, kind: str) -> int:
+        return self._found[kind].count if kind in self._found else 0
+
+    def places(self, kind: str) -> list[tuple[int, int]]:
+        """(index into the files, line) of the first 20."""
+        return list(self._found[kind].places) if kind in self._found else []
+
+    def to_json(self) -> dict[str, Any]:
+        return {kind: list(astuple(found)) for kind, found in self._found.items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Findings:
+        """Raises KeyError, TypeError or ValueError for what `to_json` did not make."""
+        findings = cls()
+        for kind, (count, places) in values.items():
+            findings._found[kind] = _Found(int(count), [(int(file), int(line)) for file, line in places])
+        return findings
+
+    def notes(self, files: Sequence[str]) -> list[str]:
+        """One line for each kind, in the order of KINDS, with the first places."""
+        notes = []
+        for name, kind in KINDS.items():
+            if (found := self._found.get(name)) is not None:
+                shown = [f"{files[file]}:{line}" for file, line in found.places[:_SHOWN]]
+                more = ", ..." if found.count > len(shown) else ""
+                notes.append(one_line(f"{kind.what.format(count=f'{found.count:,}')} ({', '.join(shown)}{more})"))
+        return notes
