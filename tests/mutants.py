@@ -34,6 +34,7 @@ import pertoken.prove.classes
 import pertoken.prove.ranks
 from pertoken.data.batch.pack import MicroBatch, Sample
 from pertoken.data.batch.share import Share
+from pertoken.data.chat.render import Rendered
 from pertoken.data.tokens.encode import TextWithSpans
 from pertoken.kernels.ops import Kernels
 from pertoken.model.execution import Casts, Execution
@@ -263,9 +264,9 @@ def attention_across_documents(patch: Patch) -> None:
 def prompt_supervised(patch: Patch) -> None:
     rendered = pertoken.data.samples.rendered_chat
 
-    def everything(*args: Any) -> TextWithSpans:
-        text = rendered(*args).text
-        return TextWithSpans(text, [(0, len(text))])
+    def everything(*args: Any) -> Rendered:
+        texts = [sample.text for sample in rendered(*args).samples]
+        return Rendered([TextWithSpans(text, [(0, len(text))]) for text in texts])
 
     patch.setattr(pertoken.data.samples, "rendered_chat", everything)
 
@@ -273,9 +274,11 @@ def prompt_supervised(patch: Patch) -> None:
 def end_of_turn_unsupervised(patch: Patch) -> None:
     rendered = pertoken.data.samples.rendered_chat
 
-    def shorter(chat: Any, template: Any) -> TextWithSpans:
-        marked = rendered(chat, template)
-        return TextWithSpans(marked.text, [(start, end - len(template.end_of_turn)) for start, end in marked.spans])
+    def shorter(chat: Any, template: Any) -> Rendered:
+        def cut(sample: TextWithSpans) -> TextWithSpans:
+            return TextWithSpans(sample.text, [(start, end - len(template.end_of_turn)) for start, end in sample.spans])
+
+        return Rendered([cut(sample) for sample in rendered(chat, template).samples])
 
     patch.setattr(pertoken.data.samples, "rendered_chat", shorter)
 

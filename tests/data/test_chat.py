@@ -53,8 +53,14 @@ def _with_template(tokenizer: Any, template: str) -> Any:
 
 
 def _said(chat: Conversation, tokenizer: Any, **template_kwargs: Any) -> list[str]:
-    marked = rendered_chat(chat, ChatTemplate(tokenizer, template_kwargs))
-    return [marked.text[start:end] for start, end in marked.spans]
+    (sample,) = _samples(chat, tokenizer, **template_kwargs)
+    return sample
+
+
+def _samples(chat: Conversation, tokenizer: Any, /, **template_kwargs: Any) -> list[list[str]]:
+    """What the assistant says in each sample."""
+    samples = rendered_chat(chat, ChatTemplate(tokenizer, template_kwargs)).samples
+    return [[sample.text[start:end] for start, end in sample.spans] for sample in samples]
 
 
 def _encode(tokenizer: Any, marked: TextWithSpans) -> Encoded:
@@ -118,7 +124,7 @@ def test_masks_and_bytes_equal_a_slow_recount_with_and_without_generation_marks(
             spans.append((len(text), len(text) + len(said)))
         text += said + "\n"
     for template in (CHATML, UNMARKED):
-        marked = rendered_chat(chat, ChatTemplate(_with_template(tokenizer, template), {}))
+        (marked,) = rendered_chat(chat, ChatTemplate(_with_template(tokenizer, template), {})).samples
         assert marked == TextWithSpans(text, spans)
         _assert_equals_slow(tokenizer, marked, spans)
 
@@ -130,7 +136,7 @@ def test_gsm8k_through_minimind_supervises_the_answer_and_its_end(minimind_token
         assert isinstance(row.value, dict)
         chat = to_conversation(row, keys=KeyNames(prompt="question", completion="answer"))
         assert isinstance(chat, Conversation)
-        marked = rendered_chat(chat, template)
+        (marked,) = rendered_chat(chat, template).samples
         start = marked.text.index("</think>\n\n") + len("</think>\n\n")  # the empty block is part of the prompt
         end = marked.text.rindex("<|im_end|>") + len("<|im_end|>")
         assert marked.text[start:end] == row.value["answer"] + "<|im_end|>"
@@ -160,12 +166,18 @@ def test_minimind_reasoning_tools_and_calls_are_supervised_where_the_assistant_s
     assert _said(chat, minimind_tokenizer, open_thinking=True)[1] == "\n</think>\n\nFour.<|im_end|>"
 
 
-@pytest.mark.parametrize("template", [CHATML, UNMARKED, PHI, LLAMA])
+@pytest.mark.parametrize("template", [CHATML, UNMARKED, LLAMA])
 def test_spans_of_several_template_families(bpe_tokenizer: Any, template: str) -> None:
     tokenizer = _with_template(bpe_tokenizer, template)
     space = " " if template == LLAMA else ""
     said = [f"{space}{words}<|im_end|>" for words in ("b", "", "d <|im_end|> e")]
     assert _said(_chat("a", "b", "c", "", "d", "d <|im_end|> e"), tokenizer) == said
+
+
+def test_an_end_that_only_the_last_message_gets_is_what_each_turn_learns_to_write(bpe_tokenizer: Any) -> None:
+    tokenizer = _with_template(bpe_tokenizer, PHI)
+    end = "<|im_end|>\n<|endoftext|>"
+    assert _samples(_chat("a", "b", "c", "d"), tokenizer) == [[f"b{end}"], [f"d{end}"]]
 
 
 @pytest.mark.parametrize("template", [CHATML, UNMARKED])
@@ -182,36 +194,77 @@ def test_a_conversation_may_start_with_the_assistant(bpe_tokenizer: Any, templat
     ]
 
 
-def test_a_start_with_the_assistant_that_the_template_cannot_prompt_is_refused(minimind_tokenizer: Any) -> None:
+def test_a_start_that_the_template_cannot_prompt_is_found_by_the_assistants_header(minimind_tokenizer: Any) -> None:
+    assert _said(_chat("a", "b", "c", first="assistant"), minimind_tokenizer) == ["a<|im_end|>", "c<|im_end|>"]
+    chat = _chat("a", "b", "c", first="assistant")
+    chat.messages.insert(0, {"role": "system", "content": "<|im_start|>assistant"})
+    assert _said(Conversation(chat.messages), minimind_tokenizer) == ["a<|im_end|>", "c<|im_end|>"]
+
+
+def test_a_start_without_a_header_that_could_be_found_is_refused(bpe_tokenizer: Any) -> None:
+    asks = "{% if not messages %}{{ raise_exception('no messages') }}{% endif %}"
     with pytest.raises(ValueError, match=r"starts with an assistant turn, and .* or put a user turn before it"):
-        _said(_chat("a", "b", "c", first="assistant"), minimind_tokenizer)
+        _said(_chat("a", "b", "c", first="assistant"), _with_template(bpe_tokenizer, asks + LLAMA))
 
 
-def test_a_template_that_drops_earlier_reasoning_is_refused_where_it_matters(bpe_tokenizer: Any) -> None:
+def test_a_template_that_drops_earlier_reasoning_takes_a_sample_for_each_turn_that_it_changes(
+    bpe_tokenizer: Any,
+) -> None:
     tokenizer = _with_template(bpe_tokenizer, DROPS_REASONING)
-    chat = _chat("a", "b", "c", "d")
-    assert _said(chat, tokenizer) == ["b<|im_end|>", "d<|im_end|>"]
-    chat.messages[3]["reasoning_content"] = "hm"
-    assert _said(chat, tokenizer) == ["b<|im_end|>", "<think>hm</think>d<|im_end|>"]
-    chat.messages[1]["reasoning_content"] = "hm"
-    with pytest.raises(ValueError, match=r"renders message 1 .* differently once later messages follow .* set data\."):
-        _said(chat, tokenizer)
+    chat = _chat("a", "b", "c", "d", "e", "f")
+    assert _samples(chat, tokenizer) == [["b<|im_end|>", "d<|im_end|>", "f<|im_end|>"]]
+    chat.messages[5]["reasoning_content"] = "hm"
+    assert _samples(chat, tokenizer) == [["b<|im_end|>", "d<|im_end|>", "<think>hm</think>f<|im_end|>"]]
+    chat.messages[3]["reasoning_content"] = "so"
+    samples = [["b<|im_end|>", "<think>so</think>d<|im_end|>"], ["<think>hm</think>f<|im_end|>"]]
+    assert _samples(chat, tokenizer) == samples
+    with pytest.raises(ValueError, match=r"renders message 3 .* takes 2 samples; set data\.on_rewrite to \"split\""):
+        rendered_chat(chat, ChatTemplate(tokenizer, {}, on_rewrite="error"))
     # Reasoning that is context may be dropped: the last turn is given what it is given at inference.
-    assert _said(Conversation(chat.messages, weights=_weights(chat.messages, 3)), tokenizer) == [
-        "<think>hm</think>d<|im_end|>"
-    ]
+    last = Conversation(chat.messages, weights=_weights(chat.messages, 5))
+    assert _said(last, tokenizer) == ["<think>hm</think>f<|im_end|>"]
+
+
+def test_what_follows_the_last_supervised_turn_stays_where_it_changes_nothing(bpe_tokenizer: Any) -> None:
+    chat = _chat("a", "b", "c")
+    for template, tail in ((UNMARKED, "<|im_start|>user\nc<|im_end|>\n"), (DROPS_REASONING, "")):
+        chat.messages[1]["reasoning_content"] = "hm"
+        (sample,) = rendered_chat(chat, ChatTemplate(_with_template(bpe_tokenizer, template), {})).samples
+        assert sample.text[sample.spans[-1][1] :] == f"\n{tail}"
 
 
 def test_a_prompt_that_changes_what_is_before_the_turn_is_refused(bpe_tokenizer: Any) -> None:
-    tokenizer = _with_template(bpe_tokenizer, "{% if add_generation_prompt %}!{% endif %}" + UNMARKED)
-    with pytest.raises(ValueError, match=r"renders message 1 or what is before it differently"):
-        _said(_chat("a", "b"), tokenizer)
+    for template in (
+        "{% if add_generation_prompt %}!{% endif %}" + UNMARKED,
+        UNMARKED.replace("<|im_start|>' + message.role", "<|im_start|>' + messages | length | string + message.role"),
+    ):
+        tokenizer = _with_template(bpe_tokenizer, template)
+        with pytest.raises(ValueError, match=r"renders what is before message 1 differently once that message follows"):
+            _said(_chat("a", "b"), tokenizer)
 
 
-def test_a_template_without_an_end_of_turn_is_refused(bpe_tokenizer: Any) -> None:
-    tokenizer = _with_template(bpe_tokenizer, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
-    with pytest.raises(ValueError, match=r"does not end message 1 with <\|im_end\|>, so no reply would learn to end"):
-        _said(_chat("a", "b"), tokenizer)
+def test_a_template_without_an_end_of_turn_needs_one(bpe_tokenizer: Any) -> None:
+    header = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    body = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    tokenizer = _with_template(bpe_tokenizer, body + header)
+    with pytest.raises(RecipeError, match=r'ends no turn .* data\.end_of_turn="<\|im_start\|>", or set another'):
+        ChatTemplate(tokenizer, {})
+    template = ChatTemplate(tokenizer, {}, end_of_turn="<|im_start|>")
+    (sample,) = rendered_chat(_chat("a", "b", "c", "d"), template).samples
+    assert [sample.text[start:end] for start, end in sample.spans] == ["b<|im_start|>", "d<|im_start|>"]
+    template = ChatTemplate(tokenizer, {}, end_of_turn="<|endoftext|>")
+    (sample,) = rendered_chat(_chat("a", "b"), template).samples
+    assert sample.text.endswith("b<|endoftext|>")
+    with pytest.raises(RecipeError, match=r"data\.end_of_turn='<\|user\|>': no token of the tokenizer's own; name one"):
+        ChatTemplate(tokenizer, {}, end_of_turn="<|user|>")
+
+
+def test_a_turn_that_is_not_ended_is_refused(bpe_tokenizer: Any) -> None:
+    unended = UNMARKED.replace("{{- '<|im_end|>' }}", "{{- '' if message.tool_calls else '<|im_end|>' }}")
+    chat = _chat("a", "b")
+    chat.messages[1]["tool_calls"] = [{"name": "f", "arguments": {}}]
+    with pytest.raises(ValueError, match=r"does not end message 1 with a special token, so no reply .* data\.end_of_"):
+        _said(chat, _with_template(bpe_tokenizer, unended))
 
 
 def test_a_template_that_fails_on_a_row_says_so_in_one_line(bpe_tokenizer: Any) -> None:
@@ -232,7 +285,7 @@ def test_template_kwargs_reach_the_template(bpe_tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("trim_offsets", [True, False])
-def test_a_token_that_straddles_the_edge_of_a_span_is_not_supervised(
+def test_a_token_that_straddles_the_edge_of_a_span_is_supervised_where_it_begins_what_is_said(
     write_jsonl: Callable[..., Path], tmp_path: Path, trim_offsets: bool
 ) -> None:
     from tokenizers import processors
@@ -246,8 +299,8 @@ def test_a_token_that_straddles_the_edge_of_a_span_is_not_supervised(
     for spans, supervised in [
         ([(0, 17)], [True, True, True, True]),
         ([(0, 5)], [True, False, False, False]),  # over the end: the space is said, "the" is not
-        ([(2, 13)], [False, True, True, False]),  # from inside the first token to the end of the third
-        ([(5, 13)], [False, False, True, False]),  # "the", without the space that its token begins with
+        ([(2, 13)], [True, True, True, False]),  # from inside the first token to the end of the third
+        ([(5, 13)], [False, True, True, False]),  # "the", without the space that its token begins with
         ([(0, 4), (13, 17)], [True, False, False, True]),
         ([(9, 12)], [False, False, False, False]),
         ([], [False, False, False, False]),

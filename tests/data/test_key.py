@@ -53,7 +53,8 @@ def other(value: Any, annotation: Any) -> Any:
 def test_every_setting_changes_the_key_unless_it_is_known_not_to_decide(tokenizer: Any, name: str) -> None:
     field = DataConfig.model_fields[name]
     default = field.get_default(call_default_factory=True)
-    value = "messages" if name == "format" else other(default, field.annotation)
+    named = {"format": "messages", "template_date": "2026-01-31"}
+    value = named.get(name) or other(default, field.annotation)
     before, after = key(tokenizer), key(tokenizer, **{name: value})
     assert after.name(["sha"]) != before.name(["sha"])
     assert after.fingerprint(["sha"]) != before.fingerprint(["sha"])
@@ -82,6 +83,10 @@ def test_defaults_are_those_of_this_version_of_the_samples() -> None:
         "prompt_key": "prompt",
         "completion_key": "completion",
         "template_kwargs": {},
+        "template_date": None,
+        "end_of_turn": None,
+        "on_rewrite": "split",
+        "reasoning": "error",
         "max_seq_len": 1024,
         "overlong": "drop",
         "on_bad_row": "error",
@@ -120,6 +125,13 @@ def test_a_checkpoint_of_the_earlier_version_is_of_the_same_data(tmp_path: Path,
     assert (again.report.hit, again.fingerprints) == (True, store.fingerprints)
     changed, _ = old_store(tmp_path, tokenizer, max_seq_len=600)
     assert saved["train"] not in changed.fingerprints
+
+
+def test_earlier_versions_found_the_turns_of_other_templates_otherwise(tokenizer: Any, tmp_path: Path) -> None:
+    other = load_tokenizer(OLD_RUN / "tokenizer", chat_template=tokenizer.chat_template + " ")
+    for stage, of, known in (("sft", tokenizer, True), ("sft", other, False), ("pretrain", other, True)):
+        for fingerprint in (StoreKey.fingerprint_v2, StoreKey.fingerprint_v3, StoreKey.earlier_name):
+            assert (fingerprint(key(of, stage), ["sha"]) is not None) is known
 
 
 def test_the_earlier_version_knows_no_setting_that_it_did_not_have(

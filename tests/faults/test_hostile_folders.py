@@ -328,7 +328,7 @@ ENDLESS = [
 def test_a_template_that_reaches_out_or_never_ends_is_refused(char_folder: Path, tmp_path: Path, template: str) -> None:
     tokenizer = load_tokenizer(char_folder, chat_template=template.replace("TRACE", str(tmp_path / "ran")) + " ")
     with pytest.raises(RecipeError, match=r"data\.chat_template: for a question and an answer, .* cannot render it"):
-        ChatTemplate(tokenizer, {})
+        ChatTemplate(tokenizer, {}, day="2026-01-31")
     assert not (tmp_path / "ran").exists()
 
 

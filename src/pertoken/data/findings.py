@@ -22,7 +22,20 @@ class Kind:
     harms: bool  # whether what is trained is not what the row says: then `pertoken audit` exits with 1
 
 
-KINDS: dict[str, Kind] = {}
+KINDS: dict[str, Kind] = {
+    "split": Kind(
+        "{count} conversations become several samples, since the chat template renders turns differently later "
+        "(data.on_rewrite)",
+        harms=False,
+    ),
+    "split_tokens": Kind("{count} tokens of context are repeated in their samples", harms=False),
+    "empty_thinking": Kind("{count} turns learn to write an empty thinking block", harms=False),
+    "empty_thinking_avoidable": Kind(
+        "{count} turns learn to write an empty thinking block; data.template_kwargs.enable_thinking=false makes it "
+        "part of the prompt",
+        harms=False,
+    ),
+}
 
 
 @dataclass

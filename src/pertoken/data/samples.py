@@ -23,7 +23,7 @@ from pertoken.text import reason
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Row", "SampleBuilder"]
+__all__ = ["Row", "SampleBuilder", "chat_template"]
 
 # Encoded at a time, by all threads at once: enough to keep them busy, little enough to hold in memory, where a token
 # takes over a hundred bytes until it is a number.
@@ -51,6 +51,7 @@ class _Document:
     digest: int
     is_tail: bool
     text: TextWithSpans | LongText
+    is_extra: bool = False  # another sample of the same conversation follows: its context is there again
 
     @property
     def num_chars(self) -> int:
@@ -78,7 +79,7 @@ class SampleBuilder:
         encoder: Encoder,
     ) -> SampleBuilder:
         """Raises RecipeError where the tokenizer lacks the template or the eos token that the stage needs."""
-        template = ChatTemplate(tokenizer, data.template_kwargs) if stage == "sft" else None
+        template = chat_template(tokenizer, data) if stage == "sft" else None
         return cls(tuple(files), data, encoder, template, _eos(tokenizer) if stage == "pretrain" else None)
 
     def samples(
@@ -143,6 +144,18 @@ class SampleBuilder:
         return BadRow(str(self.files[document.file]), document.line, field, problem)
 
 
+def chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> ChatTemplate:
+    """The template with what the recipe says of it. Raises RecipeError as ChatTemplate does."""
+    return ChatTemplate(
+        tokenizer,
+        data.template_kwargs,
+        day=data.template_date,
+        end_of_turn=data.end_of_turn,
+        on_rewrite=data.on_rewrite,
+        reasoning=data.reasoning,
+    )
+
+
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise RecipeError("data.tokenizer: has no eos token to end a document with; choose one that has")
@@ -172,8 +185,11 @@ class _Rows:
                     self.bad(texts)
                     continue
                 assert isinstance(row, Record)
-                for text, is_tail in texts:
-                    yield _Document(span.file, row.line, row.digest, is_tail, text)
+                split = self._gives == "conversation"
+                for number, (text, is_tail) in enumerate(texts, start=1):
+                    yield _Document(
+                        span.file, row.line, row.digest, is_tail, text, is_extra=split and number < len(texts)
+                    )
             before += span.stop - span.start
 
     def _texts(self, row: Record, file: int) -> Sequence[tuple[TextWithSpans | LongText, bool]] | BadRow:
@@ -187,10 +203,16 @@ class _Rows:
         if isinstance(value, Conversation):
             assert template is not None, "conversations are for fine-tuning"
             try:
-                texts: Sequence[tuple[TextWithSpans | LongText, bool]] = [(rendered_chat(value, template), False)]
+                rendered = rendered_chat(value, template)
             except ValueError as error:
                 return BadRow(row.file, row.line, "conversation", str(error))
+            texts: Sequence[tuple[TextWithSpans | LongText, bool]] = [(text, False) for text in rendered.samples]
             unnamed = template.unnamed_keys(value)
+            if len(texts) > 1:
+                self._outcome.findings.add("split", file, row.line)
+            if rendered.empty_thoughts:
+                kind = "empty_thinking_avoidable" if template.thinks_in_prompt else "empty_thinking"
+                self._outcome.findings.add(kind, file, row.line, rendered.empty_thoughts)
         else:
             texts = _texts(value, data)
         if unread:
@@ -293,6 +315,9 @@ def _chat_samples(
         counts.unsupervised += 1
     else:
         counts.truncated += num_inputs > limit
+        if document.is_extra:
+            repeated = int((~encoded.supervised).sum())
+            outcome.findings.add("split_tokens", document.file, document.line, repeated)
         yield _row(document, encoded, 0, min(num_inputs, limit))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -10,6 +11,7 @@ from pertoken.data.formats import FORMATS, KeyNames
 from pertoken.files import check_path
 from pertoken.recipe.homes import known_name
 from pertoken.recipe.section import Section, one_or_many
+from pertoken.text import shown
 
 __all__ = ["DataConfig"]
 
@@ -29,6 +31,10 @@ class DataConfig(Section):
     add_tokens: tuple[str, ...] = ()
     chat_template: str | None = None
     template_kwargs: dict[str, Any] = Field(default={})
+    template_date: str | None = None
+    end_of_turn: str | None = Field(default=None, min_length=1)
+    on_rewrite: Literal["split", "error"] = "split"
+    reasoning: Literal["error", "inline", "drop"] = "error"
     max_seq_len: int = Field(default=1024, ge=2)
     overlong: Literal["drop", "truncate", "error"] = "drop"
     on_bad_row: Literal["error", "skip"] = "error"
@@ -55,6 +61,13 @@ class DataConfig(Section):
     def _path(cls, value: str | None) -> str | None:
         return None if value is None else check_path(value)
 
+    @field_validator("template_date")
+    @classmethod
+    def _day(cls, value: str | None) -> str | None:
+        if value is not None and (len(value) != 10 or not _is_day(value)):
+            raise ValueError(f'{shown(value)} is no day; write it as "2026-01-31"')
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
         if self.eval_path and self.eval_fraction:
@@ -67,3 +80,11 @@ class DataConfig(Section):
     def key_names(self) -> KeyNames:
         """What the formats that have no keys of their own read."""
         return KeyNames(self.text_key, self.prompt_key, self.completion_key)
+
+
+def _is_day(value: str) -> bool:
+    try:
+        date.fromisoformat(value)
+    except ValueError:
+        return False
+    return True

@@ -18,6 +18,7 @@ from pertoken.data.store.columns import SCHEMA
 from pertoken.data.store.folder import FORMAT_VERSION
 from pertoken.data.tokens.encode import Encoder
 from pertoken.data.tokens.tokenizer import special_ids
+from pertoken.data.tokens.trained import CHATML
 from pertoken.recipe.data import DataConfig
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DO_NOT_DECIDE", "StoreKey"]
 
-_VERSION = 3  # of how samples are made: raise it when the same data and settings, defaults too, would give others
+_VERSION = 4  # of how samples are made: raise it when the same data and settings, defaults too, would give others
 
 DO_NOT_DECIDE = {  # the settings that do not decide the samples, and why
     "path": "the contents of the files are part of the key",
@@ -65,7 +66,8 @@ class StoreKey:
         encoder: Encoder,
     ) -> StoreKey:
         identity, names = _tokenizer_identity(tokenizer, encoder), [str(file) for file in files]
-        return cls(_settings(stage, data), _settings_v2(stage, data), identity, names)
+        settings_v2 = _settings_v2(stage, data) if _made_as_before(stage, data, tokenizer) else None
+        return cls(_settings(stage, data), settings_v2, identity, names)
 
     def fingerprint(self, contents: list[str]) -> str:
         """Of the samples: what a run and its resume must agree on. `contents` are the files' SHA-256."""
@@ -78,20 +80,24 @@ class StoreKey:
         """
         return None if self.settings_v2 is None else _hash(2, self.settings_v2, contents, self.tokenizer)
 
+    def fingerprint_v3(self, contents: list[str]) -> str | None:
+        """The fingerprint that version 3 gave the same samples; None where it made others."""
+        return None if self.settings_v2 is None else _hash(3, self.settings, contents, self.tokenizer)
+
     def name(self, contents: list[str]) -> str:
         """The folder's. The files' names decide it too, for `file:line` must be right."""
         return _hash(FORMAT_VERSION, str(SCHEMA), self.fingerprint(contents), self.files)
 
     def earlier_name(self, contents: list[str]) -> str | None:
-        """The folder's that the version before this one would have made; goes with `fingerprint_v2`."""
-        fingerprint = self.fingerprint_v2(contents)
-        return None if fingerprint is None else _hash(3, str(SCHEMA), fingerprint, self.files)
+        """The folder's that the version before this one would have made."""
+        fingerprint = self.fingerprint_v3(contents)
+        return None if fingerprint is None else _hash(FORMAT_VERSION, str(SCHEMA), fingerprint, self.files)
 
     def meta(self, contents: list[str]) -> dict[str, Any]:
         """What store.json keeps: of the fingerprints first this version's, then what an earlier one would have said."""
-        earlier = self.fingerprint_v2(contents)
+        earlier = (self.fingerprint_v3(contents), self.fingerprint_v2(contents))
         return {
-            "fingerprints": [self.fingerprint(contents), *([earlier] if earlier is not None else [])],
+            "fingerprints": [self.fingerprint(contents), *(found for found in earlier if found is not None)],
             "files": self.files,
             "settings": self.settings,
             "contents": contents,
@@ -108,6 +114,11 @@ def _settings(stage: str, data: DataConfig) -> dict[str, Any]:
     if _skips_unknown_formats(data):
         values["formats"] = formats_that_give("text" if stage == "pretrain" else "conversation")
     return values
+
+
+def _made_as_before(stage: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the samples are certainly those of before version 4, which found turns in another way."""
+    return stage == "pretrain" or (tokenizer.chat_template == CHATML and data.end_of_turn is None)
 
 
 def _skips_unknown_formats(data: DataConfig) -> bool:

@@ -146,6 +146,13 @@ class Encoder:
                     return i + 1, chars
         raise NoCut(f"a word at character {start:,} that is too long to be encoded whole and cannot be cut")
 
+    def shared_tokens(self, a: str, b: str) -> int:
+        """How many characters of `b` the tokens take that both texts begin with."""
+        of_a, of_b = self._with_offsets([a, b])
+        pairs = enumerate(zip(of_a.ids, of_b.ids, strict=False))
+        count = next((i for i, (x, y) in pairs if x != y), min(len(of_a.ids), len(of_b.ids)))
+        return int(of_b.offsets[count - 1][1]) if count else 0
+
     def _with_offsets(self, strings: list[str]) -> Any:
         return self._backend.encode_batch(strings, add_special_tokens=False)
 
@@ -160,20 +167,20 @@ class Encoder:
         if (self._ascii_only and len(raw) != len(marked.text)) or bounds[-1] != len(raw):
             return None
         if len(raw) == len(marked.text):
-            return self._encoded(own, bounds[:-1], bounds[1:], marked.spans, np.diff(bounds), append)
+            return self._encoded(own, bounds[:-1], bounds[1:], marked.spans, np.diff(bounds), raw, append)
         spans = [(len(marked.text[:start].encode()), len(marked.text[:end].encode())) for start, end in marked.spans]
         # A character cut into pieces counts with the first of them, as with offsets: its end is taken for theirs.
         continues = np.append((np.frombuffer(raw, dtype=np.uint8) & 0xC0) == 0x80, False)
         whole = bounds.copy()
         for _ in range(3):
             whole += continues[whole]
-        return self._encoded(own, bounds[:-1], bounds[1:], spans, np.diff(whole), append)
+        return self._encoded(own, bounds[:-1], bounds[1:], spans, np.diff(whole), raw, append)
 
     def _by_offsets(self, marked: TextWithSpans, encoding: Any, append: int | None) -> Encoded:
         own = np.array(encoding.ids, dtype=np.int32)
         offsets = np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64).reshape(-1, 2)
         num_bytes = _new_bytes(offsets, marked.text)
-        return self._encoded(own, offsets[:, 0], offsets[:, 1], marked.spans, num_bytes, append)
+        return self._encoded(own, offsets[:, 0], offsets[:, 1], marked.spans, num_bytes, marked.text, append)
 
     def _encoded(
         self,
@@ -182,10 +189,12 @@ class Encoder:
         ends: np.ndarray,
         spans: Sequence[tuple[int, int]],
         num_bytes: np.ndarray,
+        text: str | bytes,
         append: int | None,
     ) -> Encoded:
-        """`starts`, `ends` [n] and `spans` count alike, characters or bytes."""
+        """`starts`, `ends` [n] and `spans` count alike, characters or bytes of `text`."""
         supervised = _inside(starts, ends, spans)
+        _add_straddling(supervised, starts, ends, spans, text)
         num_bytes[self._is_special[own]] = 0
         if append is None:
             return Encoded(own, supervised, num_bytes)
@@ -251,6 +260,21 @@ def _character_widths(spec: dict[str, Any]) -> np.ndarray | None:
     widths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
     widths[list(vocabulary.values())] = [len(token.encode()) for token in vocabulary]
     return widths
+
+
+def _add_straddling(
+    inside: np.ndarray, starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int]], text: str | bytes
+) -> None:
+    """Set `inside` [n] for tokens that reach over the edge of a span with whitespace alone, or over its start with more
+    than whitespace on the inner side: " word" where the prompt ends with the space, "<|end|>" that takes the newline.
+    """
+    for start, end in spans:
+        first = int(np.searchsorted(starts, start, side="left")) - 1
+        if first >= 0 and starts[first] < start < ends[first] <= end and text[start : ends[first]].strip():
+            inside[first] = True
+        last = int(np.searchsorted(starts, end, side="left")) - 1
+        if last >= 0 and start <= starts[last] < end < ends[last] and not text[end : ends[last]].strip():
+            inside[last] = bool(text[starts[last] : end].strip())
 
 
 def _inside(starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
