@@ -13,6 +13,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from pertoken.data.batch.sample import Sample
+from pertoken.data.chat.calls import with_arguments
 from pertoken.data.chat.lost import lost_context, lost_reasoning, lost_words
 from pertoken.data.chat.template import PROBE, end_of_turn_id, render, special_tokens, template_end
 from pertoken.data.chat.turns import Turn, find_turns, share_samples
@@ -160,6 +161,7 @@ def rendered_chat(chat: Conversation, template: ChatTemplate) -> Rendered:
     Raises ValueError, saying why and what to do, where the template fails, leaves something out, or, with
     `data.on_rewrite="error"`, renders turns differently later.
     """
+    chat = with_arguments(chat, as_text=False)
     if template.is_chatml:
         marked = template.marked(chat)
         said = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
@@ -168,7 +170,7 @@ def rendered_chat(chat: Conversation, template: ChatTemplate) -> Rendered:
         for i, (start, end) in zip(learned, spans, strict=True):
             _require(lost_words(chat.messages[i], marked.text[start:end], template.special), f"message {i}: ")
         return Rendered([TextWithSpans(marked.text, spans)])
-    turns = find_turns(chat, template)
+    chat, turns = _turns(chat, template)
     lost = [turn.message for turn in turns if lost_reasoning(chat.messages[turn.message], turn.said)]
     if lost and template.reasoning != "error":
         chat = _without_reasoning(chat, lost, inline=template.reasoning == "inline")
@@ -193,6 +195,21 @@ def rendered_chat(chat: Conversation, template: ChatTemplate) -> Rendered:
         for group, text in zip(shared, texts, strict=True)
     ]
     return Rendered(samples, sum(_EMPTY_THOUGHTS.match(turn.said) is not None for turn in turns))
+
+
+def _turns(chat: Conversation, template: ChatTemplate) -> tuple[Conversation, list[Turn]]:
+    """Some templates (DeepSeek V3's) take the arguments of calls as JSON text alone; the others are given objects."""
+    try:
+        return chat, find_turns(chat, template)
+    except ValueError:
+        as_text = with_arguments(chat, as_text=True)
+        if as_text is chat:
+            raise
+        try:
+            return as_text, find_turns(as_text, template)
+        except ValueError:
+            pass
+        raise
 
 
 def _check_turn(chat: Conversation, turn: Turn, template: ChatTemplate) -> None:
