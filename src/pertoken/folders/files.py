@@ -38,9 +38,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """`tokenizer.save_pretrained(folder)`. Raises OSError, for which the Rust of `tokenizers` has a bare Exception."""
+    """`tokenizer.save_pretrained(folder)`. Raises OSError, for which the Rust of `tokenizers` has a bare Exception.
+
+    Of several chat templates all are written into tokenizer_config.json, for a checkpoint has no folders.
+    """
+    several = isinstance(tokenizer.chat_template, dict)
     try:
-        tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder, **({"save_jinja_files": False} if several else {}))
     except Exception as error:
         if type(error) is not Exception:
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folder
@@ -27,6 +28,7 @@ class ChatSession:
     tokenizer: Any
     stop_ids: frozenset[int]
     template_kwargs: dict[str, Any]
+    template_date: str | None = None
 
     @classmethod
     def load(cls, path: str, device: str = "auto") -> ChatSession:
@@ -36,12 +38,14 @@ class ChatSession:
             raise ModelError(f"{path}: has no tokenizer; `pertoken export` it as a Hugging Face folder with one first")
         tokenizer = open_tokenizer(folder)
         recipe = recipe_of(folder)
-        template_kwargs = recipe["data"].get("template_kwargs", {}) if recipe else {}
+        # As it was trained, the date included; what others have trained is told today's.
+        data: dict[str, Any] = recipe["data"] if recipe else {"template_date": date.today().isoformat()}
+        template_kwargs, day = data.get("template_kwargs", {}), data.get("template_date")
         stops = {tokenizer.eos_token_id} - {None}
         if tokenizer.chat_template is not None:
-            stops.add(end_of_turn_id(tokenizer, template_kwargs))
+            stops.add(end_of_turn_id(tokenizer, template_kwargs, day=day, end_of_turn=data.get("end_of_turn")))
         model = load_model(folder).to(resolve_device(device))
-        return cls(model, tokenizer, frozenset(stops), template_kwargs)
+        return cls(model, tokenizer, frozenset(stops), template_kwargs, day)
 
     def encode(self, text: str) -> list[int]:
         """Text to continue, encoded as the tokenizer does by itself (with a BOS where it adds one)."""
@@ -79,7 +83,13 @@ class ChatSession:
         """A conversation up to where the assistant is to speak."""
         self.require_template()
         try:
-            text, _ = render(self.tokenizer, messages, template_kwargs=self.template_kwargs, add_generation_prompt=True)
+            text, _ = render(
+                self.tokenizer,
+                messages,
+                template_kwargs=self.template_kwargs,
+                add_generation_prompt=True,
+                day=self.template_date,
+            )
         except ValueError as error:
             raise ModelError(f"the chat template cannot render this conversation: {error}") from None
         return self._ids(text, add_special_tokens=False)

@@ -9,12 +9,12 @@ import numpy as np
 from pertoken.data.batch.order import step_at, steps_per_epoch
 from pertoken.data.batch.pack import pack_micro_batches
 from pertoken.data.files.long_text import one_of
-from pertoken.data.files.records import BadRow, Record
-from pertoken.data.formats import Conversation, to_conversation
+from pertoken.data.files.records import Record
 from pertoken.data.store.store import Store
 from pertoken.prove.report import Result
-from pertoken.prove.rows import records_at
+from pertoken.prove.rows import expected_sample, records_at
 from pertoken.prove.samples import Chosen
+from pertoken.prove.turns import supervision
 from pertoken.recipe.schema import Recipe
 
 __all__ = ["every_sample_once", "who_is_supervised"]
@@ -22,7 +22,6 @@ __all__ = ["every_sample_once", "who_is_supervised"]
 _MOST_STEPS = 20_000  # of an epoch looked at one by one
 _PLANNED_STEPS = 20
 _ENOUGH_TO_SHUFFLE = 12  # of 12 samples there are 479 million orders
-_LONGEST_TOKEN = 32  # characters: one that reaches over a span's start is not supervised
 
 
 def every_sample_once(name: str, store: Store, recipe: Recipe) -> Result:
@@ -124,64 +123,11 @@ def _document(store: Store, i: int, record: Record, recipe: Recipe, tokenizer: A
 
 
 def _conversation(store: Store, i: int, record: Record, recipe: Recipe, tokenizer: Any) -> str | None:
-    """What is supervised is what the template writes for the assistant's turns, its end of turn included."""
-    data = recipe.data
-    chat = to_conversation(record, data.format, data.key_names)
-    if isinstance(chat, BadRow):
-        return str(chat)
-    sample = store[i]
-    said = _said_by_template(chat, data.template_kwargs, tokenizer)
-    labels = np.flatnonzero(sample.loss_mask)
-    runs = np.split(labels, np.flatnonzero(np.diff(labels) > 1) + 1)
-    got = [_decode(tokenizer, sample.labels[run].tolist()) for run in runs]
-    truncated = len(sample) == data.max_seq_len
-    if len(got) > len(said) or (len(got) < len(said) and not truncated):
-        return f"{len(got)} supervised stretches, {len(said)} turns of the assistant"
-    for number, (found, expected) in enumerate(zip(got, said, strict=False), start=1):
-        if truncated and number == len(got):
-            start = expected.find(found.rstrip("\ufffd"))
-            ok = 0 <= start <= _LONGEST_TOKEN
-        else:
-            ok = expected.endswith(found) and len(expected) - len(found) <= _LONGEST_TOKEN
-        if not ok:
-            return f"turn {number} of the assistant: supervised is {_short(found)}, said is {_short(expected)}"
-    return None
-
-
-def _said_by_template(chat: Conversation, template_kwargs: dict[str, Any], tokenizer: Any) -> list[str]:
-    """The assistant's turns as transformers renders them: by the template's own marks, else by what each turn adds."""
-
-    def rendered(upto: int, prompt: bool) -> str:
-        messages = chat.messages[:upto]
-        if not messages:
-            return ""
-        text: str = tokenizer.apply_chat_template(
-            messages, tools=chat.tools, tokenize=False, add_generation_prompt=prompt, **template_kwargs
-        )
-        return text
-
-    turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and chat.weight(i)]
-    if "generation" in tokenizer.get_chat_template(tools=chat.tools).replace("add_generation_prompt", ""):
-        encoded = tokenizer.apply_chat_template(
-            chat.messages, tools=chat.tools, return_dict=True, return_assistant_tokens_mask=True, **template_kwargs
-        )
-        mask = np.array(encoded["assistant_masks"], dtype=bool)
-        ids = np.array(encoded["input_ids"])
-        where = np.flatnonzero(mask)
-        runs = np.split(where, np.flatnonzero(np.diff(where) > 1) + 1)
-        return [_decode(tokenizer, ids[run].tolist()) for run in runs][-len(turns) :]
-    said = []
-    for turn in turns:
-        before, after = rendered(turn, True), rendered(turn + 1, False)
-        start = next((i for i, (x, y) in enumerate(zip(before, after, strict=False)) if x != y), len(before))
-        said.append(after[start:].rstrip("\n"))
-    return said
+    """Supervised is what follows the prompt of each turn, up to its last end token, and nothing else."""
+    expected = expected_sample(store, i, record, recipe.data, tokenizer)
+    return expected if isinstance(expected, str) else supervision(store[i].loss_mask, expected, tokenizer)
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:28]} ... {text[-28:]}")

@@ -10,14 +10,15 @@ import numpy as np
 
 from pertoken.data.files.long_text import LongText
 from pertoken.data.files.records import BadRow, Record, read_records
-from pertoken.data.formats import to_conversation, to_text
+from pertoken.data.formats import to_text
 from pertoken.data.store.store import Store
 from pertoken.prove.report import Result
 from pertoken.prove.samples import Chosen
+from pertoken.prove.turns import ExpectedSample, expected_samples
 from pertoken.recipe.data import DataConfig
 from pertoken.recipe.schema import Recipe
 
-__all__ = ["records_at", "token_by_token"]
+__all__ = ["expected_sample", "records_at", "token_by_token"]
 
 _LONGEST = 3  # samples that are looked at besides the chosen ones: those that a limit may have cut
 _MOST_CHARACTERS = 5_000_000  # of a document that is encoded again; of a longer one only the seams are looked at
@@ -43,7 +44,7 @@ def token_by_token(name: str, store: Store, chosen: Chosen, recipe: Recipe, toke
     """The chosen samples, and the longest ones, have exactly the tokens of their rows; no sample is too long.
 
     A document of n tokens is n - 1 pairs, whatever it is cut into: its pieces overlap by one token, the last label of
-    one being the next one's first input. A conversation is its first `max_seq_len` pairs.
+    one being the next one's first input. A conversation's sample is its first `max_seq_len` pairs.
     """
     limit, longest = recipe.data.max_seq_len, int(np.argmax(store.lengths))
     if store.lengths[longest] > limit:
@@ -107,14 +108,21 @@ def _of_the_same_row(store: Store, i: int) -> range:
 
 
 def _conversation(store: Store, i: int, record: Record, data: DataConfig, tokenizer: Any) -> str | None:
-    chat = to_conversation(record, data.format, data.key_names)
-    if isinstance(chat, BadRow):
-        return str(chat)
-    text: str = tokenizer.apply_chat_template(chat.messages, tools=chat.tools, tokenize=False, **data.template_kwargs)
-    expected = np.array(_encoded(text, tokenizer))
-    if len(expected) - 1 > data.max_seq_len and data.overlong != "truncate":
-        return f"{len(expected) - 1} inputs were to be dropped, data.max_seq_len={data.max_seq_len}"
-    return _difference(store[i].tokens, expected[: data.max_seq_len + 1])
+    expected = expected_sample(store, i, record, data, tokenizer)
+    return (
+        expected if isinstance(expected, str) else _difference(store[i].tokens, expected.tokens[: data.max_seq_len + 1])
+    )
+
+
+def expected_sample(store: Store, i: int, record: Record, data: DataConfig, tokenizer: Any) -> ExpectedSample | str:
+    """What sample `i` of a conversation must be, or what is wrong with the samples of its row."""
+    expected = expected_samples(record, data, tokenizer)
+    if isinstance(expected, str):
+        return expected
+    of_row = _of_the_same_row(store, i)
+    if len(expected) != len(of_row):
+        return f"{len(of_row)} samples of the conversation, data.max_seq_len={data.max_seq_len} leaves {len(expected)}"
+    return expected[i - of_row.start]
 
 
 def _encoded(text: str, tokenizer: Any) -> list[int]:

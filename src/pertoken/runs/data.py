@@ -65,7 +65,9 @@ def load_data(recipe: Recipe, listener: Listener, world: World, *, verify_data: 
         folder = resolve_model_folder(folder)
     tokenizer = open_tokenizer(folder, add_tokens=data.add_tokens, chat_template=data.chat_template)
     if recipe.stage == "sft":
-        eos_token_id = end_of_turn_id(tokenizer, data.template_kwargs)
+        eos_token_id = end_of_turn_id(
+            tokenizer, data.template_kwargs, day=data.template_date, end_of_turn=data.end_of_turn
+        )
     elif tokenizer.eos_token_id is None:
         raise RecipeError(f"{folder}: the tokenizer has no eos_token, which ends every document; give it one")
     else:
