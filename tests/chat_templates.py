@@ -141,8 +141,10 @@ def tokenizer_for(template: str) -> Any:
 
     known = [token for token in _MORE_SPECIAL if token in template or token in ("<|bos|>", "<|eos|>")]
     tokens = list(dict.fromkeys([*_SPECIAL.findall(template), *known]))
+    backend = Tokenizer.from_str(_base())
+    backend.add_tokens(["<think>", "</think>"])  # tokens, and not special, as in real ones
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_base()),
+        tokenizer_object=backend,
         bos_token="<|bos|>",
         eos_token="<|eos|>",
         extra_special_tokens=tokens,
@@ -285,6 +287,53 @@ def day_stands_still() -> Iterator[None]:
         yield
     finally:
         chat_template_utils.datetime = before
+
+
+def check(tokenizer: Any, chat: Conversation, name: str, found: Outcome) -> None:
+    """Exact by the oracle, with every word there, or refused for a reason that is true."""
+    end = tokenizer.convert_tokens_to_ids(ENDS[name]) if name in ENDS else None
+    with day_stands_still():
+        if found.cell == "(fails)":
+            try:
+                expected(tokenizer, chat, end)
+            except Exception:  # a template fails in any way
+                return
+            raise AssertionError(f"does not fail: {found.refused}")
+        exact = expected(tokenizer, chat, end)
+    said = " ".join(_text(tokenizer, tokens, supervised, True) for tokens, supervised in found.samples or exact)
+    asked = " ".join(_text(tokenizer, tokens, supervised, False) for tokens, supervised in found.samples or exact)
+    last = max(i for i in range(len(chat.messages)) if chat.weight(i))
+    learned = [message for i, message in enumerate(chat.messages) if chat.weight(i)]
+    given = [message for message in chat.messages[:last] if message["role"] != "assistant"]
+    all_there = all(word in said for message in learned for word in _words(message)) and all(
+        word in asked for message in given for word in _words(message)
+    )
+    tools = [tool["function"]["name"] for tool in chat.tools or ()]
+    if found.refused:
+        assert (
+            found.cell in ("(changes)", "(no end)", "(arguments twice)")
+            or not all_there
+            or not all(name in asked for name in tools)
+        )
+        return
+    assert all_there
+    assert all(name in asked for name in tools)
+    assert len(found.samples) == len(exact)
+    for (tokens, supervised), (up_to_end, mask) in zip(found.samples, exact, strict=True):
+        assert tokens[: len(up_to_end)] == up_to_end
+        assert supervised[: len(mask)] == mask
+        assert not any(supervised[len(mask) :])
+
+
+def _text(tokenizer: Any, tokens: list[int], supervised: list[bool], which: bool) -> str:
+    return str(tokenizer.decode([token for token, is_said in zip(tokens, supervised, strict=True) if is_said is which]))
+
+
+def _words(message: dict[str, Any]) -> list[str]:
+    words = f"{message['content']} {message.get('reasoning_content', '')}".split()
+    return [word for word in words if "think>" not in word] + [
+        call["function"]["name"] for call in message.get("tool_calls", ())
+    ]
 
 
 @cache
