@@ -28,8 +28,8 @@ TEMPLATES = {
     "writes calls": "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}<|turn|>"
     "{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|end|>\n"
     "{% endfor %}" + _ASKS,
-    "ignores calls": "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}<|turn|>{{ m.role }}\n"
-    "{{ m.content }}<|end|>\n{% endfor %}" + _ASKS,
+    "ignores calls": "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}<|turn|>"
+    "{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}" + _ASKS,
     "encodes arguments twice": "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
     "<|turn|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
     "{{ c.function.arguments | tojson | tojson }}{% endfor %}<|end|>\n{% endfor %}" + _ASKS,

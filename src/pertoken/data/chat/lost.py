@@ -23,7 +23,7 @@ def lost_words(message: dict[str, Any], said: str, special: tuple[str, ...]) -> 
     words = without_ends(said, special)
     content = message.get("content") or ""
     for piece in _TAGS.split(content) if "<think" in content else (content,):
-        if not _stands(piece, words) and not _stands(piece, said):
+        if not _stands(piece, said if any(token in piece for token in special) else words):
             return f"leaves out {_short(piece)} of its content; set another data.chat_template, or change the row"
     for call in message.get("tool_calls") or ():
         function = _function(call)
@@ -88,9 +88,9 @@ def _leaves(value: Any) -> Iterator[Any]:
     while waiting:
         item = waiting.pop()
         if isinstance(item, dict):
-            waiting += [*item.keys(), *item.values()]
+            waiting += reversed([part for pair in item.items() for part in pair])
         elif isinstance(item, list):
-            waiting += item
+            waiting += reversed(item)
         else:
             yield item
 
