@@ -273,6 +273,73 @@ def test_a_template_that_fails_on_a_row_says_so_in_one_line(bpe_tokenizer: Any) 
         _said(_chat("a", "b", "c", "d"), _with_template(bpe_tokenizer, refuses))
 
 
+def test_our_own_template_by_its_marks_is_what_it_is_by_comparing_renderings(bpe_tokenizer: Any) -> None:
+    call = {"name": "f", "arguments": {"a": [1, "é"]}}
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "S"},
+        {"role": "assistant", "content": "Hello <|im_end|> there"},
+        {"role": "user", "content": "U"},
+        {"role": "assistant", "content": "", "reasoning_content": "R", "tool_calls": [call]},
+        {"role": "tool", "content": "T"},
+        {"role": "assistant", "content": "A"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "V"},
+    ]
+    for weights in (None, (0.0,) * 3 + (1.0,) * 5, (0.0,) * 6 + (1.0,) * 2):
+        for tools in (None, [{"name": "f"}]):
+            chat = Conversation(messages, tools, weights)
+            template = ChatTemplate(bpe_tokenizer, {})
+            assert template.is_chatml
+            marks = rendered_chat(chat, template)
+            template.is_chatml = False
+            assert rendered_chat(chat, template) == marks
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_marks_of_other_templates_are_not_trusted(bpe_tokenizer: Any, marks: bool) -> None:
+    """SmolLM3's mark the header too."""
+    header = "{{- '<|im_start|>assistant\\n' }}\n        {%- generation %}"
+    wrong = "{%- generation %}{{- '<|im_start|>assistant\\n' }}"
+    assert header in CHATML
+    template = CHATML.replace(header, wrong) if marks else CHATML + " "
+    assert _said(_chat("a", "b"), _with_template(bpe_tokenizer, template)) == ["b<|im_end|>"]
+
+
+def test_the_template_for_tools_is_used_where_there_are_tools(bpe_tokenizer: Any) -> None:
+    shouting = UNMARKED.replace("{{- message.content }}", "{{- message.content + '!' }}", 1)
+    tokenizer = _with_template(bpe_tokenizer, {"default": UNMARKED, "tool_use": shouting})  # type: ignore[arg-type]
+    chat = _chat("a", "b")
+    assert _said(chat, tokenizer) == ["b<|im_end|>"]
+    assert _said(Conversation(chat.messages, [{"name": "f"}]), tokenizer) == ["b!<|im_end|>"]
+
+
+def test_a_date_is_the_one_that_is_given_or_the_templates_own(bpe_tokenizer: Any) -> None:
+    asks = "{{ strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' }}"
+    for template, own in ((asks, "26 Jul 2024"), ("{{ strftime_now('%d %b %Y') }}", None)):
+        tokenizer = _with_template(bpe_tokenizer, template + UNMARKED)
+        (sample,) = rendered_chat(_chat("a", "b"), ChatTemplate(tokenizer, {}, day="2026-01-31")).samples
+        assert sample.text.startswith("31 Jan 2026<|im_start|>")
+        if own is None:
+            with pytest.raises(
+                RecipeError, match=r"writes today's date, so samples would change .* data\.template_date"
+            ):
+                ChatTemplate(tokenizer, {})
+        else:
+            (sample,) = rendered_chat(_chat("a", "b"), ChatTemplate(tokenizer, {})).samples
+            assert sample.text.startswith(f"{own}<|im_start|>")
+
+
+def test_a_prompt_that_ends_within_a_word_leaves_the_word_to_the_answer(bpe_tokenizer: Any) -> None:
+    """The rule is by tokens: what the prompt's tokens and the turn's share is context, and no more."""
+    asks = "{% for m in messages %}{{ m.role }}:{{ ' ' }}{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer = _with_template(bpe_tokenizer, asks + "{% if add_generation_prompt %}assistant:{{ ' ' }}{% endif %}")
+    word = next(
+        token[1:] for token in tokenizer.get_vocab() if token[0] == "Ġ" and token[1:].isascii() and token[1:].isalpha()
+    )
+    sample = chat_sample(_chat("a", word), ChatTemplate(tokenizer, {}), Encoder(tokenizer))
+    assert tokenizer.decode(sample.labels[sample.loss_mask]) == f" {word}<|im_end|>"
+
+
 def test_a_tokenizer_without_a_template_is_refused(bpe_tokenizer: Any) -> None:
     bpe_tokenizer.chat_template = None
     with pytest.raises(RecipeError, match=r"data\.chat_template: the tokenizer has none; set it"):

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pertoken.data.chat.template import end_of_turn_id, render
-from pertoken.data.tokens.tokenizer import load_tokenizer
+from pertoken.data.tokens.tokenizer import load_tokenizer, open_tokenizer
 from pertoken.data.tokens.train import train_tokenizer
 from pertoken.data.tokens.trained import CHATML, SPECIAL_TOKENS
 from pertoken.errors import DataError, ModelError, RecipeError
+from pertoken.folders.files import save_tokenizer
 
 
 def test_importing_the_module_imports_no_transformers() -> None:
@@ -206,3 +207,13 @@ def test_our_template_renders_system_tools_reasoning_and_calls(bpe_tokenizer: An
     ]
     prompt, _ = render(bpe_tokenizer, messages[1:2], template_kwargs={}, add_generation_prompt=True)
     assert prompt == "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_several_templates_are_saved_without_a_folder_and_loaded_again(bpe_tokenizer: Any, tmp_path: Path) -> None:
+    """A checkpoint holds files alone."""
+    bpe_tokenizer.chat_template = {"default": CHATML, "tool_use": CHATML + " "}
+    save_tokenizer(bpe_tokenizer, tmp_path / "saved")
+    assert not [path for path in (tmp_path / "saved").iterdir() if path.is_dir()]
+    again = open_tokenizer(tmp_path / "saved")
+    assert again.chat_template == bpe_tokenizer.chat_template
+    assert end_of_turn_id(again, {}) == 2
