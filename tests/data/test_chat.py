@@ -247,7 +247,7 @@ def test_a_template_without_an_end_of_turn_needs_one(bpe_tokenizer: Any) -> None
     header = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     body = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
     tokenizer = _with_template(bpe_tokenizer, body + header)
-    with pytest.raises(RecipeError, match=r'ends no turn .* data\.end_of_turn="<\|im_start\|>", or set another'):
+    with pytest.raises(RecipeError, match=r'ends no turn .* with data\.end_of_turn="<\|im_start\|>", or set another'):
         ChatTemplate(tokenizer, {})
     template = ChatTemplate(tokenizer, {}, end_of_turn="<|im_start|>")
     (sample,) = rendered_chat(_chat("a", "b", "c", "d"), template).samples
@@ -257,6 +257,12 @@ def test_a_template_without_an_end_of_turn_needs_one(bpe_tokenizer: Any) -> None
     assert sample.text.endswith("b<|endoftext|>")
     with pytest.raises(RecipeError, match=r"data\.end_of_turn='<\|user\|>': no token of the tokenizer's own; name one"):
         ChatTemplate(tokenizer, {}, end_of_turn="<|user|>")
+
+
+@pytest.mark.parametrize("template", [CHATML, UNMARKED])
+def test_a_conversation_of_which_nothing_is_learned_is_still_a_sample(bpe_tokenizer: Any, template: str) -> None:
+    """So that it is counted, where samples without a supervised token are dropped."""
+    assert _said(_chat("a", "b", context=2), _with_template(bpe_tokenizer, template)) == []
 
 
 def test_a_turn_that_is_not_ended_is_refused(bpe_tokenizer: Any) -> None:

@@ -41,7 +41,7 @@ class _Tokens:
         self.data = data
         self._tokenizer = tokenizer
         self.special = special_ids(tokenizer)
-        self.end = None if data.end_of_turn is None else tokenizer.convert_tokens_to_ids(data.end_of_turn)
+        self.end = None if data.end_of_turn is None else tokenizer.backend_tokenizer.token_to_id(data.end_of_turn)
 
     def text(self, chat: Conversation, upto: int, *, prompt: bool = False) -> str:
         text, _ = render(
@@ -87,7 +87,7 @@ def supervision(got: np.ndarray, sample: ExpectedSample, tokenizer: Any) -> str 
     expected = sample.weights[1 : len(got) + 1]
     for at in np.flatnonzero(got.astype(np.float64) != expected.astype(got.dtype).astype(np.float64)):
         label = int(sample.tokens[at + 1])
-        if not got[at] and at + 1 in sample.starts and not tokenizer.decode([label]).strip():
+        if not got[at] and at + 1 in sample.starts and not tokenizer.decode([label], skip_special_tokens=False).strip():
             continue
         shown = repr(tokenizer.decode([label], skip_special_tokens=False))
         return f"token {at + 1}, {shown}, has weight {float(got[at]):g}, not {expected[at]:g}"

@@ -76,17 +76,17 @@ class ChatTemplate:
     def _check_that_turns_end(self) -> None:
         if template_end(self._tokenizer, self._template_kwargs, day=self._day) is not None:
             return
-        end = "..."
+        named = "with data.end_of_turn"
         asked = Conversation([*PROBE, *PROBE[:1]])
         try:
             ended, more = self.text(asked, 2), self.text(asked)
-            end = next((token for token in self.special if more.startswith(token, len(ended))), end)
+            following = [token for token in self.special if more.startswith(token, len(ended))]
+            named = f'with data.end_of_turn="{following[0]}"' if following else named
         except ValueError:  # one that renders no second question
             pass
         raise RecipeError(
             "data.chat_template: ends no turn of the assistant with a special token of its own, so no reply would "
-            f'learn to end; name the token that ends a turn, data.end_of_turn="{end}", or set another template, for '
-            'example "chatml"'
+            f'learn to end; name the token that ends a turn {named}, or set another template, for example "chatml"'
         )
 
     def unnamed_keys(self, chat: Conversation) -> tuple[str, ...]:
@@ -168,6 +168,8 @@ def rendered_chat(chat: Conversation, template: ChatTemplate) -> Rendered:
         spans = [span for i, span in zip(said, marked.spans, strict=True) if chat.weight(i)]
         learned = [i for i in said if chat.weight(i)]
         for i, (start, end) in zip(learned, spans, strict=True):
+            if "tool_calls" not in chat.messages[i]:
+                continue  # our template writes all else as it is
             _require(lost_words(chat.messages[i], marked.text[start:end], template.special), f"message {i}: ")
         return Rendered([TextWithSpans(marked.text, spans)])
     chat, turns = _turns(chat, template)
@@ -178,6 +180,8 @@ def rendered_chat(chat: Conversation, template: ChatTemplate) -> Rendered:
     for turn in turns:
         _check_turn(chat, turn, template)
     shared = share_samples(turns)
+    if not turns:
+        return Rendered([TextWithSpans(template.text(chat), [])])
     if len(shared) > 1 and template.on_rewrite == "error":
         raise ValueError(
             f"the chat template renders message {shared[0][-1].message} or what is before it differently once later "
