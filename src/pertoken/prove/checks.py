@@ -12,6 +12,7 @@ from pertoken.data.files.long_text import one_of
 from pertoken.data.files.records import BadRow, Record
 from pertoken.data.formats import Conversation, to_conversation
 from pertoken.data.store.store import Store
+from pertoken.prove.expected import bos_id
 from pertoken.prove.report import Result
 from pertoken.prove.rows import records_at
 from pertoken.prove.samples import Chosen
@@ -118,8 +119,8 @@ def _document(store: Store, i: int, record: Record, recipe: Recipe, tokenizer: A
         return f"{int((~sample.loss_mask).sum())} tokens of a document are not supervised"
     text = record.value[recipe.data.text_key] if isinstance(record.value, dict) else record.value
     tokens = sample.tokens.tolist()
-    ends = tokens[-1] == tokenizer.eos_token_id
-    read_back = _decode(tokenizer, tokens[:-1] if ends else tokens).strip("\ufffd")
+    begins, ends = tokens[0] == bos_id(tokenizer), tokens[-1] == tokenizer.eos_token_id
+    read_back = _decode(tokenizer, tokens[begins : len(tokens) - ends]).strip("\ufffd")
     return None if one_of(text, [read_back]) is not None else "read back, the tokens are not the document's text"
 
 
@@ -169,6 +170,9 @@ def _said_by_template(chat: Conversation, template_kwargs: dict[str, Any], token
         ids = np.array(encoded["input_ids"])
         where = np.flatnonzero(mask)
         runs = np.split(where, np.flatnonzero(np.diff(where) > 1) + 1)
+        assistants = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        if len(runs) == len(assistants):
+            runs = [run for run, i in zip(runs, assistants, strict=True) if i in turns]
         return [_decode(tokenizer, ids[run].tolist()) for run in runs][-len(turns) :]
     said = []
     for turn in turns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,7 @@ from pertoken.data.files.long_text import LongText
 from pertoken.data.files.records import BadRow, Record, read_records
 from pertoken.data.formats import to_conversation, to_text
 from pertoken.data.store.store import Store
+from pertoken.prove.expected import conversation_difference, document_difference
 from pertoken.prove.report import Result
 from pertoken.prove.samples import Chosen
 from pertoken.recipe.data import DataConfig
@@ -70,9 +72,9 @@ def token_by_token(name: str, store: Store, chosen: Chosen, recipe: Recipe, toke
 
 def _counts(store: Store, i: int) -> str | None:
     """The step's N is added up from what the store says."""
-    supervised = int((store[i].loss_mask != 0).sum())
-    if int(store.num_tokens[i]) != supervised:
-        return f"the store counts {int(store.num_tokens[i])} supervised tokens, the sample has {supervised}"
+    supervised = math.fsum(store[i].loss_mask.tolist())
+    if store.num_tokens[i] != supervised:
+        return f"the store counts {store.num_tokens[i]:g} supervised tokens, the sample has {supervised:g}"
     return None
 
 
@@ -92,8 +94,8 @@ def _document(store: Store, i: int, record: Record, data: DataConfig, tokenizer:
             return f"piece {number} of {len(pieces)} has {len(one) - 1} inputs, data.max_seq_len={data.max_seq_len}"
     if len(text) > _MOST_CHARACTERS:
         return None
-    expected = np.array([*_encoded(str(text), tokenizer), tokenizer.eos_token_id])
-    return _difference(np.concatenate([pieces[0], *(piece[1:] for piece in pieces[1:])]), expected)
+    whole = np.concatenate([pieces[0], *(piece[1:] for piece in pieces[1:])])
+    return document_difference(whole, str(text), data, tokenizer)
 
 
 def _of_the_same_row(store: Store, i: int) -> range:
@@ -110,20 +112,4 @@ def _conversation(store: Store, i: int, record: Record, data: DataConfig, tokeni
     chat = to_conversation(record, data.format, data.key_names)
     if isinstance(chat, BadRow):
         return str(chat)
-    text: str = tokenizer.apply_chat_template(chat.messages, tools=chat.tools, tokenize=False, **data.template_kwargs)
-    expected = np.array(_encoded(text, tokenizer))
-    if len(expected) - 1 > data.max_seq_len and data.overlong != "truncate":
-        return f"{len(expected) - 1} inputs were to be dropped, data.max_seq_len={data.max_seq_len}"
-    return _difference(store[i].tokens, expected[: data.max_seq_len + 1])
-
-
-def _encoded(text: str, tokenizer: Any) -> list[int]:
-    ids: list[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
-
-
-def _difference(got: np.ndarray, expected: np.ndarray) -> str | None:
-    if len(got) != len(expected):
-        return f"{len(got)} tokens, the row has {len(expected)}"
-    apart = np.flatnonzero(got != expected)
-    return f"token {int(apart[0])} is {got[apart[0]]}, the row's is {expected[apart[0]]}" if len(apart) else None
+    return conversation_difference(store[i].tokens, chat, data, tokenizer)

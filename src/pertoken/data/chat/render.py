@@ -7,7 +7,7 @@ rendering (`rendered_chat`), which tokens lie among them from where each token l
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ class ChatTemplate:
             )
         self._tokenizer = tokenizer
         self._template_kwargs = template_kwargs
+        self.bos: str | None = tokenizer.special_tokens_map.get("bos_token")
         self.end_of_turn: str = tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer, template_kwargs))
 
     def has_marks(self, tools: list[dict[str, Any]] | None) -> bool:
@@ -90,15 +91,22 @@ def rendered_chat(chat: Conversation, template: ChatTemplate) -> TextWithSpans:
     if template.has_marks(chat.tools):
         marked = template.marked(chat)
         turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        if all(chat.weight(i) for i in turns):
+        if all(chat.weight(i) == 1 for i in turns):
             return marked
         ends = [len(template.marked(chat, i + 1).spans) for i in turns]
         starts = [0, *ends[:-1]]
-        learned = [i for turn, a, b in zip(turns, starts, ends, strict=True) if chat.weight(turn) for i in range(a, b)]
-        return TextWithSpans(marked.text, [marked.spans[i] for i in learned])
+        weights = [chat.weight(turn) for turn, a, b in zip(turns, starts, ends, strict=True) for _ in range(a, b)]
+        return _learned(marked.text, marked.spans, weights)
     text = template.text(chat)
-    spans = [_span(chat, i, text, template) for i in range(len(chat.messages)) if chat.weight(i)]
-    return TextWithSpans(text, spans)
+    turns = [i for i in range(len(chat.messages)) if chat.weight(i)]
+    return _learned(text, [_span(chat, i, text, template) for i in turns], [chat.weight(i) for i in turns])
+
+
+def _learned(text: str, spans: Sequence[tuple[int, int]], weights: Sequence[float]) -> TextWithSpans:
+    """Without the spans of weight 0."""
+    learned = [(span, weight) for span, weight in zip(spans, weights, strict=True) if weight]
+    ones = all(weight == 1 for _, weight in learned)
+    return TextWithSpans(text, [span for span, _ in learned], None if ones else [weight for _, weight in learned])
 
 
 def _span(chat: Conversation, turn: int, text: str, template: ChatTemplate) -> tuple[int, int]:
