@@ -168,10 +168,8 @@ def test_genuine_tokens_are_what_they_are_and_typed_ones_their_characters(
         text += piece
     genuine += re.findall(r"</?s>|\[E\]", rest)
     (encoded,) = encoder.encode([TextWithSpans(text, [(0, len(text))], typed=typed)])
-    found = [
-        token for token in tokenizer.convert_ids_to_tokens(encoded.tokens.tolist()) if token in ("<s>", "</s>", "[E]")
-    ]
-    assert found == genuine
+    names = tokenizer.convert_ids_to_tokens(encoded.tokens.tolist())
+    assert [name for name in names if name in ("<s>", "</s>", "[E]")] == genuine
     assert encoded.num_bytes.sum() <= len(text.encode())
     if not typed:
         assert encoded.tokens.tolist() == tokenizer.encode(text, add_special_tokens=False)

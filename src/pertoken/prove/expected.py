@@ -64,9 +64,8 @@ def _typed_difference(
         return f"its control tokens are {found}, the row's are {expected}"
     read_back = tokenizer.decode(got.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     left, right = ("".join(part.split()).strip("\ufffd") for part in (read_back, text))
-    return (
-        None if (right.startswith(left) if cut else right in left) else "read back, the tokens are not the row's text"
-    )
+    same = right.startswith(left) if cut else right in left
+    return None if same else "read back, the tokens are not the row's text"
 
 
 def _without(text: str, data: DataConfig, tokenizer: Any) -> str:

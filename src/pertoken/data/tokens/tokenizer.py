@@ -123,8 +123,8 @@ def _load_folder(path: Path) -> PreTrainedTokenizerBase:
     if (changed := _changed_text(tokenizer)) is not None:
         text, read_back = changed
         raise ModelError(
-            f"tokenizer {path}: {shown(text)} comes back as {shown(read_back)} (letters, spaces or signs are not kept), "
-            "so a model could not learn to write ordinary text; choose a tokenizer that keeps text as it is"
+            f"tokenizer {path}: {shown(text)} comes back as {shown(read_back)}, so a model could not "
+            "learn to write ordinary text; choose a tokenizer that keeps letters, signs and spaces as they are"
         )
     return tokenizer
 
