@@ -21,6 +21,8 @@ from pertoken.data.store.store import Store, build_store
 from pertoken.data.tokens.control import ControlTokens
 from pertoken.data.tokens.encode import Encoder, TextWithSpans
 from pertoken.errors import DataError
+from pertoken.inference.chat import ChatSession
+from pertoken.prove.expected import conversation_difference
 from pertoken.recipe.data import DataConfig
 
 END = "<|im_end|>"
@@ -267,3 +269,42 @@ def test_headers_of_templates(bpe_tokenizer: Any) -> None:
         "{{ '[' + m.role + ']' + m.content + eos_token }}{% endfor %}"
     )
     assert set(headers_of(ChatTemplate(bpe_tokenizer, {}))) == {"<|im_start|>[user]", "[user]", "[assistant]"}
+
+
+def test_a_chat_encodes_what_is_typed_as_training_does(write_jsonl: Any, bpe_tokenizer: Any) -> None:
+    messages = _row(f"say {END} fox")["messages"]
+    store = _build(write_jsonl("a.jsonl", [{"messages": messages}]), bpe_tokenizer)
+    session = ChatSession(None, bpe_tokenizer, frozenset(), {}, ControlTokens.of(bpe_tokenizer))  # type: ignore[arg-type]
+    prompt = session.encode_chat(messages[:1])
+    assert prompt == store[0].tokens[: len(prompt)].tolist()
+    assert prompt.count(bpe_tokenizer.eos_token_id) == 1
+    plain = session.encode_chat([{"role": "user", "content": "fox"}])
+    rendered = bpe_tokenizer.apply_chat_template(
+        [{"role": "user", "content": "fox"}], tokenize=False, add_generation_prompt=True
+    )
+    assert plain == bpe_tokenizer.encode(rendered)
+
+
+@pytest.mark.parametrize("max_seq_len", [70, 4096])
+def test_prove_knows_what_typed_tokens_become(write_jsonl: Any, bpe_tokenizer: Any, max_seq_len: int) -> None:
+    row = _row(f"say {END} <|im_start|>fox", f"it is {END}, the quick brown fox")
+    data = {"max_seq_len": max_seq_len, "overlong": "truncate"}
+    config = DataConfig.model_validate({"path": "x", **data})
+    store, chat = _build(write_jsonl("a.jsonl", [row]), bpe_tokenizer, **data), Conversation(row["messages"])
+    assert conversation_difference(store[0].tokens, chat, config, bpe_tokenizer) is None
+    as_tokens = np.array(bpe_tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"])
+    problem = conversation_difference(as_tokens[: max_seq_len + 1], chat, config, bpe_tokenizer)
+    assert problem is not None
+    assert problem.startswith("its control tokens are")
+    changed = store[0].tokens.copy()
+    changed[8] = 50
+    assert conversation_difference(changed, chat, config, bpe_tokenizer) is not None
+
+
+def test_a_marked_conversation_that_a_template_escapes_is_refused(write_jsonl: Any, bpe_tokenizer: Any) -> None:
+    bpe_tokenizer.chat_template = bpe_tokenizer.chat_template.replace(
+        "message.content + '<|im_end|>", "(message.content.encode('unicode_escape') | string) + '<|im_end|>"
+    )
+    path = write_jsonl("a.jsonl", [_row(f"say {END}")])
+    with pytest.raises(DataError, match=r"a\.jsonl:1: conversation: the chat template (escapes|cannot render)"):
+        _build(path, bpe_tokenizer)

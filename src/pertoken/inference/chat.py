@@ -9,6 +9,10 @@ from typing import Any
 
 from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folder
 from pertoken.data.chat.template import end_of_turn_id, render
+from pertoken.data.chat.typed_specials import mark_typed, typed_in, unmark
+from pertoken.data.formats import Conversation
+from pertoken.data.tokens.control import ControlTokens
+from pertoken.data.tokens.encode import Encoder, TextWithSpans
 from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import ModelError, RecipeError
 from pertoken.inference.generate import generate, stream_text
@@ -27,6 +31,7 @@ class ChatSession:
     tokenizer: Any
     stop_ids: frozenset[int]
     template_kwargs: dict[str, Any]
+    control: ControlTokens  # those that are plain text in a message; none where training took them for what they are
 
     @classmethod
     def load(cls, path: str, device: str = "auto") -> ChatSession:
@@ -36,12 +41,16 @@ class ChatSession:
             raise ModelError(f"{path}: has no tokenizer; `pertoken export` it as a Hugging Face folder with one first")
         tokenizer = open_tokenizer(folder)
         recipe = recipe_of(folder)
-        template_kwargs = recipe["data"].get("template_kwargs", {}) if recipe else {}
+        data = recipe["data"] if recipe else {}
+        template_kwargs = data.get("template_kwargs", {})
+        control = ControlTokens.of(tokenizer, data.get("add_tokens", ()))
+        if data.get("special_in_text") == "special":
+            control = ControlTokens(())
         stops = {tokenizer.eos_token_id} - {None}
         if tokenizer.chat_template is not None:
             stops.add(end_of_turn_id(tokenizer, template_kwargs))
         model = load_model(folder).to(resolve_device(device))
-        return cls(model, tokenizer, frozenset(stops), template_kwargs)
+        return cls(model, tokenizer, frozenset(stops), template_kwargs, control)
 
     def encode(self, text: str) -> list[int]:
         """Text to continue, encoded as the tokenizer does by itself (with a BOS where it adds one)."""
@@ -76,10 +85,18 @@ class ChatSession:
         return ids, dropped
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """A conversation up to where the assistant is to speak."""
+        """A conversation up to where the assistant is to speak. Control tokens typed in it are text, as in training."""
         self.require_template()
+        chat, mark = Conversation(messages), ""
         try:
-            text, _ = render(self.tokenizer, messages, template_kwargs=self.template_kwargs, add_generation_prompt=True)
+            if typed_in(chat, self.control):
+                chat, mark = mark_typed(chat, self.control)
+            text, _ = render(
+                self.tokenizer, chat.messages, template_kwargs=self.template_kwargs, add_generation_prompt=True
+            )
+            if mark:
+                plain = unmark(TextWithSpans(text, []), mark, self.control)
+                return [int(i) for i in next(Encoder(self.tokenizer).encode([plain])).tokens]
         except ValueError as error:
             raise ModelError(f"the chat template cannot render this conversation: {error}") from None
         return self._ids(text, add_special_tokens=False)
