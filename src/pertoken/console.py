@@ -152,6 +152,11 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:,.1f} M" if count >= 1_000_000 else f"{count:,}"
 
 
+def _count(num_tokens: float) -> str:
+    """Supervised tokens; the sum of their weights need not be whole."""
+    return f"{num_tokens:,}" if isinstance(num_tokens, int) else f"{num_tokens:,.1f}"
+
+
 def _summary_text(s: Summary) -> Text:
     share = s.num_tokens / s.total_tokens
     per_step = min(1.0, s.batch_size / s.num_samples)
@@ -165,7 +170,7 @@ def _summary_text(s: Summary) -> Text:
         ("model", f"{s.family}, {_millions(s.num_parameters)} parameters{active}, {s.dtype} on {s.device}"),
         ("engine", f"{s.engine}: {s.engine_note}"),
         ("samples", f"{s.num_samples:,} to train on, {s.num_eval_samples:,} to evaluate on"),
-        ("supervised", f"{s.num_tokens:,} of {s.total_tokens:,} tokens ({share:.1%})"),
+        ("supervised", f"{_count(s.num_tokens)} of {s.total_tokens:,} tokens ({share:.1%})"),
         *(("", note) for note in s.data_notes),
         (
             "step",
@@ -204,14 +209,17 @@ def show_token_losses(console: Console, losses: Sequence[TokenLoss], source: str
             Text(repr(row.token)[1:-1]),
             Text(repr(row.label)[1:-1]),
             str(row.label_id),
-            "yes" if row.supervised else "-",
+            ("yes" if row.weight == 1 else f"{row.weight:g}") if row.supervised else "-",
             f"{row.loss:.4f}",
             style="green" if row.supervised else "dim",
         )
     console.print(table)
-    counted = [row.loss for row in losses if row.supervised]
-    mean = f"{sum(counted) / len(counted):.4f} nats" if counted else "none"
-    console.print(f"{len(counted)} of {len(losses)} tokens supervised; mean loss of these: {mean}", highlight=False)
+    total, counted = sum(row.weight for row in losses), sum(row.supervised for row in losses)
+    mean = f"{sum(row.weight * row.loss for row in losses) / total:.4f} nats" if total else "none"
+    weighted = f" with a weight of {total:g}" if total != counted else ""
+    console.print(
+        f"{counted} of {len(losses)} tokens supervised{weighted}; mean loss of these: {mean}", highlight=False
+    )
 
 
 def show_replay(console: Console, replay: Replay) -> None:

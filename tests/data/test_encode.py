@@ -41,7 +41,7 @@ def _tokenizer(folder: Path, change: str) -> Any:
 
 
 def _with_offsets(encoder: Encoder, marked: TextWithSpans, append: int | None) -> Encoded:
-    return encoder._by_offsets(marked, encoder._with_offsets([marked.text])[0], append)
+    return encoder._by_offsets(marked, encoder._with_offsets([marked.text])[0]).framed(None, append)
 
 
 WIDTHS_HOLD = {"plain": True, "strips": True, "nfc": True, "lowercase": False, "prefix_space": False}

@@ -90,6 +90,7 @@ def test_defaults_are_those_of_this_version_of_the_samples() -> None:
         "max_seq_len": 1024,
         "overlong": "drop",
         "on_bad_row": "error",
+        "special_in_text": "text",
     }
 
 

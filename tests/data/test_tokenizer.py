@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,13 +11,18 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from pertoken.data.chat.template import end_of_turn_id, render
+from pertoken.data.store.store import build_store
+from pertoken.data.tokens.encode import Encoder
 from pertoken.data.tokens.tokenizer import load_tokenizer, open_tokenizer
 from pertoken.data.tokens.train import train_tokenizer
 from pertoken.data.tokens.trained import CHATML, SPECIAL_TOKENS
 from pertoken.errors import DataError, ModelError, RecipeError
 from pertoken.folders.files import save_tokenizer
+from pertoken.recipe.data import DataConfig
 
 
 def test_importing_the_module_imports_no_transformers() -> None:
@@ -117,7 +123,7 @@ def test_training_on_nothing_or_for_too_few_tokens_is_refused(
 def test_a_folder_that_is_none_or_holds_no_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"missing: no such folder"):
         load_tokenizer(tmp_path / "missing")
-    with pytest.raises(ModelError, match=r"cannot be loaded \(.*it needs a tokenizer\.json") as error:
+    with pytest.raises(ModelError, match=r"has no tokenizer\.json, so tokens .*; save it with") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -217,3 +223,59 @@ def test_several_templates_are_saved_without_a_folder_and_loaded_again(bpe_token
     again = open_tokenizer(tmp_path / "saved")
     assert again.chat_template == bpe_tokenizer.chat_template
     assert end_of_turn_id(again, {}) == 2
+
+
+def _folder(tmp_path: Path, tokenizer: Any) -> Path:
+    tokenizer.save_pretrained(tmp_path / "changed")
+    return tmp_path / "changed"
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "text"),
+    [
+        (normalizers.Lowercase(), "'Hello World' comes back as 'hello world'"),
+        (normalizers.StripAccents(), None),  # of what there are none in the texts
+        (normalizers.Replace(Regex(r"\s+"), " "), "comes back as 'def f(x): if x: return x '"),
+        (normalizers.NFKC(), "'你好，世界！' comes back as '你好,世界!'"),
+    ],
+)
+def test_a_tokenizer_that_changes_ordinary_text_is_refused(
+    bpe_tokenizer: Any, tmp_path: Path, normalizer: Any, text: str | None
+) -> None:
+    bpe_tokenizer.backend_tokenizer.normalizer = normalizer
+    folder = _folder(tmp_path, bpe_tokenizer)
+    if text is None:
+        load_tokenizer(folder)
+        return
+    with pytest.raises(ModelError, match=re.escape(text)) as error:
+        load_tokenizer(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_space_in_front_and_characters_known_as_unknown_are_no_reason(tmp_path: Path, char_folder: Path) -> None:
+    vocab = {"<unk>": 0, "▁": 1, **{c: i + 2 for i, c in enumerate(dict.fromkeys("HeloWrdIt's3'ck:nw,?df(x)if"))}}
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    backend.add_special_tokens(["<unk>"])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert load_tokenizer(_folder(tmp_path, tokenizer)) is not None
+    assert load_tokenizer(char_folder) is not None
+
+
+def test_characters_without_a_token_are_counted(write_jsonl: Callable[..., Path], char_folder: Path) -> None:
+    rows = [{"text": text} for text in ("the fox", "ŵ the ŵ", "<|endoftext|>", "ŷ <|endoftext|>")]
+    path = write_jsonl("a.jsonl", rows)
+    for policy in ("text", "special"):
+        data = DataConfig.model_validate({"path": str(path), "store": str(path.parent), "special_in_text": policy})
+        store = build_store([str(path)], stage="pretrain", tokenizer=load_tokenizer(char_folder), data=data)
+        notes = [note for note in store.report.findings if "typed" not in note and "begin" not in note]
+        # As plain text a control token has characters without a token here, too.
+        lacks = sum(c not in load_tokenizer(char_folder).get_vocab() for c in "<|endoftext|>")
+        extra = lacks if policy == "text" else 0
+        assert notes[0].startswith(f"{3 if extra else 2} rows with characters that the tokenizer lacks")
+        assert notes[1].startswith(f"{3 + 2 * extra} tokens that stand for such characters ({path}:2")
+
+
+def test_byte_level_tokenizers_lack_no_character(bpe_tokenizer: Any) -> None:
+    assert Encoder(bpe_tokenizer).unknown_id is None

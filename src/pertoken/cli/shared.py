@@ -74,7 +74,7 @@ def say(console: Console, text: str) -> None:
 
 
 def say_what_is_in(console: Console, name: str, store: Store) -> None:
-    supervised, tokens = int(store.num_tokens.sum()), int(store.lengths.sum())
+    supervised, tokens = store.count(), int(store.lengths.sum())
     say(console, f"{name}: {len(store):,} samples, {supervised:,} of {tokens:,} tokens supervised")
     for note in store.report.notes():
         say(console, f"  {note}")

@@ -35,6 +35,21 @@ KINDS: dict[str, Kind] = {
         "part of the prompt",
         harms=False,
     ),
+    "typed_as_text": Kind("{count} control tokens typed in the data, encoded as plain text", harms=False),
+    "typed_as_special": Kind('{count} control tokens typed in the data; data.special_in_text="special"', harms=False),
+    "rendered_before": Kind(
+        "{count} conversations with a message that begins with the chat template's own header, so that it was rendered "
+        'before; split it into messages, or set stage="pretrain" and data.special_in_text="special"',
+        harms=True,
+    ),
+    "rendered_document": Kind(
+        "{count} documents begin with a control token that is encoded as plain text; where a chat template "
+        'rendered them, set data.special_in_text="special"',
+        harms=True,
+    ),
+    "ends_with_eos": Kind("{count} documents end with the eos token, so none is added", harms=False),
+    "unknown_rows": Kind("{count} rows with characters that the tokenizer lacks; choose another one", harms=True),
+    "unknown_tokens": Kind("{count} tokens that stand for such characters", harms=True),
 }
 
 

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from pertoken.data.chat.headers import headers_of, rendered_before
 from pertoken.data.chat.render import ChatTemplate, rendered_chat
 from pertoken.data.files.long_text import LongText
 from pertoken.data.files.records import BadRow, Record, Span, read_records
 from pertoken.data.formats import Conversation, Gives, read_row
 from pertoken.data.outcome import Counts, Outcome
+from pertoken.data.tokens.control import ControlTokens
 from pertoken.data.tokens.cuts import NoCut
 from pertoken.data.tokens.encode import Encoded, Encoder, TextWithSpans
+from pertoken.data.tokens.tokenizer import bos_of
+from pertoken.data.typed import TypedTokens, unknown_counted
 from pertoken.errors import DataError, RecipeError
 from pertoken.recipe.data import DataConfig
 from pertoken.text import reason
@@ -23,7 +27,7 @@ from pertoken.text import reason
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Row", "SampleBuilder", "chat_template"]
+__all__ = ["Row", "SampleBuilder"]
 
 # Encoded at a time, by all threads at once: enough to keep them busy, little enough to hold in memory, where a token
 # takes over a hundred bytes until it is a number.
@@ -36,8 +40,8 @@ class Row:
     """One sample and where it comes from."""
 
     tokens: np.ndarray  # [T + 1] int32
-    loss_mask: np.ndarray  # [T] bool
-    num_bytes: int  # UTF-8 bytes of the supervised text
+    loss_mask: np.ndarray  # [T] bool; float32 weights where one is neither 0 nor 1
+    num_bytes: float  # UTF-8 bytes of the supervised text, each times its token's weight
     file: int  # index into the files
     line: int
     digest: int
@@ -66,7 +70,9 @@ class SampleBuilder:
     data: DataConfig
     encoder: Encoder
     template: ChatTemplate | None  # of fine-tuning
-    eos_token_id: int | None  # of pretraining
+    typed: TypedTokens
+    bos_token_id: int | None  # that documents begin with, where the tokenizer adds one
+    eos_token_id: int | None  # that documents end with
 
     @classmethod
     def of(
@@ -79,8 +85,10 @@ class SampleBuilder:
         encoder: Encoder,
     ) -> SampleBuilder:
         """Raises RecipeError where the tokenizer lacks the template or the eos token that the stage needs."""
-        template = chat_template(tokenizer, data) if stage == "sft" else None
-        return cls(tuple(files), data, encoder, template, _eos(tokenizer) if stage == "pretrain" else None)
+        typed = TypedTokens.of(tokenizer, data)
+        if stage == "sft":
+            return cls(tuple(files), data, encoder, ChatTemplate.of(tokenizer, data), typed, None, None)
+        return cls(tuple(files), data, encoder, None, typed, bos_of(tokenizer), _eos(tokenizer))
 
     def samples(
         self,
@@ -98,7 +106,8 @@ class SampleBuilder:
         """
         rows = _Rows(self, outcome, skip)
         for chunk in _chunks(rows.documents(part)):
-            for document, pieces in self._encoded(chunk, rows):
+            for document, encoded in self._encoded(chunk, rows):
+                pieces = self._unknown_counted(document, encoded, outcome)
                 if self.template is None:
                     yield from _text_samples(document, pieces, self.data.max_seq_len, outcome.counts)
                 else:
@@ -109,12 +118,13 @@ class SampleBuilder:
         """Each document with its tokens, a long one's in pieces; one that there are no tokens for is a bad row."""
         try:
             if len(chunk) == 1 and chunk[0].num_chars >= _CHUNK_CHARS:
-                pieces = self.encoder.pieces(chunk[0].text, append=self.eos_token_id)
+                text, typed = chunk[0].text, self.typed.as_text
+                pieces = self.encoder.pieces(text, prepend=self.bos_token_id, append=self.eos_token_id, typed=typed)
                 yield chunk[0], self._guarded(chunk[0], pieces)
                 return
             marked = [document.text for document in chunk if isinstance(document.text, TextWithSpans)]
             assert len(marked) == len(chunk), "a LongText is a chunk by itself"
-            encoded = list(self.encoder.encode(marked, append=self.eos_token_id))
+            encoded = list(self.encoder.encode(marked, prepend=self.bos_token_id, append=self.eos_token_id))
         except (DataError, MemoryError):
             raise
         except Exception as error:  # a tokenizer is a program from elsewhere, and may fail at a text in any way
@@ -126,6 +136,13 @@ class SampleBuilder:
             return
         for document, whole in zip(chunk, encoded, strict=True):
             yield document, iter([whole])
+
+    def _unknown_counted(self, document: _Document, pieces: Iterator[Encoded], outcome: Outcome) -> Iterator[Encoded]:
+        """The pieces. Their unknown tokens are counted as they come."""
+        if self.encoder.unknown_id is None:
+            return pieces
+        text = document.text if isinstance(document.text, TextWithSpans) else None
+        return unknown_counted(pieces, self.encoder, text, outcome.findings, document.file, document.line)
 
     def _guarded(self, document: _Document, pieces: Iterator[Encoded]) -> Iterator[Encoded]:
         """The pieces. Samples of the first ones are written when another one fails, so that is no bad row any more."""
@@ -144,18 +161,6 @@ class SampleBuilder:
         return BadRow(str(self.files[document.file]), document.line, field, problem)
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> ChatTemplate:
-    """The template with what the recipe says of it. Raises RecipeError as ChatTemplate does."""
-    return ChatTemplate(
-        tokenizer,
-        data.template_kwargs,
-        day=data.template_date,
-        end_of_turn=data.end_of_turn,
-        on_rewrite=data.on_rewrite,
-        reasoning=data.reasoning,
-    )
-
-
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise RecipeError("data.tokenizer: has no eos token to end a document with; choose one that has")
@@ -171,6 +176,7 @@ class _Rows:
         self._keys = builder.data.key_names
         self._outcome = outcome
         self._skip = skip
+        self._headers: tuple[str, ...] | None = None  # of the chat template, once there is a conversation
         self.bytes_done = 0
 
     def documents(self, part: Sequence[Span]) -> Iterator[_Document]:
@@ -200,21 +206,26 @@ class _Rows:
             return read
         value, unread = read
         unnamed: tuple[str, ...] = ()
-        if isinstance(value, Conversation):
-            assert template is not None, "conversations are for fine-tuning"
-            try:
-                rendered = rendered_chat(value, template)
-            except ValueError as error:
-                return BadRow(row.file, row.line, "conversation", str(error))
-            texts: Sequence[tuple[TextWithSpans | LongText, bool]] = [(text, False) for text in rendered.samples]
-            unnamed = template.unnamed_keys(value)
-            if len(texts) > 1:
-                self._outcome.findings.add("split", file, row.line)
-            if rendered.empty_thoughts:
-                kind = "empty_thinking_avoidable" if template.thinks_in_prompt else "empty_thinking"
-                self._outcome.findings.add(kind, file, row.line, rendered.empty_thoughts)
-        else:
-            texts = _texts(value, data)
+        typed, findings = self._builder.typed, self._outcome.findings
+        try:
+            if isinstance(value, Conversation):
+                assert template is not None, "conversations are for fine-tuning"
+                chat, mark = typed.mark(value, findings, file, row.line)
+                rendered = rendered_chat(chat, template)
+                texts: Sequence[tuple[TextWithSpans | LongText, bool]] = [
+                    (typed.unmark(text, mark), False) for text in rendered.samples
+                ]
+                unnamed = template.unnamed_keys(value)
+                self._headers = headers_of(template) if self._headers is None else self._headers
+                if rendered_before(value, self._headers):
+                    findings.add("rendered_before", file, row.line)
+                for kind, count in rendered.findings.items():
+                    findings.add(kind, file, row.line, count)
+            else:
+                texts = _texts(typed.document(value, findings, file, row.line), data, typed.as_text)
+        except ValueError as error:
+            field = "conversation" if isinstance(value, Conversation) else "text"
+            return BadRow(row.file, row.line, field, str(error))
         if unread:
             self._outcome.unused.add("row", unread, file, row.line)
         if unnamed:
@@ -230,23 +241,25 @@ class _Rows:
             self._outcome.skippable = True
 
 
-def _texts(text: str | LongText, data: DataConfig) -> list[tuple[TextWithSpans | LongText, bool]]:
+def _texts(
+    text: str | LongText, data: DataConfig, typed: ControlTokens | None
+) -> list[tuple[TextWithSpans | LongText, bool]]:
     """The document, its tail apart where that is held out."""
     tail_fraction = data.eval_fraction if data.eval_split == "tail" else 0.0
     cut = int(len(text) * (1 - tail_fraction)) if tail_fraction else len(text)
     return [
-        (_part(text, start, stop), is_tail)
+        (_part(text, start, stop, typed), is_tail)
         for start, stop, is_tail in ((0, cut, False), (cut, len(text), True))
         if start < stop
     ]
 
 
-def _part(text: str | LongText, start: int, stop: int) -> TextWithSpans | LongText:
+def _part(text: str | LongText, start: int, stop: int, typed: ControlTokens | None) -> TextWithSpans | LongText:
     """The characters [start, stop), all of them learned."""
     if isinstance(text, LongText) and stop - start >= _CHUNK_CHARS:
         return text.part(start, stop)
     part = text[start:stop] if isinstance(text, str) else str(text.part(start, stop))
-    return TextWithSpans(part, [(0, len(part))])
+    return TextWithSpans(part, [(0, len(part))], typed=typed.find(part) if typed is not None else ())
 
 
 def _chunks(documents: Iterator[_Document]) -> Iterator[list[_Document]]:
@@ -327,7 +340,7 @@ def _row(document: _Document, encoded: Encoded, start: int, stop: int) -> Row:
     return Row(
         tokens=encoded.tokens[start : stop + 1],
         loss_mask=encoded.supervised[labels],
-        num_bytes=int(encoded.num_bytes[labels] @ encoded.supervised[labels]),
+        num_bytes=float(encoded.num_bytes[labels] @ encoded.supervised[labels]),
         file=document.file,
         line=document.line,
         digest=document.digest,

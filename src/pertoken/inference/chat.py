@@ -10,6 +10,10 @@ from typing import Any
 
 from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folder
 from pertoken.data.chat.template import end_of_turn_id, render
+from pertoken.data.chat.typed_specials import mark_typed, typed_in, unmark
+from pertoken.data.formats import Conversation
+from pertoken.data.tokens.control import ControlTokens
+from pertoken.data.tokens.encode import Encoder, TextWithSpans
 from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import ModelError, RecipeError
 from pertoken.inference.generate import generate, stream_text
@@ -28,6 +32,7 @@ class ChatSession:
     tokenizer: Any
     stop_ids: frozenset[int]
     template_kwargs: dict[str, Any]
+    control: ControlTokens  # those that are plain text in a message; none where training took them for what they are
     template_date: str | None = None
 
     @classmethod
@@ -41,11 +46,14 @@ class ChatSession:
         # As it was trained, the date included; what others have trained is told today's.
         data: dict[str, Any] = recipe["data"] if recipe else {"template_date": date.today().isoformat()}
         template_kwargs, day = data.get("template_kwargs", {}), data.get("template_date")
+        control = ControlTokens.of(tokenizer, data.get("add_tokens", ()))
+        if data.get("special_in_text") == "special":
+            control = ControlTokens(())
         stops = {tokenizer.eos_token_id} - {None}
         if tokenizer.chat_template is not None:
             stops.add(end_of_turn_id(tokenizer, template_kwargs, day=day, end_of_turn=data.get("end_of_turn")))
         model = load_model(folder).to(resolve_device(device))
-        return cls(model, tokenizer, frozenset(stops), template_kwargs, day)
+        return cls(model, tokenizer, frozenset(stops), template_kwargs, control, day)
 
     def encode(self, text: str) -> list[int]:
         """Text to continue, encoded as the tokenizer does by itself (with a BOS where it adds one)."""
@@ -80,16 +88,22 @@ class ChatSession:
         return ids, dropped
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """A conversation up to where the assistant is to speak."""
+        """A conversation up to where the assistant is to speak. Control tokens typed in it are text, as in training."""
         self.require_template()
+        chat, mark = Conversation(messages), ""
         try:
+            if typed_in(chat, self.control):
+                chat, mark = mark_typed(chat, self.control)
             text, _ = render(
                 self.tokenizer,
-                messages,
+                chat.messages,
                 template_kwargs=self.template_kwargs,
                 add_generation_prompt=True,
                 day=self.template_date,
             )
+            if mark:
+                plain = unmark(TextWithSpans(text, []), mark, self.control)
+                return [int(i) for i in next(Encoder(self.tokenizer).encode([plain])).tokens]
         except ValueError as error:
             raise ModelError(f"the chat template cannot render this conversation: {error}") from None
         return self._ids(text, add_special_tokens=False)

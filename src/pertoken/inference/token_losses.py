@@ -23,6 +23,7 @@ class TokenLoss:
     label: str  # what comes next, decoded
     label_id: int
     supervised: bool
+    weight: float  # in the loss; 0 where it is not supervised
     loss: float  # -log p(label), in nats, supervised or not
 
 
@@ -39,6 +40,6 @@ def token_losses(model: LanguageModel, sample: Sample, tokenizer: Any) -> list[T
     nll = F.cross_entropy(logits.double(), micro_batch.labels, reduction="none").tolist()
     texts = [tokenizer.decode([int(i)], skip_special_tokens=False) for i in sample.tokens]
     return [
-        TokenLoss(t, texts[t], texts[t + 1], int(sample.labels[t]), bool(sample.loss_mask[t]), nll[t])
-        for t in range(len(sample))
+        TokenLoss(t, texts[t], texts[t + 1], int(sample.labels[t]), weight != 0, weight, nll[t])
+        for t, weight in enumerate(sample.loss_mask.astype(float).tolist())
     ]

@@ -11,6 +11,7 @@ from pertoken.data.batch.pack import pack_micro_batches
 from pertoken.data.files.long_text import one_of
 from pertoken.data.files.records import Record
 from pertoken.data.store.store import Store
+from pertoken.prove.expected import bos_id
 from pertoken.prove.report import Result
 from pertoken.prove.rows import expected_sample, records_at
 from pertoken.prove.samples import Chosen
@@ -117,8 +118,8 @@ def _document(store: Store, i: int, record: Record, recipe: Recipe, tokenizer: A
         return f"{int((~sample.loss_mask).sum())} tokens of a document are not supervised"
     text = record.value[recipe.data.text_key] if isinstance(record.value, dict) else record.value
     tokens = sample.tokens.tolist()
-    ends = tokens[-1] == tokenizer.eos_token_id
-    read_back = _decode(tokenizer, tokens[:-1] if ends else tokens).strip("\ufffd")
+    begins, ends = tokens[0] == bos_id(tokenizer), tokens[-1] == tokenizer.eos_token_id
+    read_back = _decode(tokenizer, tokens[begins : len(tokens) - ends]).strip("\ufffd")
     return None if one_of(text, [read_back]) is not None else "read back, the tokens are not the document's text"
 
 

@@ -37,14 +37,15 @@ def transformers_padded(name: str, case: Case) -> Result:
         save_folder(copy.deepcopy(case.model).float(), folder, eos_token_id=None)
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(Path(folder), dtype=torch.float32).train()
-    num_tokens = float(sum(sample.loss_mask.sum() for sample in samples))
+    num_tokens = float(sum(sample.loss_mask.sum(dtype="float64") for sample in samples))
     loss = 0.0
     for batch in (samples[::2], samples[1::2]):
-        input_ids, labels, attention_mask = _padded(batch)
+        input_ids, labels, weights, attention_mask = _padded(batch)
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        loss_sum = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
-        log_z = logits.float().logsumexp(-1)[labels != -100]
-        torch.autograd.backward((loss_sum + case.train.z_loss_coef * log_z.square().sum()) / num_tokens)
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none")
+        loss_sum = nll @ weights.flatten()
+        squares = logits.float().logsumexp(-1).square()[labels != -100] @ weights[labels != -100]
+        torch.autograd.backward((loss_sum + case.train.z_loss_coef * squares) / num_tokens)
         loss += float(loss_sum.detach()) / num_tokens
     theirs = _under_our_names({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     ours = {plain_name(name): name for name, _ in case.model.named_parameters()}
@@ -56,18 +57,21 @@ def transformers_padded(name: str, case: Case) -> Result:
     return Result.judge(name, "float32", case.float32_tolerance, compare(Gradient(loss, gradients), reference), note)
 
 
-def _padded(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
-    """[S, T] each, padded on the right; -100 where nobody supervises."""
+def _padded(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs, labels, their weights, attention mask: [S, T] each, padded on the right; the label is -100 where nobody
+    supervises."""
     width = max(map(len, samples))
     input_ids = torch.zeros(len(samples), width, dtype=torch.int64)
     labels = torch.full((len(samples), width), -100)
+    weights = torch.zeros(len(samples), width)
     attention_mask = torch.zeros(len(samples), width, dtype=torch.int64)
     for row, sample in enumerate(samples):
         n = len(sample.tokens) - 1
         tokens = torch.from_numpy(sample.tokens.astype("int64"))
         input_ids[row, :n], attention_mask[row, :n] = tokens[:-1], 1
-        labels[row, :n] = torch.where(torch.from_numpy(sample.loss_mask.copy()), tokens[1:], -100)
-    return input_ids, labels, attention_mask
+        weights[row, :n] = torch.from_numpy(sample.loss_mask.copy())
+        labels[row, :n] = torch.where(weights[row, :n] != 0, tokens[1:], -100)
+    return input_ids, labels, weights, attention_mask
 
 
 def _under_our_names(gradients: dict[str, Tensor]) -> dict[str, Tensor]:

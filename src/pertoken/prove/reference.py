@@ -33,7 +33,7 @@ def reference_gradient(
     N counts the supervised tokens of all samples. The balance loss is each document's own, weighted by its tokens.
     Its backward passes are those of `scale` times the objective, for float16; the gradient is the objective's own.
     """
-    num_tokens = sum(float(sample.loss_mask.sum()) for sample in samples)
+    num_tokens = sum(float(sample.loss_mask.sum(dtype="float64")) for sample in samples)
     num_input_tokens = sum(len(sample.tokens) - 1 for sample in samples)
     model.zero_grad(set_to_none=True)
     loss_sum = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,7 @@ from pertoken.data.files.long_text import LongText
 from pertoken.data.files.records import BadRow, Record, read_records
 from pertoken.data.formats import to_text
 from pertoken.data.store.store import Store
+from pertoken.prove.expected import difference, document_difference
 from pertoken.prove.report import Result
 from pertoken.prove.samples import Chosen
 from pertoken.prove.turns import ExpectedSample, expected_samples
@@ -71,9 +73,9 @@ def token_by_token(name: str, store: Store, chosen: Chosen, recipe: Recipe, toke
 
 def _counts(store: Store, i: int) -> str | None:
     """The step's N is added up from what the store says."""
-    supervised = int((store[i].loss_mask != 0).sum())
-    if int(store.num_tokens[i]) != supervised:
-        return f"the store counts {int(store.num_tokens[i])} supervised tokens, the sample has {supervised}"
+    supervised = math.fsum(store[i].loss_mask.tolist())
+    if store.num_tokens[i] != supervised:
+        return f"the store counts {store.num_tokens[i]:g} supervised tokens, the sample has {supervised:g}"
     return None
 
 
@@ -93,8 +95,8 @@ def _document(store: Store, i: int, record: Record, data: DataConfig, tokenizer:
             return f"piece {number} of {len(pieces)} has {len(one) - 1} inputs, data.max_seq_len={data.max_seq_len}"
     if len(text) > _MOST_CHARACTERS:
         return None
-    expected = np.array([*_encoded(str(text), tokenizer), tokenizer.eos_token_id])
-    return _difference(np.concatenate([pieces[0], *(piece[1:] for piece in pieces[1:])]), expected)
+    whole = np.concatenate([pieces[0], *(piece[1:] for piece in pieces[1:])])
+    return document_difference(whole, str(text), data, tokenizer)
 
 
 def _of_the_same_row(store: Store, i: int) -> range:
@@ -110,7 +112,7 @@ def _of_the_same_row(store: Store, i: int) -> range:
 def _conversation(store: Store, i: int, record: Record, data: DataConfig, tokenizer: Any) -> str | None:
     expected = expected_sample(store, i, record, data, tokenizer)
     return (
-        expected if isinstance(expected, str) else _difference(store[i].tokens, expected.tokens[: data.max_seq_len + 1])
+        expected if isinstance(expected, str) else difference(store[i].tokens, expected.tokens[: data.max_seq_len + 1])
     )
 
 
@@ -123,15 +125,3 @@ def expected_sample(store: Store, i: int, record: Record, data: DataConfig, toke
     if len(expected) != len(of_row):
         return f"{len(of_row)} samples of the conversation, data.max_seq_len={data.max_seq_len} leaves {len(expected)}"
     return expected[i - of_row.start]
-
-
-def _encoded(text: str, tokenizer: Any) -> list[int]:
-    ids: list[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
-
-
-def _difference(got: np.ndarray, expected: np.ndarray) -> str | None:
-    if len(got) != len(expected):
-        return f"{len(got)} tokens, the row has {len(expected)}"
-    apart = np.flatnonzero(got != expected)
-    return f"token {int(apart[0])} is {got[apart[0]]}, the row's is {expected[apart[0]]}" if len(apart) else None

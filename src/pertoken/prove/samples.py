@@ -26,7 +26,7 @@ class InMemory:
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._samples = list(samples)
         self.lengths = np.array([len(s) for s in samples], dtype=np.int64)
-        self.num_tokens = np.array([s.loss_mask.sum() for s in samples], dtype=np.int64)
+        self.num_tokens = np.array([s.num_tokens for s in samples])  # int64 unless a sample is weighted
         self.num_bytes = 4 * self.num_tokens  # as if each token were of four; pieces have no text of their own
 
     def __len__(self) -> int:

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 
 from pertoken.data.chat.template import PROBE, render
+from pertoken.data.chat.typed_specials import mark_typed, typed_in, unmark
 from pertoken.data.files.records import BadRow, Record
 from pertoken.data.formats import Conversation, to_conversation
+from pertoken.data.tokens.control import ControlTokens
+from pertoken.data.tokens.encode import Encoder, TextWithSpans
 from pertoken.data.tokens.tokenizer import special_ids
 from pertoken.recipe.data import DataConfig
 
@@ -41,6 +44,8 @@ class _Tokens:
         self.data = data
         self._tokenizer = tokenizer
         self.special = special_ids(tokenizer)
+        self.control = ControlTokens.of(tokenizer, data.add_tokens)
+        self.mark = ""  # of control tokens that are typed in the conversation
         self.end = None if data.end_of_turn is None else tokenizer.backend_tokenizer.token_to_id(data.end_of_turn)
 
     def text(self, chat: Conversation, upto: int, *, prompt: bool = False) -> str:
@@ -58,6 +63,9 @@ class _Tokens:
         return self.encode(self.text(chat, upto, prompt=prompt))
 
     def encode(self, text: str) -> list[int]:
+        if self.mark:
+            plain = unmark(TextWithSpans(text, []), self.mark, self.control)
+            return [int(i) for i in next(Encoder(self._tokenizer).encode([plain])).tokens]
         ids: list[int] = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -68,6 +76,8 @@ def expected_samples(record: Record, data: DataConfig, tokenizer: Any) -> list[E
     if isinstance(chat, BadRow):
         return str(chat)
     tokens = _Tokens(data, tokenizer)
+    if data.special_in_text == "text" and typed_in(chat, tokens.control):
+        chat, tokens.mark = mark_typed(chat, tokens.control)
     for arguments in (json.loads, lambda text: json.dumps(json.loads(text), ensure_ascii=False)):
         converted = _with_arguments(chat, arguments)
         try:

@@ -38,6 +38,7 @@ class DataConfig(Section):
     max_seq_len: int = Field(default=1024, ge=2)
     overlong: Literal["drop", "truncate", "error"] = "drop"
     on_bad_row: Literal["error", "skip"] = "error"
+    special_in_text: Literal["text", "special", "error"] = "text"
     store: str | None = None
     workers: int | None = Field(default=None, ge=1)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from pertoken.data.batch.order import Step, step_at
+from pertoken.data.batch.sample import as_count
 from pertoken.data.batch.share import Share, share_of
 from pertoken.data.store.store import Store
 from pertoken.errors import PertokenError
@@ -80,7 +81,7 @@ def update(
         epoch=this.epoch,
         loss=metrics.loss_sum / metrics.num_tokens,
         loss_sum=metrics.loss_sum,
-        num_tokens=int(store.num_tokens[ids].sum()),
+        num_tokens=as_count(store.num_tokens[ids].sum()),
         aux_loss=0.0,
         grad_norm=metrics.grad_norm,
         lr=lr,

@@ -16,6 +16,7 @@ import torch
 
 from pertoken.checkpoints.read import Checkpoint, newest_checkpoint
 from pertoken.data.batch.pack import collate
+from pertoken.data.batch.sample import as_count
 from pertoken.errors import CheckFailed, CheckpointError, RecipeError
 from pertoken.files import user_path
 from pertoken.kernels.memory import forget_blocks
@@ -191,7 +192,7 @@ def _compute(computation: Computation, step: int) -> tuple[dict[str, Any], str |
     try:
         return update(computation, this, skips=lambda _: True).to_json(), None
     except NonFiniteStep as problem:
-        num_tokens = int(computation.store.num_tokens[this.sample_ids].sum())
+        num_tokens = as_count(computation.store.num_tokens[this.sample_ids].sum())
         return {"positions": [this.position_start, this.position_end], "num_tokens": num_tokens}, str(problem)
 
 

@@ -52,7 +52,7 @@ def summarize(
         engine_note=engine_note,
         num_samples=len(store),
         num_eval_samples=len(eval_store) if eval_store is not None else 0,
-        num_tokens=int(store.num_tokens.sum()),
+        num_tokens=store.count(),
         total_tokens=int(store.lengths.sum()),
         data_notes=tuple(store.report.notes()),
         batch_size=train.batch_size,

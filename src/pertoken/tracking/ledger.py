@@ -60,7 +60,7 @@ class Ledger:
         try:
             start, end = row.positions
             values = {name: _finite(getattr(row, name)) for name in ("loss", "loss_sum", "grad_norm", "lr")}
-            values |= {"num_tokens": row.num_tokens, "position_end": end, "epoch": row.epoch}
+            values |= {"num_tokens": int(row.num_tokens), "position_end": end, "epoch": row.epoch}
             values |= {"samples": end - start, "check": _check(line), "skipped": _SKIPPED[row.skipped]}
             cells: dict[str, Any] = {name: array(code, [values[name]]) for name, code in _COLUMNS.items()}
         except (ValueError, OverflowError):  # of a file that somebody has edited
@@ -68,7 +68,10 @@ class Ledger:
         for name, cell in cells.items():
             self._columns[name].extend(cell)
         in_file = row.to_json()
-        if extras := {key: in_file[key] for key in _EXTRAS if key in in_file}:
+        extras = {key: in_file[key] for key in _EXTRAS if key in in_file}
+        if row.num_tokens != int(row.num_tokens):  # of tokens that are weighted
+            extras["num_tokens"] = row.num_tokens
+        if extras:
             self._extras[len(self)] = extras
         return None
 

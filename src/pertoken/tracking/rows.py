@@ -32,7 +32,7 @@ class StepRow:
     epoch: int  # from 1
     loss: float  # nats per supervised token
     loss_sum: float  # nats
-    num_tokens: int  # supervised
+    num_tokens: int | float  # supervised: the sum of their weights, an int where it is whole
     aux_loss: float | None = None  # a mixture's balance loss before its coefficient, summed over layers; 0 if dense
     grad_norm: float  # before clipping
     lr: float

@@ -23,7 +23,7 @@ class Summary:
     engine_note: str  # what it is, or why there is no faster one
     num_samples: int
     num_eval_samples: int
-    num_tokens: int  # supervised, in an epoch
+    num_tokens: int | float  # supervised, in an epoch: the sum of their weights
     total_tokens: int  # all inputs, in an epoch
     data_notes: tuple[str, ...]  # what was skipped, dropped or cut while preparing
     batch_size: int

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pertoken.data.batch.pack import collate, pack_micro_batches
+from pertoken.data.batch.sample import as_count
 from pertoken.data.store.store import Store
 from pertoken.errors import PertokenError
 from pertoken.kernels.memory import forget_blocks
@@ -26,8 +27,8 @@ class Evaluation:
     """Sums over a whole data set."""
 
     loss_sum: float  # nats
-    num_tokens: float  # supervised tokens
-    num_bytes: int  # UTF-8 bytes of the supervised text; special tokens have none
+    num_tokens: float  # supervised tokens: the sum of their weights
+    num_bytes: float  # UTF-8 bytes of the supervised text, weighted as its tokens; special tokens have none
 
     @property
     def loss(self) -> float:
@@ -78,7 +79,7 @@ def evaluate(
     finally:
         model.train(was_training)
     loss_sum = float(world.sum(torch.tensor([loss_sum], dtype=torch.float64)))
-    return Evaluation(loss_sum, float(store.num_tokens.sum()), int(store.num_bytes.sum()))
+    return Evaluation(loss_sum, float(store.num_tokens.sum()), as_count(store.num_bytes.sum()))
 
 
 def _loss_sum(

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Sample"]
+__all__ = ["Sample", "as_count"]
+
+
+def as_count(total: float) -> int | float:
+    """A sum of weights: an int where it is whole, as it always is where weights are 0 or 1."""
+    return int(total) if float(total).is_integer() else float(total)
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,11 @@ class Sample:
         assert self.tokens.ndim == 1, self.tokens.shape
         assert len(self.tokens) >= 2, self.tokens.shape
         assert self.loss_mask.shape == (len(self.tokens) - 1,), (self.loss_mask.shape, self.tokens.shape)
+
+    @property
+    def num_tokens(self) -> int | float:
+        """Supervised tokens: the sum of the loss mask."""
+        return as_count(self.loss_mask.sum(dtype=np.float64))
 
     @property
     def input_ids(self) -> np.ndarray:

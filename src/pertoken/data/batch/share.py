@@ -21,7 +21,7 @@ class Samples(Protocol):
     def lengths(self) -> np.ndarray: ...  # [len] inputs of each
 
     @property
-    def num_tokens(self) -> np.ndarray: ...  # [len] supervised tokens of each
+    def num_tokens(self) -> np.ndarray: ...  # [len] supervised tokens of each, or sums of their weights
 
     def __getitem__(self, i: int, /) -> Sample: ...
 

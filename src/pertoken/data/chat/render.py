@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,7 @@ from pertoken.data.formats import Conversation
 from pertoken.data.tokens.encode import Encoder, TextWithSpans
 from pertoken.data.tokens.trained import CHATML
 from pertoken.errors import RecipeError
+from pertoken.recipe.data import DataConfig
 from pertoken.text import reason
 
 if TYPE_CHECKING:
@@ -67,11 +68,24 @@ class ChatTemplate:
         self.reasoning = reasoning
         self.appended_end = end_of_turn
         end_id = end_of_turn_id(tokenizer, template_kwargs, day=day, end_of_turn=end_of_turn)
+        self.bos: str | None = tokenizer.special_tokens_map.get("bos_token")
         self.end_of_turn: str = tokenizer.convert_ids_to_tokens(end_id)
         self.special = tuple(dict.fromkeys((*special_tokens(tokenizer), *([end_of_turn] if end_of_turn else []))))
         self.is_chatml = tokenizer.chat_template == CHATML and end_of_turn is None
         if end_of_turn is None and not (self.is_chatml and self.end_of_turn == "<|im_end|>"):
             self._check_that_turns_end()
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> ChatTemplate:
+        """With what the recipe says of it. Raises RecipeError as ChatTemplate does."""
+        return cls(
+            tokenizer,
+            data.template_kwargs,
+            day=data.template_date,
+            end_of_turn=data.end_of_turn,
+            on_rewrite=data.on_rewrite,
+            reasoning=data.reasoning,
+        )
 
     def _check_that_turns_end(self) -> None:
         if template_end(self._tokenizer, self._template_kwargs, day=self._day) is not None:
@@ -149,10 +163,10 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class Rendered:
-    """What a conversation becomes: its samples, and how many turns would learn to think nothing."""
+    """What a conversation becomes: its samples, and how many there are of each kind of finding."""
 
     samples: list[TextWithSpans]
-    empty_thoughts: int = 0
+    findings: dict[str, int] = field(default_factory=dict)
 
 
 def rendered_chat(chat: Conversation, template: ChatTemplate) -> Rendered:
@@ -171,7 +185,7 @@ def rendered_chat(chat: Conversation, template: ChatTemplate) -> Rendered:
             if "tool_calls" not in chat.messages[i]:
                 continue  # our template writes all else as it is
             _require(lost_words(chat.messages[i], marked.text[start:end], template.special), f"message {i}: ")
-        return Rendered([TextWithSpans(marked.text, spans)])
+        return Rendered([_learned(marked.text, spans, [chat.weight(i) for i in learned])])
     chat, turns = _turns(chat, template)
     lost = [turn.message for turn in turns if lost_reasoning(chat.messages[turn.message], turn.said)]
     if lost and template.reasoning != "error":
@@ -195,10 +209,17 @@ def rendered_chat(chat: Conversation, template: ChatTemplate) -> Rendered:
     for group, text in zip(shared, texts, strict=True):
         _require(lost_context(chat, group[-1].message, text, text[: group[0].start]), "")
     samples = [
-        TextWithSpans(text, [(turn.start, turn.end) for turn in group])
+        _learned(text, [(turn.start, turn.end) for turn in group], [chat.weight(turn.message) for turn in group])
         for group, text in zip(shared, texts, strict=True)
     ]
-    return Rendered(samples, sum(_EMPTY_THOUGHTS.match(turn.said) is not None for turn in turns))
+    found = {"split": 1} if len(samples) > 1 else {}
+    if empty := sum(_EMPTY_THOUGHTS.match(turn.said) is not None for turn in turns):
+        found["empty_thinking_avoidable" if template.thinks_in_prompt else "empty_thinking"] = empty
+    return Rendered(samples, found)
+
+
+def _learned(text: str, spans: list[tuple[int, int]], weights: list[float]) -> TextWithSpans:
+    return TextWithSpans(text, spans, None if all(weight == 1 for weight in weights) else weights)
 
 
 def _turns(chat: Conversation, template: ChatTemplate) -> tuple[Conversation, list[Turn]]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pertoken.data.batch.sample import Sample
+from pertoken.data.batch.sample import Sample, as_count
 from pertoken.data.samples import Row
 from pertoken.data.store.sums import SummedFile
 
@@ -26,9 +26,10 @@ SCHEMA = pa.schema(
     {
         "tokens": pa.list_(pa.int32()),  # T + 1
         "loss_mask": pa.list_(pa.uint8()),  # T, 0 or 1: a byte each, unlike bool, so that it is read without a copy
+        "weights": pa.list_(pa.float32()),  # T, of a sample with other weights, which has no loss_mask; else none
         "length": pa.int32(),  # T
-        "num_tokens": pa.int64(),  # supervised
-        "num_bytes": pa.int64(),  # UTF-8, of the supervised text
+        "num_tokens": pa.float64(),  # supervised: the sum of the weights
+        "num_bytes": pa.float64(),  # UTF-8, of the supervised text, times its weights
         "max_token_id": pa.int32(),
         "file": pa.int32(),  # index into the files of store.json
         "line": pa.int64(),
@@ -37,8 +38,8 @@ SCHEMA = pa.schema(
     }
 )
 
-
-_LISTS = ("tokens", "loss_mask")
+_NOTHING = np.zeros(0, np.bool_)
+_LISTS = ("tokens", "loss_mask", "weights")
 
 
 class Columns:
@@ -79,8 +80,8 @@ class Columns:
     def sample(self, i: int) -> Sample:
         """Views of the file, nothing is copied."""
         batch, row = self._find(i)
-        tokens, loss_mask = (values[offsets[row] : offsets[row + 1]] for offsets, values in self._lists[batch])
-        return Sample(tokens, loss_mask.view(np.bool_))
+        tokens, mask, weights = (values[offsets[row] : offsets[row + 1]] for offsets, values in self._lists[batch])
+        return Sample(tokens, mask.view(np.bool_) if len(mask) else weights)
 
     def _find(self, i: int) -> tuple[int, int]:
         batch = int(np.searchsorted(self._starts, i, side="right")) - 1
@@ -91,9 +92,9 @@ def _list_views(column: Any) -> tuple[np.ndarray, np.ndarray]:
     return _values(column.offsets), _values(column.values)
 
 
-def write(path: Path, rows: Iterable[Row]) -> dict[str, int]:
+def write(path: Path, rows: Iterable[Row]) -> dict[str, int | float]:
     """Stream the samples into record batches. Returns the totals of a report."""
-    totals = {"samples": 0, "tokens": 0, "num_tokens": 0}
+    totals: dict[str, int | float] = {"samples": 0, "tokens": 0, "num_tokens": 0}
     pending: list[Row] = []
     pending_tokens = 0
     with path.open("wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
@@ -102,7 +103,7 @@ def write(path: Path, rows: Iterable[Row]) -> dict[str, int]:
             pending_tokens += len(row.tokens)
             totals["samples"] += 1
             totals["tokens"] += len(row.loss_mask)
-            totals["num_tokens"] += int(row.loss_mask.sum())
+            totals["num_tokens"] += _num_tokens(row)
             if pending_tokens >= _BATCH_TOKENS or len(pending) == _BATCH_ROWS:
                 writer.write_batch(_batch(pending))
                 pending, pending_tokens = [], 0
@@ -144,12 +145,18 @@ def _add_to_sum(total: int, batch: Any, name: str) -> int:
     return zlib.crc32(values.view(np.uint8), total)
 
 
+def _num_tokens(row: Row) -> int | float:
+    mask = row.loss_mask
+    return int(np.count_nonzero(mask)) if mask.dtype == np.bool_ else as_count(mask.sum(dtype=np.float64))
+
+
 def _batch(rows: list[Row]) -> Any:
     columns: dict[str, list[Any]] = {
         "tokens": [row.tokens for row in rows],
-        "loss_mask": [row.loss_mask for row in rows],
+        "loss_mask": [row.loss_mask if row.loss_mask.dtype == np.bool_ else _NOTHING for row in rows],
+        "weights": [row.loss_mask if row.loss_mask.dtype != np.bool_ else _NOTHING for row in rows],
         "length": [len(row.loss_mask) for row in rows],
-        "num_tokens": [int(row.loss_mask.sum()) for row in rows],
+        "num_tokens": [_num_tokens(row) for row in rows],
         "num_bytes": [row.num_bytes for row in rows],
         "max_token_id": [int(row.tokens.max()) for row in rows],
         "file": [row.file for row in rows],
@@ -173,7 +180,7 @@ def _array(values: Sequence[Any] | np.ndarray, type: Any) -> Any:
     if type == pa.bool_():  # a bit each
         data = np.packbits(np.array(values, np.bool_), bitorder="little")
     else:
-        data = np.array(values, np.dtype(str(type)))
+        data = np.array(values, type.to_pandas_dtype())
     return pa.Array.from_buffers(type, len(values), [None, pa.py_buffer(data)])
 
 
@@ -182,4 +189,5 @@ def _values(array: Any) -> np.ndarray:
     data, start, end = array.buffers()[1], array.offset, array.offset + len(array)
     if array.type == pa.bool_():
         return np.unpackbits(np.frombuffer(data, np.uint8), count=end, bitorder="little")[start:].view(np.bool_)
-    return np.frombuffer(data, np.dtype(str(array.type)))[start:end]
+    dtype = array.type.to_pandas_dtype()
+    return np.frombuffer(data, dtype)[start:end] if end > start else np.zeros(0, dtype)

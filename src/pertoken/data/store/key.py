@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import pyarrow as pa
+
 from pertoken.data.formats import formats_that_give
 from pertoken.data.store.columns import SCHEMA
 from pertoken.data.store.folder import FORMAT_VERSION
 from pertoken.data.tokens.encode import Encoder
-from pertoken.data.tokens.tokenizer import special_ids
+from pertoken.data.tokens.tokenizer import bos_of, special_ids
 from pertoken.data.tokens.trained import CHATML
 from pertoken.recipe.data import DataConfig
 
@@ -40,7 +42,16 @@ DO_NOT_DECIDE = {  # the settings that do not decide the samples, and why
     "workers": "any number of processes makes the same samples",
 }
 
-# Fingerprints of before this version, which named the settings that decide, instead of those that do not.
+# By which the folders of format version 4 were named.
+_SCHEMA_V4 = pa.schema(
+    [
+        pa.field(field.name, pa.int64()) if field.name in ("num_tokens", "num_bytes") else field
+        for field in SCHEMA
+        if field.name != "weights"
+    ]
+)
+
+# Fingerprints of before version 3, which named the settings that decide, instead of those that do not.
 _V2_SETTINGS = {"format", "text_key", "prompt_key", "completion_key", "template_kwargs", "max_seq_len"}
 _V2_SETTINGS |= {"overlong", "on_bad_row"}
 _V2_FORMATS = ["messages", "conversations", "prompt_completion"]
@@ -66,12 +77,22 @@ class StoreKey:
         encoder: Encoder,
     ) -> StoreKey:
         identity, names = _tokenizer_identity(tokenizer, encoder), [str(file) for file in files]
+        settings, bos = _settings(stage, data), bos_of(tokenizer) if stage == "pretrain" else None
+        if bos is not None:
+            return cls({**settings, "bos": bos}, None, identity, names)
         settings_v2 = _settings_v2(stage, data) if _made_as_before(stage, data, tokenizer) else None
-        return cls(_settings(stage, data), settings_v2, identity, names)
+        return cls(settings, settings_v2, identity, names)
 
     def fingerprint(self, contents: list[str]) -> str:
         """Of the samples: what a run and its resume must agree on. `contents` are the files' SHA-256."""
         return _hash(_VERSION, self.settings, contents, self.tokenizer)
+
+    def fingerprint_v3(self, contents: list[str]) -> str | None:
+        """That of the version before, which added no BOS to documents, took every control token for what it is, and
+        found the turns of templates other than ours in another way."""
+        if {"bos", "special_in_text"} & self.settings.keys() or self.settings_v2 is None:
+            return None
+        return _hash(3, self.settings, contents, self.tokenizer)
 
     def fingerprint_v2(self, contents: list[str]) -> str | None:
         """The fingerprint that checkpoints of before `format_version` 1 hold, so that they can be resumed.
@@ -80,10 +101,6 @@ class StoreKey:
         """
         return None if self.settings_v2 is None else _hash(2, self.settings_v2, contents, self.tokenizer)
 
-    def fingerprint_v3(self, contents: list[str]) -> str | None:
-        """The fingerprint that version 3 gave the same samples; None where it made others."""
-        return None if self.settings_v2 is None else _hash(3, self.settings, contents, self.tokenizer)
-
     def name(self, contents: list[str]) -> str:
         """The folder's. The files' names decide it too, for `file:line` must be right."""
         return _hash(FORMAT_VERSION, str(SCHEMA), self.fingerprint(contents), self.files)
@@ -91,13 +108,16 @@ class StoreKey:
     def earlier_name(self, contents: list[str]) -> str | None:
         """The folder's that the version before this one would have made."""
         fingerprint = self.fingerprint_v3(contents)
-        return None if fingerprint is None else _hash(FORMAT_VERSION, str(SCHEMA), fingerprint, self.files)
+        return None if fingerprint is None else _hash(4, str(_SCHEMA_V4), fingerprint, self.files)
 
-    def meta(self, contents: list[str]) -> dict[str, Any]:
-        """What store.json keeps: of the fingerprints first this version's, then what an earlier one would have said."""
-        earlier = (self.fingerprint_v3(contents), self.fingerprint_v2(contents))
+    def meta(self, contents: list[str], *, typed: bool) -> dict[str, Any]:
+        """What store.json keeps: of the fingerprints first this version's, then what earlier ones would have said.
+
+        `typed`: whether there are control tokens typed in the data that earlier versions took for what they are.
+        """
+        earlier = [] if typed else [self.fingerprint_v3(contents), self.fingerprint_v2(contents)]
         return {
-            "fingerprints": [self.fingerprint(contents), *(found for found in earlier if found is not None)],
+            "fingerprints": [self.fingerprint(contents), *(known for known in earlier if known is not None)],
             "files": self.files,
             "settings": self.settings,
             "contents": contents,

@@ -35,7 +35,7 @@ class MadePart:
     samples: Path
     skipped: Path
     outcome: Outcome
-    totals: dict[str, int]
+    totals: dict[str, int | float]
 
 
 def make_part(

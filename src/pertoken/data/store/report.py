@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pertoken.data.batch.sample import as_count
 from pertoken.data.findings import Findings
 from pertoken.data.outcome import Outcome, UnusedKeys
+from pertoken.text import one_line
 
 __all__ = ["StoreReport", "to_json"]
 
@@ -19,7 +21,7 @@ class StoreReport:
     rows: int  # rows read, bad ones included
     samples: int
     tokens: int  # inputs, over all samples
-    num_tokens: int  # supervised tokens
+    num_tokens: int | float  # supervised tokens: the sum of their weights
     skipped: int  # bad rows passed over, listed in skipped_file
     overlong: int  # conversations dropped for being longer than data.max_seq_len
     truncated: int  # conversations cut to data.max_seq_len
@@ -27,19 +29,23 @@ class StoreReport:
     too_short: int  # documents of one token, which predict nothing
     unused_keys: tuple[str, ...]  # lines on the keys of rows that nothing was made of
     findings: tuple[str, ...]  # lines on what is worth a word (data/findings.py)
+    bos: str | None  # that documents begin with
     skipped_file: str | None
     hit: bool  # the store was there already
 
     @classmethod
     def of(cls, values: dict[str, Any], files: Sequence[str], *, skipped_file: str | None, hit: bool) -> StoreReport:
         """From what `to_json` made. Raises KeyError, TypeError or ValueError for anything else."""
-        counts = {name: int(value) for name, value in values.items() if name not in ("unused", "findings")}
+        lists = ("unused", "findings", "bos")
+        counts: dict[str, Any] = {name: as_count(value) for name, value in values.items() if name not in lists}
         unused = UnusedKeys.from_json(values["unused"]).notes(files)
         findings = Findings.from_json(values.get("findings", {})).notes(files)
-        return cls(**counts, unused_keys=tuple(unused), findings=tuple(findings), skipped_file=skipped_file, hit=hit)
+        lines = {"unused_keys": tuple(unused), "findings": tuple(findings)}
+        return cls(**counts | lines, bos=values.get("bos"), skipped_file=skipped_file, hit=hit)
 
     def notes(self) -> list[str]:
-        """One line for each way in which rows, or keys of them, were lost or cut."""
+        """One line for each way in which rows, or keys of them, were lost, cut or added to."""
+        bos = [] if self.bos is None else [one_line(f"documents begin with {self.bos}, as the tokenizer adds it")]
         return [
             note.format(count=count)
             for count, note in (
@@ -50,14 +56,15 @@ class StoreReport:
                 (self.too_short, "{count} documents of a single token dropped"),
             )
             if count
-        ] + [*self.findings, *self.unused_keys]
+        ] + [*bos, *self.findings, *self.unused_keys]
 
 
-def to_json(outcome: Outcome, totals: dict[str, int]) -> dict[str, Any]:
+def to_json(outcome: Outcome, totals: dict[str, int | float], bos: str | None) -> dict[str, Any]:
     """What store.json keeps: of all rows their outcome, of all samples the totals."""
     return {
         **asdict(outcome.counts),
-        **totals,
+        **{name: as_count(total) for name, total in totals.items()},
+        "bos": bos,
         "unused": outcome.unused.to_json(),
         "findings": outcome.findings.to_json(),
     }

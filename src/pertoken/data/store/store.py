@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Literal, SupportsIndex
 
 import numpy as np
 
-from pertoken.data.batch.sample import Sample
+from pertoken.data.batch.sample import Sample, as_count
 from pertoken.data.files.find import find_files
 from pertoken.data.files.hashes import recall, remember, see
 from pertoken.data.files.records import BadRow, Problems
@@ -29,6 +29,7 @@ from pertoken.data.store.parts import part_bytes, scan
 from pertoken.data.store.prepare import make_parts, work_folder
 from pertoken.data.store.report import StoreReport, to_json
 from pertoken.data.tokens.encode import Encoder
+from pertoken.data.typed import changed_by_typed
 from pertoken.errors import DataError
 from pertoken.recipe.data import DataConfig
 from pertoken.text import reason
@@ -84,13 +85,18 @@ class Store:
 
     @cached_property
     def num_tokens(self) -> np.ndarray:
-        """[len] int64, supervised tokens of each sample."""
-        return self._column("num_tokens")
+        """[len] supervised tokens of each sample, int64; where they are weighted, float64 sums of their weights."""
+        return _as_counts(self._column("num_tokens"))
 
     @cached_property
     def num_bytes(self) -> np.ndarray:
-        """[len] int64, UTF-8 bytes of each sample's supervised text; special tokens have none."""
-        return self._column("num_bytes")
+        """[len] UTF-8 bytes of each sample's supervised text, int64, or float64 as `num_tokens`; special tokens have
+        none."""
+        return _as_counts(self._column("num_bytes"))
+
+    def count(self) -> int | float:
+        """Supervised tokens of all samples: an int where their number is whole."""
+        return as_count(self.num_tokens.sum())
 
     @cached_property
     def lines(self) -> np.ndarray:
@@ -204,7 +210,7 @@ def build_store(
     try:
         with work_folder(cache, name) as work:
             made = make_parts(parts, builder, work, workers=data.workers, on_progress=progress.at)
-            _write(work / "store", made, paths, key.meta(contents))
+            _write(work / "store", made, paths, key, contents, builder.typed.bos if stage == "pretrain" else None)
             put_in_place(work / "store", cache / name)
     except ChildProcessError as error:
         raise DataError(
@@ -237,6 +243,11 @@ def open_store(name: str, fingerprint: str, data: DataConfig, check: Check = "no
     return store if store is not None and store.fingerprint == fingerprint else None
 
 
+def _as_counts(sums: np.ndarray) -> np.ndarray:
+    whole = sums.astype(np.int64)
+    return whole if np.array_equal(whole, sums) else sums
+
+
 class _Progress:
     """Tells a rising number of bytes, and all of them only when the store is there."""
 
@@ -256,7 +267,14 @@ class _Progress:
             self._tell(self._total, self._total)
 
 
-def _write(folder: Path, made: Sequence[MadePart], paths: Sequence[str], meta: dict[str, Any]) -> None:
+def _write(
+    folder: Path,
+    made: Sequence[MadePart],
+    paths: Sequence[str],
+    key: StoreKey,
+    contents: list[str],
+    bos: str | None,
+) -> None:
     """A store's folder from its parts. Raises DataError for bad rows and for no sample at all."""
     outcome = Outcome()
     for part in made:
@@ -268,8 +286,9 @@ def _write(folder: Path, made: Sequence[MadePart], paths: Sequence[str], meta: d
         raise DataError(
             f"{', '.join(paths)}: no sample results ({found}); see data.max_seq_len, data.overlong and data.on_bad_row"
         )
+    meta = key.meta(contents, typed=changed_by_typed(outcome.findings))
     skipped = [part.skipped for part in made] if outcome.counts.skipped else []
-    write_folder(folder, [part.samples for part in made], skipped, {**meta, "report": to_json(outcome, totals)})
+    write_folder(folder, [part.samples for part in made], skipped, {**meta, "report": to_json(outcome, totals, bos)})
 
 
 def _open_or_tell(

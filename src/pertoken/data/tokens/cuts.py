@@ -96,7 +96,7 @@ class Cuts:
     def of(cls, spec: dict[str, Any], widest: int) -> Cuts | None:
         """For a tokenizer (its JSON) whose tokens tile the text, the widest with `widest` bytes. None: no cut is known.
 
-        `spec` must be one that `encode._widths` knows.
+        `spec` must be one that `widths_of` knows.
         """
         window = 2 * max(_LEAST_WINDOW, widest)
         added, normalized = spec["added_tokens"], bool(spec["normalizer"])

@@ -8,6 +8,7 @@ is asked for its offsets, which takes longer.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -17,8 +18,10 @@ import numpy as np
 
 from pertoken.data.batch.sample import Sample
 from pertoken.data.files.long_text import LongText, Window
+from pertoken.data.tokens.control import ControlTokens, TypedEncoder
 from pertoken.data.tokens.cuts import Cut, Cuts, NoCut
 from pertoken.data.tokens.tokenizer import special_ids
+from pertoken.data.tokens.widths import ids_of, unknown_id_of, widths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +38,21 @@ class TextWithSpans:
 
     text: str
     spans: Sequence[tuple[int, int]]
+    weights: Sequence[float] | None = None  # of each span's tokens in the loss, at least 0; None: 1
+    typed: Sequence[tuple[int, int]] = ()  # control tokens that are plain text, in order and apart
+
+    def __post_init__(self) -> None:
+        if self.weights is not None:
+            assert len(self.weights) == len(self.spans), (len(self.weights), len(self.spans))
+            assert all(math.isfinite(weight) and weight >= 0 for weight in self.weights), self.weights
+
+    def part(self, text: str, start: int) -> TextWithSpans:
+        """What of this is in `text`, the characters from `start` on."""
+        stop = start + len(text)
+        inside = [i for i, (a, b) in enumerate(self.spans) if a < stop and b > start]
+        spans = [(max(self.spans[i][0], start) - start, min(self.spans[i][1], stop) - start) for i in inside]
+        typed = [(a - start, b - start) for a, b in self.typed if a >= start and b <= stop]
+        return TextWithSpans(text, spans, self.weights and [self.weights[i] for i in inside], typed)
 
 
 @dataclass(frozen=True)
@@ -42,12 +60,24 @@ class Encoded:
     """A text's n tokens. `supervised` and `num_bytes` are about the token itself, as a label."""
 
     tokens: np.ndarray  # [n] int32
-    supervised: np.ndarray  # [n] bool
+    supervised: np.ndarray  # [n] bool; float32 weights where one is neither 0 nor 1
     num_bytes: np.ndarray  # [n] int64, UTF-8 bytes of text that the token adds; 0 for a special token
 
     def sample(self) -> Sample:
         """Inputs and labels. The first token is nobody's label, so its being supervised is lost. Needs n >= 2."""
         return Sample(self.tokens, self.supervised[1:])
+
+    def framed(self, first: int | None, last: int | None) -> Encoded:
+        """Between the token `first`, unless it begins with it, and the token `last`, which is learned, unless it ends
+        with it."""
+        tokens, supervised, num_bytes = self.tokens, self.supervised, self.num_bytes
+        if first is not None and (not len(tokens) or tokens[0] != first):
+            tokens, num_bytes = np.append(np.int32(first), tokens), np.append(0, num_bytes)
+            supervised = np.append(False, supervised).astype(supervised.dtype, copy=False)
+        if last is not None and (not len(tokens) or tokens[-1] != last):
+            tokens, num_bytes = np.append(tokens, np.int32(last)), np.append(num_bytes, 0)
+            supervised = np.append(supervised, True).astype(supervised.dtype, copy=False)
+        return Encoded(tokens, supervised, num_bytes)
 
 
 class Encoder:
@@ -62,72 +92,110 @@ class Encoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         special = sorted(special_ids(tokenizer))
-        self._is_special = np.zeros(max([self._backend.get_vocab_size(), *special, *_ids(self._backend)]) + 1, np.bool_)
+        spec = json.loads(self.to_str())
+        last = max([self._backend.get_vocab_size(), *special, *ids_of(self._backend)])
+        self._is_special = np.zeros(last + 1, np.bool_)
         self._is_special[special] = True
-        self._widths = _widths(self._backend)  # [V] int64, bytes of text of each token; None: ask for offsets
+        self._widths = widths_of(self._backend, spec)  # [V] int64, bytes of text of each token; None: ask for offsets
         self._ascii_only = self._backend.normalizer is not None  # then `_widths` hold in ASCII text alone
+        self.unknown_id = unknown_id_of(self._backend, spec)  # for characters without a token; None: there are none
+        self._typed: TypedEncoder | None = None  # made when it is needed
         self._cuts: Cuts | None = None
         if self._widths is not None:
-            self._cuts = Cuts.of(json.loads(self.to_str()), int(self._widths.max()))
+            self._cuts = Cuts.of(spec, int(self._widths.max()))
+
+    def token(self, token_id: int) -> str:
+        return str(self._backend.id_to_token(token_id))
 
     def to_str(self) -> str:
         """Everything that decides the encoding."""
         return str(self._backend.to_str())
 
-    def encode(self, texts: Sequence[TextWithSpans], *, append: int | None = None) -> Iterator[Encoded]:
-        """The tokens of each text, in order. `append` is put, supervised, behind each text's own tokens."""
-        strings = [marked.text for marked in texts]
-        if self._widths is None:
-            for marked, encoding in zip(texts, self._with_offsets(strings), strict=True):
-                yield self._by_offsets(marked, encoding, append)
-            return
-        for marked, encoding in zip(
-            texts, self._backend.encode_batch_fast(strings, add_special_tokens=False), strict=True
-        ):
-            yield self._by_widths(marked, encoding, append) or self._by_offsets(
-                marked, self._with_offsets([marked.text])[0], append
-            )
+    def encode(
+        self, texts: Sequence[TextWithSpans], *, prepend: int | None = None, append: int | None = None
+    ) -> Iterator[Encoded]:
+        """The tokens of each text, in order. `prepend` is put before and `append`, supervised, behind each text's own
+        tokens, unless they are there already.
 
-    def pieces(self, marked: TextWithSpans | LongText, *, append: int | None = None) -> Iterator[Encoded]:
+        Raises ValueError where typed control tokens cannot be told from others.
+        """
+        plain = [marked.text for marked in texts if not marked.typed]
+        if self._widths is None:
+            encodings = iter(self._with_offsets(plain))
+        else:
+            encodings = iter(self._backend.encode_batch_fast(plain, add_special_tokens=False))
+        for marked in texts:
+            if marked.typed:
+                encoded = self._with_typed(marked)
+            elif self._widths is None:
+                encoded = self._by_offsets(marked, next(encodings))
+            else:
+                encoded = self._by_widths(marked, next(encodings)) or self._by_offsets(
+                    marked, self._with_offsets([marked.text])[0]
+                )
+            yield encoded.framed(prepend, append)
+
+    def _with_typed(self, marked: TextWithSpans) -> Encoded:
+        if self._typed is None:
+            self._typed = TypedEncoder(self.to_str(), self.unknown_id)
+        encoding = self._typed.encode(marked.text, marked.typed)
+        by_widths = self._by_widths(marked, encoding) if self._widths is not None else None
+        return by_widths or self._by_offsets(marked, encoding)
+
+    def pieces(
+        self,
+        marked: TextWithSpans | LongText,
+        *,
+        prepend: int | None = None,
+        append: int | None = None,
+        typed: ControlTokens | None = None,
+    ) -> Iterator[Encoded]:
         """What `encode` gives for one text, in pieces that follow each other, in memory that does not grow with it.
 
-        A LongText is learned whole. Its pieces end with DataError where its file has changed.
+        A LongText is learned whole; those of the tokens `typed` that it has are plain text. Its pieces end with
+        DataError where its file has changed.
         Raises NoCut at once for a text that is too long to be encoded whole and has no place to cut.
         """
         text = marked if isinstance(marked, LongText) else marked.text
-        spans = [(0, len(text))] if isinstance(marked, LongText) else marked.spans
         try:
             if self._cuts is None:
                 if len(text) > _WHOLE_CHARS:
                     raise NoCut(f"{len(text):,} characters, more than the {_WHOLE_CHARS:,} that can be encoded at once")
-                return iter(list(self.encode([TextWithSpans(str(text), spans)], append=append)))
-            return self._pieces(text, spans, list(self._cuts.find(text)), append)
+                whole = _part(marked, str(text), 0, typed)
+                return iter(list(self.encode([whole], prepend=prepend, append=append)))
+            return self._pieces(marked, list(self._cuts.find(text)), prepend, append, typed)
         except NoCut:
             if isinstance(text, LongText):
                 text.check()  # that there is no cut must be true of the file as it was
             raise
 
     def _pieces(
-        self, text: str | LongText, spans: Sequence[tuple[int, int]], cuts: list[Cut], append: int | None
+        self,
+        marked: TextWithSpans | LongText,
+        cuts: list[Cut],
+        prepend: int | None,
+        append: int | None,
+        typed: ControlTokens | None,
     ) -> Iterator[Encoded]:
         assert self._cuts is not None
-        window, reach = Window(text), self._cuts.reach
+        window, reach = Window(marked if isinstance(marked, LongText) else marked.text), self._cuts.reach
         start, first = 0, None  # of the piece; the token that it must start with
         for cut in cuts:
             window.move(max(0, start - reach), cut.at + reach)
-            inside = [(max(a, start) - start, min(b, cut.at) - start) for a, b in spans if a < cut.at and b > start]
-            piece = TextWithSpans(window.text(start, cut.at), inside)
+            piece = _part(marked, window.text(start, cut.at), start, typed)
             if cut is cuts[-1]:
                 window.finish()  # before the last piece is given, so that nothing is made of a file that has changed
-            (encoded,) = self.encode([piece], append=append if cut is cuts[-1] else None)
+            (encoded,) = self.encode([piece])
             if first is not None and first != encoded.tokens[0]:
                 raise NoCut(f"a word at character {start:,} that is too long to be encoded whole and cannot be cut")
+            before = prepend if cut is cuts[0] else None
             if cut.window is None:
-                yield encoded
+                yield encoded.framed(before, append if cut is cuts[-1] else None)
                 start, first = cut.at, None
             else:
                 count, width = self._cut_within(piece.text, encoded, cut.window, window, start)
-                yield Encoded(encoded.tokens[:count], encoded.supervised[:count], encoded.num_bytes[:count])
+                kept = Encoded(encoded.tokens[:count], encoded.supervised[:count], encoded.num_bytes[:count])
+                yield kept.framed(before, None)
                 start, first = start + width, encoded.tokens[count]
 
     def _cut_within(self, piece: str, encoded: Encoded, window: int, text: Window, start: int) -> tuple[int, int]:
@@ -156,7 +224,7 @@ class Encoder:
     def _with_offsets(self, strings: list[str]) -> Any:
         return self._backend.encode_batch(strings, add_special_tokens=False)
 
-    def _by_widths(self, marked: TextWithSpans, encoding: Any, append: int | None) -> Encoded | None:
+    def _by_widths(self, marked: TextWithSpans, encoding: Any) -> Encoded | None:
         """None where the tokens do not tile the text."""
         assert self._widths is not None
         raw, own = marked.text.encode(), np.array(encoding.ids, dtype=np.int32)
@@ -167,124 +235,84 @@ class Encoder:
         if (self._ascii_only and len(raw) != len(marked.text)) or bounds[-1] != len(raw):
             return None
         if len(raw) == len(marked.text):
-            return self._encoded(own, bounds[:-1], bounds[1:], marked.spans, np.diff(bounds), raw, append)
+            return self._encoded(own, bounds[:-1], bounds[1:], marked, marked.spans, np.diff(bounds), raw)
         spans = [(len(marked.text[:start].encode()), len(marked.text[:end].encode())) for start, end in marked.spans]
         # A character cut into pieces counts with the first of them, as with offsets: its end is taken for theirs.
         continues = np.append((np.frombuffer(raw, dtype=np.uint8) & 0xC0) == 0x80, False)
         whole = bounds.copy()
         for _ in range(3):
             whole += continues[whole]
-        return self._encoded(own, bounds[:-1], bounds[1:], spans, np.diff(whole), raw, append)
+        return self._encoded(own, bounds[:-1], bounds[1:], marked, spans, np.diff(whole), raw)
 
-    def _by_offsets(self, marked: TextWithSpans, encoding: Any, append: int | None) -> Encoded:
+    def _by_offsets(self, marked: TextWithSpans, encoding: Any) -> Encoded:
         own = np.array(encoding.ids, dtype=np.int32)
         offsets = np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64).reshape(-1, 2)
         num_bytes = _new_bytes(offsets, marked.text)
-        return self._encoded(own, offsets[:, 0], offsets[:, 1], marked.spans, num_bytes, marked.text, append)
+        return self._encoded(own, offsets[:, 0], offsets[:, 1], marked, marked.spans, num_bytes, marked.text)
 
     def _encoded(
         self,
         own: np.ndarray,
         starts: np.ndarray,
         ends: np.ndarray,
+        marked: TextWithSpans,
         spans: Sequence[tuple[int, int]],
         num_bytes: np.ndarray,
         text: str | bytes,
-        append: int | None,
     ) -> Encoded:
-        """`starts`, `ends` [n] and `spans` count alike, characters or bytes of `text`."""
-        supervised = _inside(starts, ends, spans)
-        _add_straddling(supervised, starts, ends, spans, text)
+        """`starts`, `ends` [n] and `spans`, those of `marked`, count alike, characters or bytes of `text`."""
         num_bytes[self._is_special[own]] = 0
-        if append is None:
-            return Encoded(own, supervised, num_bytes)
-        return Encoded(np.append(own, np.int32(append)), np.append(supervised, True), np.append(num_bytes, 0))
+        return Encoded(own, _supervised(starts, ends, spans, marked.weights, text), num_bytes)
 
 
-def _ids(backend: Any) -> list[int]:
-    return [int(i) for i in backend.get_vocab(with_added_tokens=True).values()]
+def _part(marked: TextWithSpans | LongText, text: str, start: int, typed: ControlTokens | None) -> TextWithSpans:
+    """The piece `text` of a text, from the character `start` on. No control token reaches over its ends."""
+    if isinstance(marked, TextWithSpans):
+        return marked.part(text, start)
+    return TextWithSpans(text, [(0, len(text))], typed=typed.find(text) if typed is not None else ())
 
 
-def _widths(backend: Any) -> np.ndarray | None:
-    """[V] int64, how many bytes of the text each token stands for; None unless the tokenizer is byte-level throughout,
-    or of characters.
-
-    That is: byte-pair encoding over the 256 signs of the byte-level alphabet, each a token, behind a pre-tokenizer that
-    only splits. Then tokens take disjoint pieces of the text, in order, of exactly these widths, except that an added
-    token may swallow spaces beside it. A normalizer (NFC, as Qwen's) may rewrite text, but not ASCII.
-    """
-    from tokenizers import pre_tokenizers
-
-    spec = json.loads(backend.to_str())
-    if (of_characters := _character_widths(spec)) is not None:
-        return of_characters
-    model, first = spec["model"], spec["pre_tokenizer"] or {}
-    steps = (first["pretokenizers"] or [{}]) if first.get("type") == "Sequence" else [first]
-    splits = all(step["type"] == "Digits" or step.get("behavior", "Removed") != "Removed" for step in steps[:-1])
-    if (
-        (spec["normalizer"] or {"type": "NFC"})["type"] != "NFC"
-        or model["type"] != "BPE"
-        or any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
-        or not set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys()
-        or steps[-1].get("type") != "ByteLevel"
-        or steps[-1]["add_prefix_space"]
-        or not splits
-    ):
-        return None
-    widths = np.zeros(max(_ids(backend)) + 1, dtype=np.int64)
-    widths[list(model["vocab"].values())] = [len(token) for token in model["vocab"]]
-    for token in spec["added_tokens"]:
-        widths[token["id"]] = len(token["content"].encode())
-    return widths
-
-
-def _character_widths(spec: dict[str, Any]) -> np.ndarray | None:
-    """As `_widths`, of byte-pair encoding without a merge: a token is a character. None for any other tokenizer.
-
-    The token for unknown characters counts as wider than any character, so a text that has one is not tiled.
-    """
-    model, added = spec["model"], spec["added_tokens"]
-    names = {token["content"] for token in added}
-    if (
-        spec["normalizer"]
-        or spec["pre_tokenizer"]
-        or model["type"] != "BPE"
-        or any(model.get(key) for key in ("merges", "dropout", "continuing_subword_prefix", "end_of_word_suffix"))
-        or any(model.get(key) for key in ("byte_fallback", "fuse_unk", "ignore_merges"))
-        or any(token["lstrip"] or token["rstrip"] or token["normalized"] for token in added)
-        or any(len(token) != 1 for token in model["vocab"].keys() - names)
-        or len((model["unk_token"] or "").encode()) <= 4
-    ):
-        return None
-    vocabulary = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
-    widths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
-    widths[list(vocabulary.values())] = [len(token.encode()) for token in vocabulary]
-    return widths
-
-
-def _add_straddling(
-    inside: np.ndarray, starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int]], text: str | bytes
-) -> None:
-    """Set `inside` [n] for tokens that reach over the edge of a span with whitespace alone, or over its start with more
-    than whitespace on the inner side: " word" where the prompt ends with the space, "<|end|>" that takes the newline.
-    """
-    for start, end in spans:
+def _straddling(
+    starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int]], text: str | bytes
+) -> Iterator[tuple[int, int]]:
+    """(token, span) of tokens that lie in a span though they reach over its edge: over its start with more than
+    whitespace on the inner side (" word" where the prompt ends with the space), over its end with whitespace alone
+    ("<|end|>" that takes the newline)."""
+    for number, (start, end) in enumerate(spans):
         first = int(np.searchsorted(starts, start, side="left")) - 1
         if first >= 0 and starts[first] < start < ends[first] <= end and text[start : ends[first]].strip():
-            inside[first] = True
+            yield first, number
         last = int(np.searchsorted(starts, end, side="left")) - 1
-        if last >= 0 and start <= starts[last] < end < ends[last] and not text[end : ends[last]].strip():
-            inside[last] = bool(text[starts[last] : end].strip())
+        if last >= 0 and start <= starts[last] < end < ends[last]:
+            inner, outer = text[starts[last] : end], text[end : ends[last]]
+            if inner.strip() and not outer.strip():
+                yield last, number
 
 
-def _inside(starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """[n] bool: which tokens lie in one of the spans. A token that reaches over an edge of a span does not."""
+def _supervised(
+    starts: np.ndarray,
+    ends: np.ndarray,
+    spans: Sequence[tuple[int, int]],
+    weights: Sequence[float] | None,
+    text: str | bytes,
+) -> np.ndarray:
+    """[n]: which tokens lie in one of the spans, bool, or the weights of their spans, float32, where one is neither 0
+    nor 1. A token that reaches over an edge of a span does not lie in it,
+    but as `_straddling` says."""
     if not spans:
         return np.zeros(len(starts), dtype=np.bool_)
     span_starts, span_ends = np.array(spans, dtype=np.int64).T
     span = np.searchsorted(span_starts, starts, side="right") - 1
     inside: np.ndarray = (span >= 0) & (ends <= span_ends[span])
-    return inside
+    for token, number in _straddling(starts, ends, spans, text):
+        inside[token], span[token] = True, number
+    if weights is None:
+        return inside
+    of_span = np.array(weights, dtype=np.float32)
+    if np.isin(of_span, (0, 1)).all():
+        inside &= of_span[span] == 1
+        return inside
+    return np.where(inside, of_span[span], np.float32(0))
 
 
 def _new_bytes(offsets: np.ndarray, text: str) -> np.ndarray:

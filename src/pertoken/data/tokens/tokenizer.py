@@ -19,8 +19,23 @@ if TYPE_CHECKING:
 # Of a tokenizer that is what its tokenizer.json says: transformers 5 and 4.
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
-__all__ = ["MAX_TOKENS", "as_transformers", "forced_tokenizer", "load_tokenizer", "open_tokenizer", "special_ids"]
+__all__ = [
+    "MAX_TOKENS",
+    "as_transformers",
+    "bos_of",
+    "forced_tokenizer",
+    "load_tokenizer",
+    "open_tokenizer",
+    "special_ids",
+]
 
+_ORDINARY = (
+    "Hello World",
+    "It's 3 o'clock: does she know, or not?",
+    "def f(x):\n    if x:\n\treturn  x\n",
+    "今天天气很好。",
+    "你好，世界！",
+)
 MAX_TOKENS = 1 << 24  # fifty times the largest vocabulary in use: an id beyond it would only fill the memory
 
 
@@ -85,6 +100,11 @@ def _load_folder(path: Path) -> PreTrainedTokenizerBase:
     path = user_path(path, "tokenizer")
     if not path.is_dir():
         raise ModelError(f"tokenizer {path}: no such folder; name one that holds a tokenizer.json")
+    if not (path / "tokenizer.json").is_file():
+        raise ModelError(
+            f"tokenizer {path}: has no tokenizer.json, so tokens cannot be traced back to their text; save it with "
+            "transformers' AutoTokenizer, which writes one"
+        )
     try:
         plain_files(path)
         with escaped_logs("transformers"):
@@ -100,7 +120,29 @@ def _load_folder(path: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"tokenizer {path}: cannot be loaded ({reason(error)}); it needs a tokenizer.json") from None
     if not 0 <= last < MAX_TOKENS:
         raise ModelError(f"tokenizer {path}: its last token has the id {last}; there can be {MAX_TOKENS:,} at most")
+    if (changed := _changed_text(tokenizer)) is not None:
+        text, read_back = changed
+        raise ModelError(
+            f"tokenizer {path}: {shown(text)} comes back as {shown(read_back)}, so a model could not "
+            "learn to write ordinary text; choose a tokenizer that keeps letters, signs and spaces as they are"
+        )
     return tokenizer
+
+
+def _changed_text(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """The first of some ordinary texts that encoding and decoding changes, and what becomes of it.
+
+    A text with characters that the tokenizer knows not to know says nothing, nor does a space put before or taken from
+    the beginning.
+    """
+    for text in _ORDINARY:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            continue
+        read_back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if read_back.removeprefix(" ") != text:
+            return text, read_back
+    return None
 
 
 def _is_generic(path: Path) -> bool:
@@ -139,6 +181,12 @@ def _template_text(chat_template: str) -> str:
     except (OSError, RuntimeError, ValueError) as error:  # not UTF-8, too long a name, no such user's home
         raise RecipeError(f"{key}: cannot be read as UTF-8 ({reason(error)})") from None
     raise RecipeError(f'{key}: neither a .jinja file nor Jinja text; give one, or "chatml"')
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the tokenizer puts before every text that it encodes, if it does."""
+    with_it, alone = (tokenizer.encode("a", add_special_tokens=add) for add in (True, False))
+    return int(with_it[0]) if len(with_it) > len(alone) and with_it[0] in special_ids(tokenizer) else None
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
