@@ -16,13 +16,15 @@ from transformers import PreTrainedTokenizerFast
 from pertoken.data.chat.headers import headers_of
 from pertoken.data.chat.render import ChatTemplate
 from pertoken.data.chat.typed_specials import mark_typed, unmark
+from pertoken.data.files.records import Record
 from pertoken.data.formats import Conversation
 from pertoken.data.store.store import Store, build_store
 from pertoken.data.tokens.control import ControlTokens
 from pertoken.data.tokens.encode import Encoder, TextWithSpans
 from pertoken.errors import DataError
 from pertoken.inference.chat import ChatSession
-from pertoken.prove.expected import conversation_difference
+from pertoken.prove.expected import difference
+from pertoken.prove.turns import expected_samples
 from pertoken.recipe.data import DataConfig
 
 END = "<|im_end|>"
@@ -290,15 +292,16 @@ def test_prove_knows_what_typed_tokens_become(write_jsonl: Any, bpe_tokenizer: A
     row = _row(f"say {END} <|im_start|>fox", f"it is {END}, the quick brown fox")
     data = {"max_seq_len": max_seq_len, "overlong": "truncate"}
     config = DataConfig.model_validate({"path": "x", **data})
-    store, chat = _build(write_jsonl("a.jsonl", [row]), bpe_tokenizer, **data), Conversation(row["messages"])
-    assert conversation_difference(store[0].tokens, chat, config, bpe_tokenizer) is None
+    store = _build(write_jsonl("a.jsonl", [row]), bpe_tokenizer, **data)
+    expected = expected_samples(Record("a.jsonl", 1, row, 0, 0), config, bpe_tokenizer)
+    assert not isinstance(expected, str)
+    tokens = expected[0].tokens[: max_seq_len + 1]
+    assert difference(store[0].tokens, tokens) is None
     as_tokens = np.array(bpe_tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"])
-    problem = conversation_difference(as_tokens[: max_seq_len + 1], chat, config, bpe_tokenizer)
-    assert problem is not None
-    assert problem.startswith("its control tokens are")
+    assert difference(as_tokens[: max_seq_len + 1], tokens) is not None
     changed = store[0].tokens.copy()
     changed[8] = 50
-    assert conversation_difference(changed, chat, config, bpe_tokenizer) is not None
+    assert difference(changed, tokens) is not None
 
 
 def test_a_marked_conversation_that_a_template_escapes_is_refused(write_jsonl: Any, bpe_tokenizer: Any) -> None:
@@ -306,5 +309,7 @@ def test_a_marked_conversation_that_a_template_escapes_is_refused(write_jsonl: A
         "message.content + '<|im_end|>", "(message.content.encode('unicode_escape') | string) + '<|im_end|>"
     )
     path = write_jsonl("a.jsonl", [_row(f"say {END}")])
-    with pytest.raises(DataError, match=r"a\.jsonl:1: conversation: the chat template (escapes|cannot render)"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1: conversation: the chat template (escapes|cannot render|leaves out)"
+    ):
         _build(path, bpe_tokenizer)

@@ -109,7 +109,7 @@ def test_a_turns_weight_is_that_of_its_tokens(bpe_tokenizer: Any, marks: bool) -
             "{%- endgeneration %}", ""
         )
     chat = Conversation(_chat("the", "dog", "x"), None, (0, 0.5, 0, 0, 0, 2))
-    text = rendered_chat(chat, ChatTemplate(bpe_tokenizer, {}))
+    (text,) = rendered_chat(chat, ChatTemplate(bpe_tokenizer, {})).samples
     assert [text.text[a:b] for a, b in text.spans] == ["the<|im_end|>", "x<|im_end|>"]
     assert text.weights == [0.5, 2]
     (encoded,) = Encoder(bpe_tokenizer).encode([text])

@@ -14,6 +14,7 @@ from pertoken.text import one_line
 __all__ = ["lost_context", "lost_reasoning", "lost_words"]
 
 _TAGS = re.compile(r"</?think(?:ing)?>")
+_MARKS = re.compile("[\ue000-\uf8ff]")  # of typed control tokens, see typed_specials.py
 _SHOWN_CHARS = 60
 
 
@@ -112,4 +113,4 @@ def _is_encoded_twice(arguments: Any, text: str) -> bool:
 
 
 def _short(text: str) -> str:
-    return f'"{one_line(text.strip()[:_SHOWN_CHARS])}"'
+    return f'"{one_line(_MARKS.sub("", text).strip()[:_SHOWN_CHARS])}"'
