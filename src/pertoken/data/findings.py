@@ -22,7 +22,12 @@ class Kind:
     harms: bool  # whether what is trained is not what the row says: then `pertoken audit` exits with 1
 
 
-KINDS: dict[str, Kind] = {}
+KINDS: dict[str, Kind] = {
+    "crlf": Kind(
+        '{count} text files with Windows line ends (CRLF), read as newlines; data.newlines = "keep" keeps them',
+        harms=False,
+    ),
+}
 
 
 @dataclass

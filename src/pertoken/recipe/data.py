@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pertoken.data.files.text import TextReading
 from pertoken.data.formats import FORMATS, KeyNames
 from pertoken.files import check_path
 from pertoken.recipe.homes import known_name
@@ -32,6 +33,8 @@ class DataConfig(Section):
     max_seq_len: int = Field(default=1024, ge=2)
     overlong: Literal["drop", "truncate", "error"] = "drop"
     on_bad_row: Literal["error", "skip"] = "error"
+    document: str = Field(default="file", min_length=1)
+    newlines: Literal["lf", "keep"] = "lf"
     store: str | None = None
     workers: int | None = Field(default=None, ge=1)
 
@@ -62,6 +65,11 @@ class DataConfig(Section):
                 f"data.eval_fraction={self.eval_fraction}: data.eval_path is given too; keep one of the two"
             )
         return self
+
+    @property
+    def text_reading(self) -> TextReading:
+        """How files of plain text are read."""
+        return TextReading(self.document, self.newlines)
 
     @property
     def key_names(self) -> KeyNames:
