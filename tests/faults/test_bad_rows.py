@@ -229,7 +229,6 @@ FILE_KINDS = [
     Kind("an empty .jsonl", _raw("a.jsonl", b""), "empty; remove it", "sft", None),
     Kind("blank lines alone", _raw("a.jsonl", b"\n \r\n\t\n"), "empty; remove it", "sft", None),
     Kind("an empty .parquet", _raw("a.parquet", b""), "empty; remove it", "pretrain", None),
-    Kind("a .csv", _raw("a.csv", b"text\none red cat\ntwo,2\ntwo blue dogs\n"), "row: 2 cells, the header has 1", "pretrain", 3),
     Kind("a .docx", _raw("a.docx", b"PK\x03\x04"), "a Word document; convert it to text first", "pretrain", None),
     Kind("a program", _raw("a", b"\x7fELF\x02\0"), "a program; there is no text in it", "pretrain", None),
     Kind("a .parquet that is none", _raw("a.parquet", b"PAR1 x"), "not a readable Parquet file (", "pretrain", None),

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pertoken.data.files.columnar import check_columns, rows_of
-from pertoken.data.files.parquet import check_unchanged
 from pertoken.data.files.rows import BadRow, Record, Span
+from pertoken.data.files.source import check_unchanged
 from pertoken.errors import DataError
 from pertoken.text import reason
 

@@ -21,7 +21,7 @@ from pertoken.errors import DataError
 
 __all__ = ["read_json"]
 
-# A string ends at its quote or, where that is missing, with its line: what follows is then still cut into items.
+# A string ends at its quote, or with its line where that is missing.
 _STRING = rb'"[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*+("?)'
 _BRACKETS = re.compile(_STRING + rb"|[\[\]{}]")
 _SCALAR = re.compile(rb"(?:" + _STRING + rb"|[^\s,\]])++")
@@ -43,7 +43,7 @@ def read_json(path: Path, compression: Compression | None, span: Span | None) ->
     with open_source(path, compression, span) as source:
         items = _items(path, source.stream)
         first = [item for item in (next(items, None), next(items, None)) if item is not None]
-        counts_rows = len(first) == 2 and first[0].line == first[1].line
+        counts_rows = len(first) == 2 and first[0].line == first[1].line and first[1].problem is None
         for number, item in enumerate(chain(first, items), start=1):
             line = number if counts_rows else item.line
             if item.problem is not None:
@@ -107,6 +107,7 @@ class _Text:
         self._stream = stream
         self._held = b""
         self._at = 0
+        self._indent = b""  # white space of its line before the next byte
         self.line = 1  # of the next byte
         self.consumed = 0  # bytes before it
         self._fill()
@@ -115,9 +116,11 @@ class _Text:
 
     def look(self) -> bytes:
         """The next byte that is no white space, which is left there; b"" at the end."""
+        self._indent = b""
         while True:
             space = _SPACE.match(self._held, self._at)
             assert space is not None
+            self._indent = (self._indent + space[0]).rpartition(b"\n")[2]
             self.take(space.end() - self._at)
             if self._at < len(self._held) or not self._fill():
                 return self._held[self._at : self._at + 1]
@@ -132,26 +135,41 @@ class _Text:
     def cut(self) -> tuple[bytes, bool]:
         """The value that starts here, and whether it is whole: the text may end within it."""
         if self._held[self._at] not in _OPENING:
-            while (scalar := _SCALAR.match(self._held, self._at)) and scalar.end() > len(self._held) - 2:
-                if not self._fill():
-                    break
-            return self.take(max(1, scalar.end() - self._at if scalar else 1)), True
+            while self._end_of_scalar() > len(self._held) - 2 and self._fill():
+                pass
+            return self.take(max(1, self._end_of_scalar() - self._at)), True
         depth, at = 0, self._at
         while True:
             for token in _BRACKETS.finditer(self._held, at):
-                if self._held[token.start()] == _QUOTE:
-                    if token.start(1) == token.end(1) and token.end() > len(self._held) - 2:
-                        at = token.start()  # the string may go on in the next block
-                        break
-                else:
+                at = token.end()
+                if self._held[token.start()] != _QUOTE:
                     depth += 1 if self._held[token.start()] in _OPENING else -1
                     if not depth:
-                        return self.take(token.end() - self._at), True
-                at = token.end()
+                        return self.take(at - self._at), True
+                elif token.start(1) == token.end(1):  # without a second quote
+                    if at < len(self._held) - 1:
+                        return self._cut_before_the_next(at)
+                    at = token.start()  # the string may go on in the next block
+                    break
             before = self._at
             if not self._fill():
                 return self.take(len(self._held) - self._at), False
             at -= before
+
+    def _cut_before_the_next(self, at: int) -> tuple[bytes, bool]:
+        """What starts here and has a string that is not closed: up to a line that starts as this row does."""
+        start = b"\n" + self._indent + self._held[self._at : self._at + 1]
+        while (end := self._held.find(start, at)) < 0:
+            before = self._at
+            if not self._fill():
+                return self.take(len(self._held) - self._at), False
+            at -= before
+        raw = self._held[self._at : end].rstrip().removesuffix(b",")
+        return self.take(len(raw)), True
+
+    def _end_of_scalar(self) -> int:
+        found = _SCALAR.match(self._held, self._at)
+        return found.end() if found else self._at
 
     def _fill(self) -> bool:
         """Hold more; False at the end of the stream."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from pertoken.data.files.columnar import check_columns, rows_of
-from pertoken.data.files.long_text import changed
 from pertoken.data.files.rows import BadRow, Record, Span
+from pertoken.data.files.source import check_unchanged
 from pertoken.errors import DataError
 from pertoken.text import reason
 
-__all__ = ["check_unchanged", "parquet_file", "read_parquet"]
+__all__ = ["parquet_file", "read_parquet"]
 
 _BATCH_BYTES = 32 << 20  # of the rows that are read at a time
 _BATCH_ROWS = 1024
@@ -61,20 +60,6 @@ def _batch_rows(group: Any) -> int:
             share = (column.data_page_offset - column.dictionary_page_offset) / max(1, column.total_compressed_size)
             row_bytes += max(0, share * column.total_uncompressed_size)
     return max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / max(1, row_bytes))))
-
-
-def check_unchanged(path: Path, span: Span | None) -> None:
-    """Raise DataError where the bytes of the span are not those that were hashed."""
-    if span is None or span.sha256 is None:
-        return
-    seen, left = sha256(), span.stop - span.start
-    with path.open("rb") as file:
-        file.seek(span.start)
-        while left and (block := file.read(min(left, 1 << 20))):
-            seen.update(block)
-            left -= len(block)
-    if seen.hexdigest() != span.sha256:
-        raise changed(path)
 
 
 def parquet_file(path: Path) -> Any:

@@ -19,7 +19,7 @@ from pertoken.data.files.rows import Span
 from pertoken.errors import DataError
 from pertoken.text import reason
 
-__all__ = ["Compression", "Source", "compression_of", "open_source"]
+__all__ = ["Compression", "Source", "check_unchanged", "compression_of", "open_source"]
 
 Compression = Literal["gzip", "bzip2", "xz", "zstd"]
 
@@ -99,14 +99,27 @@ def open_source(path: Path, compression: Compression | None, span: Span | None =
 
         try:
             with _DECOMPRESS[compression](buffered) as stream:
-                source = Source(path, stream, raw, span, is_plain=False)
-                yield source
+                yield Source(path, stream, raw, span, is_plain=False)
         except (EOFError, zlib.error, lzma.LZMAError, ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
-            source.finish()
+            check_unchanged(path, span)
             what = "cut short or damaged; copy or download it again"
             raise DataError(f"{path}: not a whole {compression} file ({reason(error)}): {what}") from None
+
+
+def check_unchanged(path: Path, span: Span | None) -> None:
+    """Raise DataError where the bytes of the span are not those that were hashed."""
+    if span is None or span.sha256 is None:
+        return
+    seen, left = sha256(), span.stop - span.start
+    with path.open("rb") as file:
+        file.seek(span.start)
+        while left and (block := file.read(min(left, 1 << 20))):
+            seen.update(block)
+            left -= len(block)
+    if seen.hexdigest() != span.sha256:
+        raise changed(path)
 
 
 def _zstd(file: IO[bytes]) -> IO[bytes]:
