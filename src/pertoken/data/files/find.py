@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -71,19 +72,20 @@ def _fits(file: Path, format: str) -> bool:
 
 def _of_a_dataset(path: str, found: PassedOver, here: Path, on_message: Tell, key: str) -> list[Path]:
     """Those of the splits that are wanted, of what a folder or a glob gives. Raises DataError where none is left."""
-    root = here if here.is_dir() else None
-    wanted, splits = found.data, {file: split_of(file.relative_to(root) if root else file) for file in found.data}
-    if root is None and split_of(here) == "held_out":
+    is_folder = here.is_dir()
+    root = here if is_folder else _above_the_signs(here)
+    splits = {file: split_of(file.relative_to(root)) for file in found.data}
+    if not is_folder and split_of(Path(re.sub(r"[*?\[\]]", " ", str(here.relative_to(root))))) == "held_out":
         splits = dict.fromkeys(found.data)  # the glob names the split itself
-    evaluates = key == "data.eval_path"
+    wanted, evaluates = found.data, key == "data.eval_path"
     if "held_out" in splits.values():
         wanted = [file for file in found.data if (splits[file] == "held_out") == evaluates]
     others = [file for file in found.data if file not in wanted]
-    told = [found.told(root)] if found.told(root) else []
+    told = [found.told(root)] if found.others or found.ours else []
     if others:
-        shown = names(str(file.relative_to(root) if root else file) for file in others)
+        shown = names(str(file.relative_to(root)) for file in others)
         verb, remedy = ("evaluated", "data.path") if evaluates else ("trained", "data.eval_path")
-        told.append(f"not {verb}: {shown}; name one in {remedy}" if wanted or evaluates else f"not trained: {shown}")
+        told.append(f"not {verb}: {shown}" + (f"; name one in {remedy}" if wanted else ""))
     if not wanted:
         known = f"{', '.join(SUFFIXES)}, compressed or not"
         nothing = f"no data file found there ({known})" if not found.data else "only splits that are not for training"
@@ -92,3 +94,8 @@ def _of_a_dataset(path: str, found: PassedOver, here: Path, on_message: Tell, ke
     for line in told:
         on_message(f"{key}={path}: {line}")
     return wanted
+
+
+def _above_the_signs(pattern: Path) -> Path:
+    """The last folder of a glob that is named in full."""
+    return next(folder for folder in pattern.parents if not glob.has_magic(str(folder)))

@@ -33,11 +33,11 @@ class PassedOver:
     ours: set[Path] = field(default_factory=set)  # hidden, or written by pertoken
     others: list[Path] = field(default_factory=list)  # no data, by their kind
 
-    def told(self, root: Path | None) -> str:
+    def told(self, root: Path) -> str:
         """What is passed over, named as seen from `root`; "" for nothing."""
 
         def shown(files: Iterable[Path]) -> str:
-            return names(str(file.relative_to(root) if root else file) for file in files)
+            return names(str(file.relative_to(root)) for file in files)
 
         parts = []
         if self.ours:
