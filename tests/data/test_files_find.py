@@ -69,7 +69,7 @@ def test_of_a_dataset_train_is_trained_and_the_others_are_offered(tmp_path: Path
     assert told == ["data.path=d: not trained: test.jsonl, validation.jsonl; name one in data.eval_path"]
     found, told = _found(tmp_path, "d", key="data.eval_path")
     assert found == ["d/test.jsonl", "d/validation.jsonl"]
-    assert told == ["data.eval_path=d: not evaluated: more.jsonl, train-0.jsonl, train-1.jsonl; name one in data.path"]
+    assert told == ["data.eval_path=d: not evaluated: more.jsonl, train-0.jsonl, train-1.jsonl"]
 
 
 def test_a_split_that_is_named_is_taken(tmp_path: Path) -> None:

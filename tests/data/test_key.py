@@ -85,6 +85,8 @@ def test_defaults_are_those_of_this_version_of_the_samples() -> None:
         "max_seq_len": 1024,
         "overlong": "drop",
         "on_bad_row": "error",
+        "document": "file",
+        "newlines": "lf",
     }
 
 

@@ -36,7 +36,8 @@ def find_files(paths: Sequence[str], on_message: Tell = lambda text: None, *, ke
                 str(file).encode()
                 if (before := found.get(plain_file(file).resolve())) is not None:
                     again = f"{file}: named twice in {key}" + (f", also as {before}" if before != str(file) else "")
-                    raise DataError(f"{again}; to train on it more often, use [[data.sources]] with repeat = 2")
+                    once = "to train on it more often, use [[data.sources]] with repeat = 2"
+                    raise DataError(f"{again}; {once if key == 'data.path' else 'name it once'}")
                 found[file.resolve()] = str(file)
         except UnicodeEncodeError:
             raise DataError(f"{path}: a name there is not UTF-8, so no message could name it; rename it") from None
@@ -84,8 +85,8 @@ def _of_a_dataset(path: str, found: PassedOver, here: Path, on_message: Tell, ke
     told = [found.told(root)] if found.others or found.ours else []
     if others:
         shown = names(str(file.relative_to(root)) for file in others)
-        verb, remedy = ("evaluated", "data.path") if evaluates else ("trained", "data.eval_path")
-        told.append(f"not {verb}: {shown}" + (f"; name one in {remedy}" if wanted else ""))
+        remedy = "; name one in data.eval_path" if wanted and key == "data.path" else ""
+        told.append(f"not {'evaluated' if evaluates else 'trained'}: {shown}{remedy}")
     if not wanted:
         known = f"{', '.join(SUFFIXES)}, compressed or not"
         nothing = f"no data file found there ({known})" if not found.data else "only splits that are not for training"
