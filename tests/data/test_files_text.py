@@ -153,3 +153,15 @@ def test_conversations_have_no_documents(key: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(f"data.{name}='{value}': only raw text is read so; remove it")):
         Recipe.parse(values)
     assert Recipe.parse({**values, "stage": "pretrain"}).data.text_reading != TextReading()
+
+
+def test_a_key_for_text_is_said_to_be_unused_where_there_is_none(tmp_path: Path, char_tokenizer: Any) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "The quick"}\n')
+    (tmp_path / "b.txt").write_text("The quick\n")
+    for name, expected in (("a.jsonl", 1), ("b.txt", 0)):
+        told: list[str] = []
+        values = {"path": str(tmp_path / name), "store": str(tmp_path / "store"), "document": "line"}
+        data = DataConfig.model_validate(values)
+        build_store(data.path, stage="pretrain", tokenizer=char_tokenizer, data=data, on_message=told.append)
+        unused = "data.document, data.newlines: not used, since no file of data.path is plain text"
+        assert told == [unused] * expected

@@ -20,7 +20,7 @@ from pertoken.data.files.text import TextReading, read_text
 from pertoken.errors import DataError
 from pertoken.files import plain_file
 
-__all__ = ["BadRow", "Problems", "Record", "Span", "TextReading", "read_records"]
+__all__ = ["BadRow", "Problems", "Record", "Span", "TextReading", "is_text", "read_records"]
 
 AS_FILES = TextReading()
 
@@ -44,6 +44,14 @@ def read_records(
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     if empty and (span is None or not kind.is_cut):
         raise empty_file(path)
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file is plain text. Raises DataError where it cannot be read."""
+    try:
+        return kind_of(plain_file(path)).format == "text"
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _read(path: Path, kind: FileKind, span: Span | None, reading: TextReading) -> Iterator[Record | BadRow]:

@@ -17,7 +17,7 @@ import numpy as np
 from pertoken.data.batch.sample import Sample
 from pertoken.data.files.find import find_files
 from pertoken.data.files.hashes import recall, remember, see
-from pertoken.data.files.records import BadRow, Problems
+from pertoken.data.files.records import BadRow, Problems, TextReading, is_text
 from pertoken.data.outcome import Outcome
 from pertoken.data.samples import SampleBuilder
 from pertoken.data.store.columns import Columns
@@ -186,6 +186,8 @@ def build_store(
     that change meanwhile.
     """
     files, cache = find_files(paths, on_message, key=paths_key), _cache(data.store)
+    if data.text_reading != TextReading() and not any(is_text(file) for file in files):
+        on_message(f"data.document, data.newlines: not used, since no file of {paths_key} is plain text")
     builder = SampleBuilder.of(files, data, stage=stage, tokenizer=tokenizer, encoder=Encoder(tokenizer))
     key = StoreKey.of(files, data, stage=stage, tokenizer=tokenizer, encoder=builder.encoder)
     check: Check = "full" if verify_data else "sample"
