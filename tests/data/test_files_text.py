@@ -165,3 +165,11 @@ def test_a_key_for_text_is_said_to_be_unused_where_there_is_none(tmp_path: Path,
         build_store(data.path, stage="pretrain", tokenizer=char_tokenizer, data=data, on_message=told.append)
         unused = "data.document, data.newlines: not used, since no file of data.path is plain text"
         assert told == [unused] * expected
+
+
+def test_windows_line_ends_within_documents_are_said_once_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\ntwo<|x|>three\r\nfour<|x|>five")
+    rows = [row for row in read_records(path, reading=TextReading("<|x|>")) if isinstance(row, Record)]
+    assert [row.value for row in rows] == ["one\ntwo", "three\nfour", "five"]
+    assert [row.findings for row in rows] == [("crlf",), (), ()]
