@@ -211,9 +211,11 @@ def test_an_export_that_fails_half_way_leaves_nothing(run, tmp_path, monkeypatch
 def test_a_tokenizer_is_trained_on_known_files_and_folders_only(world, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "rows.json").write_text("[]")
+    (tmp_path / "rows.pdf").write_text("x")
     out = ("--kind", "char", "--out", tmp_path / "t")
-    refused("tokenizer", "train", tmp_path / "rows.json", *out, word="cannot read .json; give one of .jsonl")
-    refused("tokenizer", "train", tmp_path / "data", *out, word="no .jsonl, .parquet, .txt file found there; name")
+    refused("tokenizer", "train", tmp_path / "rows.json", *out, word="empty; remove it")
+    refused("tokenizer", "train", tmp_path / "rows.pdf", *out, word="a PDF; convert it to text first")
+    refused("tokenizer", "train", tmp_path / "data", *out, word="compressed or not); name another")
     refused("tokenizer", "train", tmp_path / "none.txt", *out, word="no such file or folder; name another")
     shutil.copy(world.folder / "chats.jsonl", tmp_path / "data")
     assert pertoken("tokenizer", "train", tmp_path / "data", *out)[0] == 0

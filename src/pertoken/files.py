@@ -22,6 +22,7 @@ from pertoken.text import reason, shown
 
 __all__ = [
     "FolderLock",
+    "cache_folder",
     "check_path",
     "free_bytes",
     "free_name",
@@ -35,6 +36,11 @@ __all__ = [
 
 # What file systems without locks say, some of the networked ones: better to train there unguarded than not at all.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+def cache_folder() -> Path:
+    """Where pertoken keeps what it can make again. Raises RuntimeError where this user has no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pertoken"
 
 
 def user_path(path: str | Path, what: str) -> Path:

@@ -22,20 +22,26 @@ def test_files_folders_and_globs_are_found_once_and_in_order(tmp_path: Path) -> 
     assert names("") == ["a.txt", "b.jsonl", "sub/c.parquet"]
     assert names("*") == ["a.txt", "b.jsonl"]
     assert names("**/*.parquet", "b.jsonl") == ["sub/c.parquet", "b.jsonl"]
-    assert names("b.jsonl", ".") == ["b.jsonl", "a.txt", "sub/c.parquet"]
+    assert names("sub", "b.jsonl") == ["sub/c.parquet", "b.jsonl"]
+    assert names("notes.md") == ["notes.md"], "named itself"
+    assert names("*.md") == ["notes.md"]
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
         ("missing.jsonl", r"missing\.jsonl: no such file or folder; correct data\.path"),
-        ("notes.md", r"notes\.md: cannot read \.md; give one of \.jsonl, \.parquet, \.txt"),
-        ("*.csv", r"\*\.csv: no \.jsonl, \.parquet, \.txt file found there"),
-        ("empty", r"empty: no \.jsonl, \.parquet, \.txt file found there"),
+        ("*.csv", r"\*\.csv: no data file found there \(\.jsonl, \.json, \.csv, .*, compressed or not\)"),
+        ("empty", r"empty: no data file found there \(.*\); correct data\.path, or name the file itself"),
+        (
+            "notes",
+            r"notes: no data file found there \(.*\) but files passed over, 1 of kinds that are no data: notes\.md;",
+        ),
     ],
 )
 def test_a_path_that_names_no_data_is_an_error(tmp_path: Path, path: str, message: str) -> None:
-    (tmp_path / "notes.md").write_text("x")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.md").write_text("x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=message):
         find_files([str(tmp_path / path)])
@@ -73,9 +79,9 @@ def test_a_folder_means_no_file_that_a_run_or_a_build_wrote_and_no_hidden_one(
     told: list[str] = []
     assert [file.as_posix() for file in find_files(["."], told.append)] == sorted(DATA)
     assert len(told) == 1
-    passed_over = 4 + 1 + 4
+    passed_over = 4 + 4 + 4
     assert told[0].startswith(f"data.path=.: files passed over, {passed_over} hidden or written by pertoken: .git/desc")
-    assert "run/metrics.jsonl" in told[0] or "and 1 more" in told[0]
+    assert "and 4 more; 1 of kinds that are no data: run/recipe.toml" in told[0]
     del told[:]
     assert [file.as_posix() for file in find_files(["run/**"], told.append)] == ["run/mine/b.txt"]
     assert len(told) == 1
@@ -93,7 +99,8 @@ def test_data_beside_a_runs_files_is_taken(tmp_path: Path) -> None:
 def test_a_folder_of_nothing_but_a_runs_files_is_an_error_that_names_them(tmp_path: Path) -> None:
     _write(tmp_path, *RUN)
     with pytest.raises(
-        DataError, match=r"no \.jsonl, .* found there but 4 hidden or written by pertoken: .*metrics\.jsonl"
+        DataError,
+        match=r"no data file found there .* but files passed over, 4 hidden or written by pertoken: .*metrics\.jsonl",
     ):
         find_files([str(tmp_path)])
 

@@ -91,6 +91,8 @@ def test_defaults_are_those_of_this_version_of_the_samples() -> None:
         "overlong": "drop",
         "on_bad_row": "error",
         "special_in_text": "text",
+        "document": "file",
+        "newlines": "lf",
     }
 
 

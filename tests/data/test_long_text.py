@@ -15,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import pertoken.data.files.limits
 import pertoken.data.files.long_text
-import pertoken.data.files.records
+import pertoken.data.files.text
 import pertoken.data.samples
 import pertoken.data.tokens.cuts
 import pertoken.data.tokens.train
@@ -65,9 +66,9 @@ def test_a_row_read_in_blocks_is_the_row_or_the_message_of_one_read_whole(
     monkeypatch.setattr(pertoken.data.files.long_text, "_BLOCK_BYTES", block)
     path = tmp_path / "a.txt"
     path.write_bytes(BOM * bom + content)
-    monkeypatch.setattr(pertoken.data.files.records, "_LONG_BYTES", 1 << 30)
+    monkeypatch.setattr(pertoken.data.files.limits, "LONG_BYTES", 1 << 30)
     whole = _rows(path)
-    monkeypatch.setattr(pertoken.data.files.records, "_LONG_BYTES", -1)
+    monkeypatch.setattr(pertoken.data.files.limits, "LONG_BYTES", -1)
     assert _rows(path) == whole
 
 
@@ -130,7 +131,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     monkeypatch.setattr(pertoken.data.tokens.cuts, "_LEAST_WINDOW", 64)
     monkeypatch.setattr(pertoken.data.samples, "_CHUNK_CHARS", 1000)
     monkeypatch.setattr(pertoken.data.files.long_text, "_BLOCK_BYTES", 61)
-    return lambda size: monkeypatch.setattr(pertoken.data.files.records, "_LONG_BYTES", size)
+    return lambda size: monkeypatch.setattr(pertoken.data.files.limits, "LONG_BYTES", size)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -215,8 +216,8 @@ def test_a_file_that_changes_between_its_readings_is_refused(
         return found
 
     if moment == "look_through":
-        look_through = pertoken.data.files.records.look_through
-        monkeypatch.setattr(pertoken.data.files.records, "look_through", lambda path: then_change(look_through(path)))
+        look_through = pertoken.data.files.text.look_through
+        monkeypatch.setattr(pertoken.data.files.text, "look_through", lambda path: then_change(look_through(path)))
     else:
         find = pertoken.data.tokens.cuts.Cuts.find
         monkeypatch.setattr(

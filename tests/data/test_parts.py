@@ -127,6 +127,8 @@ def _file_of_rows(path: Path, count: int) -> Path:
     texts = [f"The text of row {i}" for i in range(count)]
     if path.suffix == ".parquet":
         pq.write_table(pa.table({"text": texts}), path, row_group_size=10, compression="none", use_dictionary=False)
+    elif path.suffix == ".txt":
+        path.write_text("".join(text + "\n" for text in texts))
     else:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pertoken.data.files import records
+from pertoken.data.files import limits, parquet
 from pertoken.data.files.json_text import parse_json
 from pertoken.data.files.records import BadRow, Problems, Record, read_records
 from pertoken.errors import DataError
@@ -45,7 +45,7 @@ def test_duplicate_rows_share_a_digest_and_others_do_not(tmp_path: Path) -> None
     [
         (b'{"a": "x\xffy"}', r"row: not UTF-8 \(byte 0xff at offset 8 of the line\); save the file as UTF-8"),
         (b'{"a": "x}', r"row: not valid JSON \(Unterminated string .* at column 7\); write one JSON object a line"),
-        (b'{"a": 1} {}', r"row: not valid JSON \(Extra data at column 10\)"),
+        (b'{"a": 1} {}', r"row: not valid JSON: several objects on one line, the second at column 10; write one"),
         (b'{"a": NaN}', r"row: NaN is not JSON"),
         (b'{"a": -Infinity}', r"row: -Infinity is not JSON"),
         (b"[1, 2]", r"row: a JSON list, not an object"),
@@ -82,12 +82,12 @@ def test_an_empty_file_is_an_error(tmp_path: Path, name: str, content: bytes) ->
         list(read_records(tmp_path / name))
 
 
-def test_a_text_file_is_one_record_with_its_line_ends_kept(tmp_path: Path) -> None:
+def test_a_text_file_is_one_record(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    path.write_bytes(b"\xef\xbb\xbfone\rand a half\ntwo\n")
     (row,) = read_records(path)
     assert isinstance(row, Record)
-    assert (row.line, row.value) == (1, "one\r\ntwo\n")
+    assert (row.line, row.value, row.findings) == (1, "one\rand a half\ntwo\n", ())
     path.write_bytes(b"abc\xe4\n")
     assert [str(row) for row in read_records(path)] == [
         f"{path}:1: text: not UTF-8 (byte 0xe4 at offset 3 of the file); save the file as UTF-8"
@@ -116,13 +116,13 @@ def test_a_batch_of_a_parquet_file_is_few_rows_where_they_are_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], use_dictionary: bool
 ) -> None:
     """Also where a text that is in many rows is in the file only once."""
-    monkeypatch.setattr(records, "_BATCH_BYTES", 50_000)
+    monkeypatch.setattr(parquet, "_BATCH_BYTES", 50_000)
     path = tmp_path / "a.parquet"
     short = pa.table({"text": ["x"] * 100})
     with pq.ParquetWriter(path, short.schema, use_dictionary=use_dictionary) as writer:
         writer.write_table(short)
         writer.write_table(pa.table({"text": texts}))
-    batches = list(records._batches(records.parquet_file(path), range(2)))
+    batches = list(parquet._batches(parquet.parquet_file(path), range(2)))
     assert all(batch.num_rows == 1 or batch.nbytes < 60_000 for batch in batches)
     assert batches[0].num_rows == 100, "each row group by itself"
     assert len(batches) >= 2 if len(texts[0]) < 100 else len(batches) > 40
@@ -132,7 +132,7 @@ def test_a_batch_of_a_parquet_file_is_few_rows_where_they_are_long(
 
 
 def test_a_row_of_a_parquet_file_far_too_long_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(limits, "MAX_LINE_BYTES", 1 << 20)
     path = tmp_path / "a.parquet"
     texts = ["a" * (1 << 20), "b" * 1000, "c" * (1 << 20), "d" * ((1 << 20) - 100)]
     pq.write_table(pa.table({"text": texts, "n": range(4)}), path)
@@ -155,7 +155,7 @@ def test_a_parquet_file_is_not_read_a_row_group_at_a_time(tmp_path: Path, monkey
     opened = pq.ParquetFile
     with File(path) as file:
         monkeypatch.setattr(pq, "ParquetFile", lambda path, **options: opened(file, **options))
-        batches = list(records._batches(records.parquet_file(path), range(1)))
+        batches = list(parquet._batches(parquet.parquet_file(path), range(1)))
     assert sum(batch.num_rows for batch in batches) == len(words)
     assert max(sizes) <= 2 << 20
 
@@ -184,7 +184,7 @@ def test_the_first_twenty_problems_are_listed_and_the_others_counted(count: int)
 def test_a_line_far_too_long_costs_no_memory_and_the_rest_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(limits, "MAX_LINE_BYTES", 1 << 20)
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         file.write(b'{"a": 1}\n{"a": "')

@@ -17,7 +17,7 @@ import pytest
 from tiny import World, pertoken
 
 from pertoken import Recipe
-from pertoken.data.files import records
+from pertoken.data.files import limits
 from pertoken.data.store.store import Store, build_store
 from pertoken.data.tokens.tokenizer import load_tokenizer
 
@@ -110,10 +110,10 @@ JSON_KINDS = [
     _line("no JSON", b"red cat", "row: not valid JSON (Expecting value at column 1); write one JSON object a line"),
     _line("JSON that is cut off", GOOD_LINE[:-9], "row: not valid JSON ("),
     _line("an open string", b'{"messages": "x', "row: not valid JSON (Unterminated string"),
-    _line("two objects in a line", GOOD_LINE + b" " + GOOD_LINE, "row: not valid JSON (Extra data"),
+    _line("two objects in a line", GOOD_LINE + b" " + GOOD_LINE, "row: not valid JSON: several objects on one line"),
     _line("lone carriage returns", GOOD_LINE + b"\r" + GOOD_LINE, "row: not valid JSON (Extra data"),
-    _line("a trailing comma", b'{"messages": [],}', "row: not valid JSON ("),
-    _line("single quotes", b"{'messages': []}", "row: not valid JSON ("),
+    _line("a trailing comma", b'{"messages": [],}', "row: not valid JSON: a comma at column 16 with nothing behind it"),
+    _line("single quotes", b"{'messages': []}", "row: not valid JSON: single quotes at column 2, as Python prints"),
     _line("a comment", b"// rows", "row: not valid JSON ("),
     _line("leading zeros", b'{"messages": 01}', "row: not valid JSON ("),
     _line("a bad escape", SAYS % rb"\x41", "row: not valid JSON ("),
@@ -229,9 +229,10 @@ FILE_KINDS = [
     Kind("an empty .jsonl", _raw("a.jsonl", b""), "empty; remove it", "sft", None),
     Kind("blank lines alone", _raw("a.jsonl", b"\n \r\n\t\n"), "empty; remove it", "sft", None),
     Kind("an empty .parquet", _raw("a.parquet", b""), "empty; remove it", "pretrain", None),
-    Kind("a .csv", _raw("a.csv", b"text\nx\n"), "cannot read .csv; give one of .jsonl", "pretrain", None),
+    Kind("a .docx", _raw("a.docx", b"PK\x03\x04"), "a Word document; convert it to text first", "pretrain", None),
+    Kind("a program", _raw("a", b"\x7fELF\x02\0"), "a program; there is no text in it", "pretrain", None),
     Kind("a .parquet that is none", _raw("a.parquet", b"PAR1 x"), "not a readable Parquet file (", "pretrain", None),
-    Kind("a .parquet that is JSON", _raw("a.parquet", GOOD_LINE), "not a readable Parquet file (", "pretrain", None),
+    Kind("a .parquet that is JSON", _raw("a.parquet", b"hello"), "not a readable Parquet file (", "pretrain", None),
     Kind("a .parquet with columns twice", _columns_twice, "columns named twice: text", "pretrain", None),
     Kind("a .parquet without rows", _no_rows, "empty; remove it", "pretrain", None),
     _table("a .parquet without its end", "not a readable Parquet file (", lambda whole: whole[:-20]),
@@ -274,7 +275,7 @@ _tokenizer = cache(load_tokenizer)
 
 @pytest.fixture
 def bench(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", MAX_LINE_BYTES)
+    monkeypatch.setattr(limits, "MAX_LINE_BYTES", MAX_LINE_BYTES)
     return Bench(world, tmp_path)
 
 

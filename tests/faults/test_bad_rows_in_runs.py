@@ -9,7 +9,7 @@ import pytest
 from faults.conftest import Record
 from tiny import World, pertoken
 
-from pertoken.data.files import records
+from pertoken.data.files import limits
 
 
 def problem_with(kind: Any, world: World, folder: Path) -> str | None:
@@ -36,6 +36,6 @@ def problem_with(kind: Any, world: World, folder: Path) -> str | None:
 @pytest.mark.torture
 def test_no_bad_row_is_trained_on(world, tmp_path, record: Record, monkeypatch):
     bad = pytest.importorskip("faults.test_bad_rows")
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", bad.MAX_LINE_BYTES)
+    monkeypatch.setattr(limits, "MAX_LINE_BYTES", bad.MAX_LINE_BYTES)
     problems = [problem_with(kind, world, tmp_path / f"{n}") for n, kind in enumerate(bad.KINDS)]
     record("a malformed row, file or encoding: named by file:line, none trained on", problems)

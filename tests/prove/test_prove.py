@@ -148,7 +148,7 @@ def test_a_family_with_a_feature_of_its_own_is_proved(world, tmp_path, name):
 def test_a_text_that_is_read_in_blocks_is_compared_with_its_samples(
     tmp_path, text_file, bpe_folder, monkeypatch, mutant
 ):
-    monkeypatch.setattr("pertoken.data.files.records._LONG_BYTES", 0)
+    monkeypatch.setattr("pertoken.data.files.limits.LONG_BYTES", 0)
     monkeypatch.setattr("pertoken.data.samples._CHUNK_CHARS", 1)
     monkeypatch.setattr("pertoken.data.files.long_text._BLOCK_BYTES", 7)
     if mutant:

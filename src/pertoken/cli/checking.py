@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pertoken.cli.shared import DataPath, JsonFile, Overrides, listener_on, open_console, say_what_is_in, write_json
+from pertoken.cli.shared import (
+    DataPath,
+    JsonFile,
+    Overrides,
+    listener_on,
+    open_console,
+    say,
+    say_what_is_in,
+    write_json,
+)
 from pertoken.cli.talk import Device, ModelPath
 from pertoken.errors import CheckFailed, RecipeError
 
@@ -70,7 +80,8 @@ def evaluate_command(
         raise RecipeError(f"dtype={dtype}: must be float32, bfloat16, float16 or float64")
     console = open_console()
     precision = Precision(dtype, resolve_device(device))
-    loaded, store, _ = model_and_data(model, data, overrides or (), dtype=precision.parameter_dtype)
+    dtype_of_parameters, tell = precision.parameter_dtype, partial(say, console)
+    loaded, store, _ = model_and_data(model, data, overrides or (), dtype=dtype_of_parameters, on_message=tell)
     say_what_is_in(console, data, store)
     loaded = loaded.to(precision.device)
     # What this would remark is not of interest here.
@@ -105,12 +116,12 @@ def inspect(
     from pertoken.inference.model_and_data import model_and_data
     from pertoken.inference.token_losses import token_losses
 
-    loaded, store, tokenizer = model_and_data(model, data, overrides or ())
+    console = open_console()
+    loaded, store, tokenizer = model_and_data(model, data, overrides or (), on_message=partial(say, console))
     made = np.flatnonzero(store.lines == (store.lines[0] if row is None else row))
     if not len(made):
         lines = f"{store.lines.min()} to {store.lines.max()}"
         raise DataError(f"{data}: row {row} made no sample; those that did are between {lines}")
-    console = open_console()
     show_token_losses(console, token_losses(loaded, store[made[0]], tokenizer), store.where(made[0]))
     if len(made) > 1:
         console.print(f"the first of {len(made):,} samples of this row", highlight=False)

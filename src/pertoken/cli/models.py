@@ -35,7 +35,7 @@ def export(
 
 @tokenizer_app.command(name="train")
 def tokenizer_train(
-    files: Annotated[list[str], typer.Argument(metavar="FILES...", help=".txt, .jsonl or .parquet; text or chats")],
+    files: Annotated[list[str], typer.Argument(metavar="FILES...", help="Text or chats in files of any kind")],
     out: Annotated[Path, typer.Option(help="The folder to write")],
     vocab_size: Annotated[int | None, typer.Option(help="Tokens in all; needed for bpe")] = None,
     kind: Annotated[Literal["bpe", "char"], typer.Option(help="Byte-level BPE, or one token per character")] = "bpe",
@@ -47,6 +47,12 @@ def tokenizer_train(
 
     drop_what_cannot_be_shown()
     tokenizer = train_tokenizer(
-        files, vocab_size=vocab_size, kind=kind, out_dir=out, text_key=text_key, overwrite=overwrite
+        files,
+        vocab_size=vocab_size,
+        kind=kind,
+        out_dir=out,
+        text_key=text_key,
+        overwrite=overwrite,
+        on_message=lambda text: print(plain(text)),
     )
     print(plain(f"{out}: {len(tokenizer):,} tokens"))

@@ -182,7 +182,7 @@ class _Rows:
     def documents(self, part: Sequence[Span]) -> Iterator[_Document]:
         before = 0
         for span in part:
-            for row in read_records(self._builder.files[span.file], span):
+            for row in read_records(self._builder.files[span.file], span, self._builder.data.text_reading):
                 self._outcome.counts.rows += 1
                 texts = row if isinstance(row, BadRow) else self._texts(row, span.file)
                 if isinstance(row, Record):
@@ -191,6 +191,8 @@ class _Rows:
                     self.bad(texts)
                     continue
                 assert isinstance(row, Record)
+                for kind in row.findings:
+                    self._outcome.findings.add(kind, span.file, row.line)
                 split = self._gives == "conversation"
                 for number, (text, is_tail) in enumerate(texts, start=1):
                     yield _Document(

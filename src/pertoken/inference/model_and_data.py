@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from pertoken.model.protocol import LanguageModel
 from pertoken.recipe.schema import Recipe, apply_override
 
 __all__ = ["model_and_data"]
+
+_KEY = "data.eval_path"  # what the data are for
 
 
 def _data_recipe(folder: Path, path: str, overrides: Sequence[str], *, longest: int) -> Recipe:
@@ -44,26 +46,35 @@ def _data_recipe(folder: Path, path: str, overrides: Sequence[str], *, longest: 
 def _stage_of(data: dict[str, Any]) -> str:
     """`pretrain` for raw text, `sft` for conversations, by the first row."""
     path, text_key = data["path"], data.get("text_key", "text")
-    for file in find_files((path,)):
+    for file in find_files((path,), key=_KEY):
         for record in read_records(file):
             if isinstance(record, Record):
-                text = not isinstance(record.value, dict) or isinstance(record.value.get(text_key), str)
+                row = record.value
+                text = isinstance(row.get(text_key), str) if isinstance(row, dict) else not isinstance(row, list)
                 return "pretrain" if text else "sft"
     return "sft"
 
 
 def model_and_data(
-    model: str, data: str, overrides: Sequence[str], *, dtype: torch.dtype = torch.float32
+    model: str,
+    data: str,
+    overrides: Sequence[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    on_message: Callable[[str], None] = lambda text: None,
 ) -> tuple[LanguageModel, Store, Any]:
     """The model at `model`, the samples that its own training would make of `data`, and its tokenizer.
 
-    `overrides` are recipe keys, for what a model folder alone does not tell. Raises ModelError, DataError, RecipeError.
+    `overrides` are recipe keys, for what a model folder alone does not tell. Of a dataset's splits those are taken that
+    are not for training. `on_message` is told what is passed over. Raises ModelError, DataError, RecipeError.
     """
     loaded = load_model(model, dtype=dtype)
     recipe = _data_recipe(resolve_model_folder(model), data, overrides, longest=loaded.facts.max_position_embeddings)
     settings = recipe.data
     assert settings.tokenizer is not None, "Recipe requires one"
     tokenizer = open_tokenizer(settings.tokenizer, add_tokens=settings.add_tokens, chat_template=settings.chat_template)
-    store = build_store(settings.path, stage=recipe.stage, tokenizer=tokenizer, data=settings)
+    store = build_store(
+        settings.path, stage=recipe.stage, tokenizer=tokenizer, data=settings, paths_key=_KEY, on_message=on_message
+    )
     store.check_vocab(loaded.facts.vocab_size)
     return loaded, store, tokenizer

@@ -9,7 +9,8 @@ import numpy as np
 from pertoken.data.batch.order import step_at, steps_per_epoch
 from pertoken.data.batch.pack import pack_micro_batches
 from pertoken.data.files.long_text import one_of
-from pertoken.data.files.records import Record
+from pertoken.data.files.records import BadRow, Record
+from pertoken.data.formats import to_text
 from pertoken.data.store.store import Store
 from pertoken.prove.expected import bos_id
 from pertoken.prove.report import Result
@@ -98,7 +99,7 @@ def _not_a_partition(store: Store, recipe: Recipe, numbers: list[int]) -> str | 
 
 def who_is_supervised(name: str, store: Store, chosen: Chosen, recipe: Recipe, tokenizer: Any) -> Result:
     """The supervised tokens of the chosen samples, read back as text, against the rows they come from."""
-    records = records_at(chosen.sources)
+    records = records_at(chosen.sources, recipe.data.text_reading)
     for i, source in zip(chosen.ids, chosen.sources, strict=True):
         record = records.get(source)
         if record is None:
@@ -116,7 +117,9 @@ def _document(store: Store, i: int, record: Record, recipe: Recipe, tokenizer: A
     sample = store[i]
     if not sample.loss_mask.all():
         return f"{int((~sample.loss_mask).sum())} tokens of a document are not supervised"
-    text = record.value[recipe.data.text_key] if isinstance(record.value, dict) else record.value
+    text = to_text(record, recipe.data.format, recipe.data.key_names)
+    if isinstance(text, BadRow):
+        return str(text)
     tokens = sample.tokens.tolist()
     begins, ends = tokens[0] == bos_id(tokenizer), tokens[-1] == tokenizer.eos_token_id
     read_back = _decode(tokenizer, tokens[begins : len(tokens) - ends]).strip("\ufffd")

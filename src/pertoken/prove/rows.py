@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pertoken.data.files.long_text import LongText
-from pertoken.data.files.records import BadRow, Record, read_records
+from pertoken.data.files.records import BadRow, Record, TextReading, read_records
 from pertoken.data.formats import to_text
 from pertoken.data.store.store import Store
 from pertoken.prove.expected import difference, document_difference
@@ -26,7 +26,7 @@ _LONGEST = 3  # samples that are looked at besides the chosen ones: those that a
 _MOST_CHARACTERS = 5_000_000  # of a document that is encoded again; of a longer one only the seams are looked at
 
 
-def records_at(sources: Sequence[str]) -> dict[str, Record]:
+def records_at(sources: Sequence[str], reading: TextReading) -> dict[str, Record]:
     """The rows at `file:line`, each file read once; those that cannot be read again are missing."""
     found: dict[str, Record] = {}
     wanted: dict[str, set[int]] = {}
@@ -34,7 +34,7 @@ def records_at(sources: Sequence[str]) -> dict[str, Record]:
         file, _, line = source.rpartition(":")
         wanted.setdefault(file, set()).add(int(line))
     for file, lines in wanted.items():
-        for row in read_records(file):
+        for row in read_records(file, reading=reading):
             if row.line in lines and isinstance(row, Record):
                 found[f"{file}:{row.line}"] = row
             if row.line >= max(lines):
@@ -54,7 +54,7 @@ def token_by_token(name: str, store: Store, chosen: Chosen, recipe: Recipe, toke
         return Result(name, "", "failed", note=note)
     by_length = np.argsort(store.lengths, kind="stable")[-_LONGEST:]
     ids = list(dict.fromkeys([*chosen.ids, *(int(i) for i in by_length)]))
-    records = records_at([store.where(i) for i in ids])
+    records = records_at([store.where(i) for i in ids], recipe.data.text_reading)
     seen = 0
     for i in ids:
         source = store.where(i)

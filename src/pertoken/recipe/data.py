@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pertoken.data.files.text import TextReading
 from pertoken.data.formats import FORMATS, KeyNames
 from pertoken.files import check_path
 from pertoken.recipe.homes import known_name
@@ -39,6 +40,8 @@ class DataConfig(Section):
     overlong: Literal["drop", "truncate", "error"] = "drop"
     on_bad_row: Literal["error", "skip"] = "error"
     special_in_text: Literal["text", "special", "error"] = "text"
+    document: str = Field(default="file", min_length=1)
+    newlines: Literal["lf", "keep"] = "lf"
     store: str | None = None
     workers: int | None = Field(default=None, ge=1)
 
@@ -76,6 +79,11 @@ class DataConfig(Section):
                 f"data.eval_fraction={self.eval_fraction}: data.eval_path is given too; keep one of the two"
             )
         return self
+
+    @property
+    def text_reading(self) -> TextReading:
+        """How files of plain text are read."""
+        return TextReading(self.document, self.newlines)
 
     @property
     def key_names(self) -> KeyNames:

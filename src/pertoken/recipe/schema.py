@@ -114,6 +114,11 @@ class Recipe(Section):
             raise ValueError(
                 f'data.format="{self.data.format}": stage = "sft" reads conversations; use stage = "pretrain" for text'
             )
+        for key, default in (("document", "file"), ("newlines", "lf")):
+            if self.stage == "sft" and (value := getattr(self.data, key)) != default:
+                raise ValueError(
+                    f'data.{key}={shown(value)}: only raw text is read so; remove it, or use stage = "pretrain"'
+                )
         if self.data.eval_split == "tail" and self.stage != "pretrain":
             raise ValueError('data.eval_split="tail": only raw text has a tail; use "rows" for conversations')
         return self

@@ -74,13 +74,14 @@ def load_data(recipe: Recipe, listener: Listener, world: World, *, verify_data: 
         eos_token_id = tokenizer.eos_token_id
     waiting = world.patient()
 
-    def build(paths: tuple[str, ...]) -> Store:
+    def build(paths: tuple[str, ...], key: str = "data.path") -> Store:
         def here() -> Store:
             return build_store(
                 paths,
                 stage=recipe.stage,
                 tokenizer=tokenizer,
                 data=data,
+                paths_key=key,
                 verify_data=verify_data,
                 on_progress=listener.preparing,
                 on_message=listener.message,
@@ -90,7 +91,7 @@ def load_data(recipe: Recipe, listener: Listener, world: World, *, verify_data: 
 
     train_store, eval_store = build(data.path), None
     if data.eval_path:
-        eval_store = build(data.eval_path)
+        eval_store = build(data.eval_path, "data.eval_path")
     elif data.eval_fraction:
         train_store, eval_store = train_store.split(data.eval_fraction, data.eval_split)
     return RunData(tokenizer, eos_token_id, train_store, eval_store)

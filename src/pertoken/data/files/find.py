@@ -3,84 +3,100 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pertoken.data.files.kinds import COMPRESSED, SUFFIXES, kind_of
+from pertoken.data.files.passed_over import PassedOver, sort_out
+from pertoken.data.files.splits import split_of
+from pertoken.data.files.stdin import STDIN, standard_input
 from pertoken.errors import DataError
+from pertoken.files import plain_file
 from pertoken.text import names, reason
 
 __all__ = ["SUFFIXES", "find_files"]
 
-SUFFIXES = (".jsonl", ".parquet", ".txt")
-_OF_A_RUN = ("metrics.jsonl", "checkpoints", "tensorboard", "wandb")  # beside its recipe.toml
-_OF_A_STORE = ("store.json", "samples.arrow")
+Tell = Callable[[str], None]
 
 
-def find_files(paths: Sequence[str], on_message: Callable[[str], None] = lambda text: None) -> list[Path]:
-    """The data files that `paths` (files, folders, globs) name, in the order given, each one once.
+def find_files(paths: Sequence[str], on_message: Tell = lambda text: None, *, key: str = "data.path") -> list[Path]:
+    """The data files that `paths` (files, folders, globs, "-" for standard input) name, in the order given.
 
-    A folder means every .jsonl, .parquet and .txt file below it, sorted; so does a glob. Hidden files of a folder, and
-    what pertoken has written there (a run's metrics and checkpoints, a token store), are passed over, and `on_message`
-    is told of them. A file that is named itself is always taken.
-    Raises DataError where a path names nothing that can be read.
+    A file that is named itself is always taken, and so is one that a glob with its suffix finds. A folder, or any
+    other glob, means every data file below it, sorted, but hidden files and what pertoken has written there (a run's
+    metrics and checkpoints, a token store). Of a dataset's splits `key` "data.path" means train, "data.eval_path" the
+    others. `on_message` is told what is passed over.
+    Raises DataError where a path names nothing that can be read, and for a file that is named twice.
     """
-    found: dict[Path, Path] = {}
+    found: dict[Path, str] = {}
     for path in paths:
         try:
-            for file in _matches(path, on_message):
+            for file in _matches(path, on_message, key):
                 str(file).encode()
-                found.setdefault(file.resolve(), file)
+                if (before := found.get(plain_file(file).resolve())) is not None:
+                    again = f"{file}: named twice in {key}" + (f", also as {before}" if before != str(file) else "")
+                    once = "to train on it more often, use [[data.sources]] with repeat = 2"
+                    raise DataError(f"{again}; {once if key == 'data.path' else 'name it once'}")
+                found[file.resolve()] = str(file)
         except UnicodeEncodeError:
             raise DataError(f"{path}: a name there is not UTF-8, so no message could name it; rename it") from None
         except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user's home, a NUL
-            raise DataError(f"{path}: cannot be read ({reason(error)}); correct data.path") from None
-    return list(found.values())
+            raise DataError(f"{path}: cannot be read ({reason(error)}); correct {key}") from None
+    return [Path(file) for file in found.values()]
 
 
-def _matches(path: str, on_message: Callable[[str], None]) -> list[Path]:
+def _matches(path: str, on_message: Tell, key: str) -> list[Path]:
+    if path == STDIN:
+        return [standard_input()]
     here = Path(path).expanduser()
-    known = ", ".join(SUFFIXES)
-    if here.is_file():
-        if here.suffix not in SUFFIXES:
-            raise DataError(f"{path}: cannot read {here.suffix or 'a file without a suffix'}; give one of {known}")
-        return [here]
     if here.is_dir():
-        candidates = sorted(here.rglob("*"))
-    elif glob.has_magic(path):
-        candidates = [Path(match) for match in sorted(glob.glob(str(here), recursive=True))]
-    else:
-        raise DataError(f"{path}: no such file or folder; correct data.path")
-    files = [file for file in candidates if file.suffix in SUFFIXES and file.is_file()]
-    root = here if here.is_dir() else None
-    ours = _written_by_us(files, root)
-    left = [file for file in files if file not in ours]
-    shown = names(str(file.relative_to(root) if root else file) for file in ours)
-    listed = f"{len(ours)} hidden or written by pertoken: {shown}"
-    if not left:
-        but = f" but {listed}" if ours else ""
-        raise DataError(f"{path}: no {known} file found there{but}; correct data.path")
-    if ours:
-        on_message(f"data.path={path}: files passed over, {listed}")
-    return left
+        return _of_a_dataset(path, sort_out(sorted(here.rglob("*")), here), here, on_message, key)
+    if not here.exists() and glob.has_magic(path):
+        found = [Path(match) for match in sorted(glob.glob(str(here), recursive=True))]
+        names_kind = here.suffix != "" and not glob.has_magic(here.suffix)
+        return _of_a_dataset(path, sort_out(found, None, names_kind=names_kind), here, on_message, key)
+    if not here.exists():
+        raise DataError(f"{path}: no such file or folder; correct {key}")
+    kind = kind_of(here)
+    if not _fits(here, kind.format):
+        on_message(f"{key}={path}: read as {kind}, by its content")
+    return [here]
 
 
-def _written_by_us(files: Iterable[Path], root: Path | None) -> set[Path]:
-    """Those that a run or a build wrote; also, below `root`, the hidden ones."""
+def _fits(file: Path, format: str) -> bool:
+    """Whether the name says what the content is."""
+    suffixes = {".ndjson": "jsonl", ".txt": "text"}
+    said = [suffix.lower() for suffix in file.suffixes if suffix.lower() not in COMPRESSED][-1:] or [""]
+    return suffixes.get(said[0], said[0].removeprefix(".")) == format.split("_")[0]
 
-    @cache
-    def is_run(folder: Path) -> bool:
-        return (folder / "recipe.toml").is_file() and any((folder / name).exists() for name in _OF_A_RUN[:2])
 
-    @cache
-    def is_store(folder: Path) -> bool:
-        return all((folder / name).is_file() for name in _OF_A_STORE)
+def _of_a_dataset(path: str, found: PassedOver, here: Path, on_message: Tell, key: str) -> list[Path]:
+    """Those of the splits that are wanted, of what a folder or a glob gives. Raises DataError where none is left."""
+    is_folder = here.is_dir()
+    root = here if is_folder else _above_the_signs(here)
+    splits = {file: split_of(file.relative_to(root)) for file in found.data}
+    if not is_folder and split_of(Path(re.sub(r"[*?\[\]]", " ", str(here.relative_to(root))))) == "held_out":
+        splits = dict.fromkeys(found.data)  # the glob names the split itself
+    wanted, evaluates = found.data, key == "data.eval_path"
+    if "held_out" in splits.values():
+        wanted = [file for file in found.data if (splits[file] == "held_out") == evaluates]
+    others = [file for file in found.data if file not in wanted]
+    told = [found.told(root)] if found.others or found.ours else []
+    if others:
+        shown = names(str(file.relative_to(root)) for file in others)
+        remedy = "; name one in data.eval_path" if wanted and key == "data.path" else ""
+        told.append(f"not {'evaluated' if evaluates else 'trained'}: {shown}{remedy}")
+    if not wanted:
+        known = f"{', '.join(SUFFIXES)}, compressed or not"
+        nothing = f"no data file found there ({known})" if not found.data else "only splits that are not for training"
+        but = f" but {'; '.join(told)}" if told else ""
+        raise DataError(f"{path}: {nothing}{but}; correct {key}, or name the file itself")
+    for line in told:
+        on_message(f"{key}={path}: {line}")
+    return wanted
 
-    def is_ours(file: Path) -> bool:
-        parts = file.relative_to(root).parts if root is not None else ()
-        if any(part.startswith(".") for part in parts):
-            return True
-        steps = zip([file, *file.parents], file.parents, strict=False)
-        return any((step.name in _OF_A_RUN and is_run(folder)) or is_store(folder) for step, folder in steps)
 
-    return {file for file in files if is_ours(file)}
+def _above_the_signs(pattern: Path) -> Path:
+    """The last folder of a glob that is named in full."""
+    return next(folder for folder in pattern.parents if not glob.has_magic(str(folder)))

@@ -23,14 +23,15 @@ _BLOCK_BYTES = 1 << 20
 class LongText:
     """The characters [start, stop) of a UTF-8 file, a byte order mark left out. Small, and can be pickled.
 
-    `sha256` is the hash of the whole file, the mark included. What reads the text raises DataError where the file
-    cannot be read, and, at the end of the file, where it has changed.
+    `sha256` is the hash of the whole file, the mark included. With `joins_crlf` each CRLF is the one character LF. What
+    reads the text raises DataError where the file cannot be read, and, at the end of the file, where it has changed.
     """
 
     path: str
     sha256: str
     start: int
     stop: int
+    joins_crlf: bool = False
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -51,7 +52,7 @@ class LongText:
 
     def blocks(self) -> Iterator[str]:
         """The text in blocks that are not empty, none of them much longer than a MiB."""
-        seen, at = sha256(), 0  # characters read
+        seen, at, held = sha256(), 0, ""  # `at`: characters read; `held`: a \r, of which it is not known what follows
         decoder = codecs.getincrementaldecoder("utf-8")()
         for raw, content in _blocks(self.path):
             seen.update(raw)
@@ -59,6 +60,11 @@ class LongText:
                 block = decoder.decode(content, final=not raw) if at < self.stop else ""
             except UnicodeDecodeError:  # there was none when it was read first
                 raise changed(self.path) from None
+            if self.joins_crlf:
+                block, held = held + block, ""
+                if raw and block.endswith("\r"):
+                    block, held = block[:-1], "\r"
+                block = block.replace("\r\n", "\n")
             if wanted := block[max(0, self.start - at) : max(0, self.stop - at)]:
                 yield wanted
             at += len(block)
@@ -122,12 +128,14 @@ class Seen:
     head: bytes  # the first 4 bytes behind a byte order mark
     not_utf8: tuple[int, int] | None  # the first byte that is not UTF-8, and its offset
     nul: int | None  # offset of the first NUL byte
+    num_crlf: int  # of the line ends \r\n
 
 
 def look_through(path: str | Path) -> Seen:
     """The first reading, in memory that does not grow with the file. Raises DataError where it cannot be read."""
     seen, digest = sha256(), blake2b(digest_size=8)
-    num_bytes = num_chars = at = 0
+    num_bytes = num_chars = num_crlf = at = 0
+    last = b""
     head, nul, not_utf8 = b"", None, None
     decoder = codecs.getincrementaldecoder("utf-8")()
     for raw, content in _blocks(path):
@@ -135,6 +143,8 @@ def look_through(path: str | Path) -> Seen:
         digest.update(content)
         num_bytes += len(raw)
         head += content[: 4 - len(head)]
+        num_crlf += content.count(b"\r\n") + (last == b"\r" and content.startswith(b"\n"))
+        last = content[-1:] or last
         if nul is None and (found := content.find(b"\0")) >= 0:
             nul = at + found
         if not_utf8 is None:
@@ -144,7 +154,7 @@ def look_through(path: str | Path) -> Seen:
             except UnicodeDecodeError as error:
                 not_utf8 = error.object[error.start], at - held + error.start
         at += len(content)
-    return Seen(seen.hexdigest(), digest.digest(), num_bytes, num_chars, head, not_utf8, nul)
+    return Seen(seen.hexdigest(), digest.digest(), num_bytes, num_chars, head, not_utf8, nul, num_crlf)
 
 
 def changed(path: str | Path) -> DataError:

@@ -55,6 +55,8 @@ def read_row(
     a .txt, is a text in every format of texts, and in no other.
     """
     try:
+        if isinstance(record.value, list):
+            raise RowProblem("row", "a list, not an object; write one JSON object a line, or an array of objects")
         if not isinstance(record.value, dict):
             if gives == "text":
                 return record.value, ()

@@ -11,8 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pertoken.data.files.kinds import kind_of
 from pertoken.data.files.long_text import BOM
-from pertoken.data.files.records import Span, empty_file, parquet_file
+from pertoken.data.files.parquet import parquet_file
+from pertoken.data.files.rows import Span, empty_file
 from pertoken.errors import DataError
 
 __all__ = ["Part", "part_bytes", "scan"]
@@ -29,7 +31,7 @@ _BLOCK_BYTES = 1 << 20
 def scan(files: Sequence[Path]) -> tuple[list[str], list[Part]]:
     """(the SHA-256 of each file, all of their rows as parts in order), in one pass over the files.
 
-    Files are cut between lines (.jsonl) or row groups (.parquet), a .txt never; small files share a part.
+    Files are cut between lines (JSON lines) or row groups (Parquet), all others never; small files share a part.
     Raises DataError where a file cannot be read or holds no row.
     """
     size = _part_size(files)
@@ -62,10 +64,11 @@ def part_bytes(part: Sequence[Span]) -> int:
 
 def _spans(index: int, path: Path, digest: hashlib._Hash, size: int) -> Iterator[Span]:
     """The spans of one file, each about a part long, and all of its bytes into `digest`."""
-    if path.suffix == ".parquet":
+    kind = kind_of(path)
+    if kind.format == "parquet":
         yield from _row_groups(index, path, digest, size)
         return
-    jsonl = path.suffix == ".jsonl"
+    jsonl = kind.is_cut
     start = end = newlines = 0  # of the span; `newlines` before `end`
     line = 1
     blank = True

@@ -5,7 +5,6 @@ A store is a folder of the cache (`folder.py`), named by a hash over everything 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ import numpy as np
 from pertoken.data.batch.sample import Sample, as_count
 from pertoken.data.files.find import find_files
 from pertoken.data.files.hashes import recall, remember, see
-from pertoken.data.files.records import BadRow, Problems
+from pertoken.data.files.records import BadRow, Problems, TextReading, is_text
 from pertoken.data.outcome import Outcome
 from pertoken.data.samples import SampleBuilder
 from pertoken.data.store.columns import Columns
@@ -31,6 +30,7 @@ from pertoken.data.store.report import StoreReport, to_json
 from pertoken.data.tokens.encode import Encoder
 from pertoken.data.typed import changed_by_typed
 from pertoken.errors import DataError
+from pertoken.files import cache_folder
 from pertoken.recipe.data import DataConfig
 from pertoken.text import reason
 
@@ -176,12 +176,14 @@ def build_store(
     stage: Literal["sft", "pretrain"],
     tokenizer: PreTrainedTokenizerBase,
     data: DataConfig,
+    paths_key: str = "data.path",
     verify_data: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     on_message: Callable[[str], None] = lambda text: None,
 ) -> Store:
     """The samples of `paths`, opened from the cache where the same files and settings were built before.
 
+    `paths_key` is the recipe's key that names the paths: of a dataset's splits, data.eval_path means the others.
     The files are read only where no run has read them before, as they are now. A store is checked in part when it is
     opened, and made again, with a message, where it is damaged; with `verify_data` the files are read in any case, and
     the store is checked in full. `on_progress` is told (bytes done, bytes in all) during a build. The cache is
@@ -189,7 +191,9 @@ def build_store(
     Raises DataError for bad rows (as `data.on_bad_row` and `data.overlong` say), where no sample results, and for files
     that change meanwhile.
     """
-    files, cache = find_files(paths, on_message), _cache(data.store)
+    files, cache = find_files(paths, on_message, key=paths_key), _cache(data.store)
+    if data.text_reading != TextReading() and not any(is_text(file) for file in files):
+        on_message(f"data.document, data.newlines: not used, since no file of {paths_key} is plain text")
     builder = SampleBuilder.of(files, data, stage=stage, tokenizer=tokenizer, encoder=Encoder(tokenizer))
     key = StoreKey.of(files, data, stage=stage, tokenizer=tokenizer, encoder=builder.encoder)
     check: Check = "full" if verify_data else "sample"
@@ -330,6 +334,6 @@ def _cache(store: str | None) -> Path:
     try:
         if store:
             return Path(store).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pertoken"
+        return cache_folder()
     except RuntimeError as error:  # no such user, or none that has a home
         raise DataError(f"data.store={store or ''}: {reason(error)}; name a folder") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -35,6 +35,7 @@ def train_tokenizer(
     prompt_key: str = "prompt",
     completion_key: str = "completion",
     overwrite: bool = False,
+    on_message: Callable[[str], None] = lambda text: None,
 ) -> TrainedTokenizer:
     """Train a tokenizer on the text and the conversations in `files`, and save it as a folder.
 
@@ -42,15 +43,16 @@ def train_tokenizer(
     "char": a token per character seen or written by the template, others become <|endoftext|>; `vocab_size`, which may
     be None, is an upper bound.
     Both have SPECIAL_TOKENS as ids 0, 1, 2 and CHATML as chat template.
-    `files` may be folders and globs, too. An `out_dir` with anything in it is refused unless `overwrite`, which
-    replaces a tokenizer of the same files there and leaves all else.
+    `files` may be folders and globs, too; `on_message` is told what is passed over there.
+    An `out_dir` with anything in it is refused unless `overwrite`, which replaces a tokenizer of the same files there
+    and leaves all else.
     Raises RecipeError for a `vocab_size` that is too small and for `out_dir`, DataError for files that give no text or
     bad rows.
     """
     out_dir = _room_for_a_tokenizer(user_path(out_dir, "out"), overwrite=overwrite)
     if vocab_size is not None and vocab_size > MAX_TOKENS:
         raise RecipeError(f"vocab_size={vocab_size}: there can be {MAX_TOKENS:,} tokens at most")
-    texts = _texts(_training_files(files), KeyNames(text_key, prompt_key, completion_key))
+    texts = _texts(_training_files(files, on_message), KeyNames(text_key, prompt_key, completion_key))
     tokenizer = TrainedTokenizer.new(_train_bpe(texts, vocab_size) if kind == "bpe" else _train_char(texts, vocab_size))
     try:
         tokenizer.save_pretrained(out_dir)
@@ -73,11 +75,11 @@ def _room_for_a_tokenizer(folder: Path, *, overwrite: bool) -> Path:
     return folder
 
 
-def _training_files(files: Sequence[str | Path]) -> list[Path]:
+def _training_files(files: Sequence[str | Path], on_message: Callable[[str], None]) -> list[Path]:
     try:
-        return find_files([str(file) for file in files])
+        return find_files([str(file) for file in files], on_message, key="files")
     except DataError as error:
-        raise DataError(str(error).replace("correct data.path", "name another")) from None
+        raise DataError(str(error).replace("correct files", "name another")) from None
 
 
 def _train_bpe(texts: Iterator[str | LongText], vocab_size: int | None) -> Tokenizer:
