@@ -179,10 +179,11 @@ class _Rows:
     def _texts(self, row: Record, file: int) -> Sequence[tuple[TextWithSpans | LongText, bool]] | BadRow:
         """Each text of the row, and whether it is held out as the tail of another."""
         data, template = self._builder.data, self._builder.template
+        self._outcome.formats.look(row.value, data.columns)
         read = read_row(row, self._gives, data.format, self._keys)
         if isinstance(read, BadRow):
             return read
-        value, unread = read
+        value, unread = read.value, read.unread
         unnamed: tuple[str, ...] = ()
         if isinstance(value, Conversation):
             assert template is not None, "conversations are for fine-tuning"
@@ -193,6 +194,8 @@ class _Rows:
             unnamed = template.unnamed_keys(value)
         else:
             texts = _texts(value, data)
+        if read.format is not None:
+            self._outcome.formats.add(read.format)
         if unread:
             self._outcome.unused.add("row", unread, file, row.line)
         if unnamed:

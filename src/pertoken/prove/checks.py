@@ -10,7 +10,7 @@ from pertoken.data.batch.order import step_at, steps_per_epoch
 from pertoken.data.batch.pack import pack_micro_batches
 from pertoken.data.files.long_text import one_of
 from pertoken.data.files.records import BadRow, Record
-from pertoken.data.formats import Conversation, to_conversation
+from pertoken.data.formats import Conversation, to_conversation, to_text
 from pertoken.data.store.store import Store
 from pertoken.prove.report import Result
 from pertoken.prove.rows import records_at
@@ -116,7 +116,9 @@ def _document(store: Store, i: int, record: Record, recipe: Recipe, tokenizer: A
     sample = store[i]
     if not sample.loss_mask.all():
         return f"{int((~sample.loss_mask).sum())} tokens of a document are not supervised"
-    text = record.value[recipe.data.text_key] if isinstance(record.value, dict) else record.value
+    text = to_text(record, recipe.data.format, recipe.data.key_names)
+    if isinstance(text, BadRow):
+        return str(text)
     tokens = sample.tokens.tolist()
     ends = tokens[-1] == tokenizer.eos_token_id
     read_back = _decode(tokenizer, tokens[:-1] if ends else tokens).strip("\ufffd")

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from pertoken.data.files.json_text import parse_json
 from pertoken.data.files.long_text import BOM, LongText, changed, look_through
+from pertoken.data.files.nulls import without_nulls
 from pertoken.errors import DataError
 from pertoken.files import plain_file
 from pertoken.text import names, one_line, reason
@@ -26,7 +27,6 @@ from pertoken.text import names, one_line, reason
 __all__ = [
     "MAX_LINE_BYTES",
     "BadRow",
-    "Problems",
     "Record",
     "Span",
     "empty_file",
@@ -40,7 +40,6 @@ _LONG_BYTES = 32 << 20  # of a .txt that is read in blocks
 _BATCH_BYTES = 32 << 20  # of the rows of a .parquet that are read at a time
 _BATCH_ROWS = 1024
 _BUFFER_BYTES = 1 << 20
-_SHOWN = 20
 _WIDE = {  # how files start that Unicode was written to otherwise; UTF-32 first, whose mark begins like UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -55,7 +54,7 @@ class Record:
 
     file: str
     line: int
-    value: dict[str, Any] | str | LongText  # not a dict: the whole of a .txt
+    value: dict[str, Any] | list[Any] | str | LongText  # a list: of messages; not a dict or list: the whole of a .txt
     digest: int  # 64 bits of the row's content: duplicates share it
     end: int  # bytes of the file read so far, this row included
 
@@ -83,32 +82,6 @@ class Span:
     line: int  # of the first row
     groups: tuple[int, int] | None = None  # row groups [first, last) of a .parquet
     sha256: str | None = None  # of these bytes; None: not to be compared with what is read
-
-
-class Problems:
-    """Bad rows, counted; the first 20 of them are kept."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: list[BadRow] = []
-
-    def add(self, row: BadRow) -> None:
-        self.count += 1
-        if self.count <= _SHOWN:
-            self.first.append(row)
-
-    def extend(self, others: Problems) -> None:
-        self.count += others.count
-        self.first += others.first[: _SHOWN - len(self.first)]
-
-    def raise_if_any(self, hint: str = "") -> None:
-        """Raise DataError with one line per kept problem, the number of the others, and `hint`."""
-        if not self.count:
-            return
-        lines = [str(row) for row in self.first]
-        if self.count > _SHOWN:
-            lines.append(f"and {self.count - _SHOWN} more")
-        raise DataError("\n".join([*lines, hint] if hint else lines))
 
 
 def read_records(path: str | Path, span: Span | None = None) -> Iterator[Record | BadRow]:
@@ -260,6 +233,7 @@ def _read_parquet(path: Path, span: Span | None) -> Iterator[Record | BadRow]:
                 except (pa.ArrowException, ArithmeticError, RecursionError, ValueError) as error:
                     yield BadRow(file, line, "row", f"a value that cannot be read ({reason(error)}); write it as text")
                 else:
+                    value = {name: without_nulls(item) for name, item in value.items()}
                     yield Record(file, line, value, _digest(raw), size * line // max(rows, 1))
     except MemoryError:
         raise

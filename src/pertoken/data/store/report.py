@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pertoken.data.findings import Findings
+from pertoken.data.formats_found import FormatsFound
 from pertoken.data.outcome import Outcome, UnusedKeys
 
 __all__ = ["StoreReport", "to_json"]
@@ -26,6 +27,7 @@ class StoreReport:
     unsupervised: int  # conversations dropped for having no supervised token (left)
     too_short: int  # documents of one token, which predict nothing
     unused_keys: tuple[str, ...]  # lines on the keys of rows that nothing was made of
+    formats: tuple[str, ...]  # a line on the formats of the rows, none where the files have no keys
     findings: tuple[str, ...]  # lines on what is worth a word (data/findings.py)
     skipped_file: str | None
     hit: bool  # the store was there already
@@ -33,14 +35,18 @@ class StoreReport:
     @classmethod
     def of(cls, values: dict[str, Any], files: Sequence[str], *, skipped_file: str | None, hit: bool) -> StoreReport:
         """From what `to_json` made. Raises KeyError, TypeError or ValueError for anything else."""
-        counts = {name: int(value) for name, value in values.items() if name not in ("unused", "findings")}
+        counts: dict[str, Any] = {
+            name: int(value) for name, value in values.items() if name not in ("unused", "findings", "formats")
+        }
         unused = UnusedKeys.from_json(values["unused"]).notes(files)
         findings = Findings.from_json(values.get("findings", {})).notes(files)
-        return cls(**counts, unused_keys=tuple(unused), findings=tuple(findings), skipped_file=skipped_file, hit=hit)
+        found = FormatsFound.from_json(values.get("formats", {"rows": {}, "columns": {}})).notes()
+        lines = {"unused_keys": tuple(unused), "findings": tuple(findings), "formats": tuple(found)}
+        return cls(**counts | lines, skipped_file=skipped_file, hit=hit)
 
     def notes(self) -> list[str]:
-        """One line for each way in which rows, or keys of them, were lost or cut."""
-        return [
+        """One line for each way in which rows, or keys of them, were lost or cut, after the formats of the rows."""
+        lost = [
             note.format(count=count)
             for count, note in (
                 (self.skipped, f"{{count}} bad rows skipped, listed in {self.skipped_file}"),
@@ -50,7 +56,8 @@ class StoreReport:
                 (self.too_short, "{count} documents of a single token dropped"),
             )
             if count
-        ] + [*self.findings, *self.unused_keys]
+        ]
+        return [*self.formats, *lost, *self.findings, *self.unused_keys]
 
 
 def to_json(outcome: Outcome, totals: dict[str, int]) -> dict[str, Any]:
@@ -60,4 +67,5 @@ def to_json(outcome: Outcome, totals: dict[str, int]) -> dict[str, Any]:
         **totals,
         "unused": outcome.unused.to_json(),
         "findings": outcome.findings.to_json(),
+        "formats": outcome.formats.to_json(),
     }

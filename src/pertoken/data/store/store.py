@@ -18,7 +18,8 @@ import numpy as np
 from pertoken.data.batch.sample import Sample
 from pertoken.data.files.find import find_files
 from pertoken.data.files.hashes import recall, remember, see
-from pertoken.data.files.records import BadRow, Problems
+from pertoken.data.files.problems import Problems
+from pertoken.data.files.records import BadRow
 from pertoken.data.outcome import Outcome
 from pertoken.data.samples import SampleBuilder
 from pertoken.data.store.columns import Columns
