@@ -97,7 +97,11 @@ def test_prompt_and_completion_keys_are_configurable() -> None:
         ({"messages": [{"role": "user"}, REPLY]}, "auto", "messages[0].content: missing; give text"),
         ({"messages": [USER, {"role": "assistant"}]}, "auto", "messages[1].content: missing; give text"),
         ({"messages": [USER, REPLY | {"content": 4}]}, "auto", "messages[1].content: a number found; give text"),
-        ({"messages": [USER, REPLY | {"content": [{}]}]}, "auto", "messages[1].content[0].type: missing; give one of reasoning"),
+        (
+            {"messages": [USER, REPLY | {"content": [{}]}]},
+            "auto",
+            "messages[1].content[0].type: missing; give one of reasoning",
+        ),
         ({"messages": [USER, REPLY | {"reasoning_content": []}]}, "auto", "messages[1].reasoning_content: a list"),
         ({"messages": [USER, REPLY | {"tool_calls": "[{"}]}, "auto", "messages[1].tool_calls: not valid JSON ("),
         ({"messages": [USER, REPLY | {"tool_calls": ["x"]}]}, "auto", "messages[1].tool_calls: a list with text found"),

@@ -39,9 +39,13 @@ def detect(row: dict[str, Any], fields: Fields, formats: Collection[Format]) -> 
         fit = " and ".join(format.name for format in fitting)
         raise RowProblem("row", f"fits the formats {fit}; choose with data.format")
     _refuse_texts(fields)
+    found = f"unknown format, keys found: {names(row)}"
+    if remedy := _columns(row):
+        raise RowProblem("row", f"{found}; {remedy}")
     known = ", ".join(f"{format.name} ({' and '.join(map(fields.name, format.keys))})" for format in formats)
-    remedy = _columns(row) or "set data.format and its keys"
-    raise RowProblem("row", f"unknown format, keys found: {names(row)}; known: {known}; {remedy}")
+    raise RowProblem(
+        "row", f'{found}; known: {known}; name the file\'s keys, as in data.columns = {{messages = "..."}}'
+    )
 
 
 def _fits(fields: Fields, format: Format) -> bool:
