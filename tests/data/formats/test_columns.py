@@ -32,7 +32,7 @@ def test_a_column_that_is_named_has_no_longer_its_own_name() -> None:
     [
         ({"input": "?", "output": "!"}, 'set data.columns = {prompt = "input", completion = "output"} if those are'),
         ({"dialogue": []}, 'set data.columns = {messages = "dialogue"} if those are the messages'),
-        ({"body": "x"}, 'name the file\'s keys, as in data.columns = {messages = "..."}'),
+        ({"body": "x"}, 'name yours, as in data.columns = {messages = "..."}'),
     ],
 )
 def test_an_unknown_format_is_told_the_setting_that_reads_it(row: Any, remedy: str) -> None:

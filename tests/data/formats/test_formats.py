@@ -79,7 +79,7 @@ def test_prompt_and_completion_keys_are_configurable() -> None:
 @pytest.mark.parametrize(
     ("value", "format", "message"),
     [
-        ({"body": "x", "id": 1}, "auto", "row: unknown format, keys found: body, id; known: messages (messages), "),
+        ({"body": "x", "id": 1}, "auto", "row: unknown format, keys found: body, id; known: messages, conversations, "),
         ({"messages": None}, "auto", "row: unknown format, keys found: messages;"),
         ({"messages": [], "conversations": []}, "auto", "row: fits the formats messages and conversations; choose"),
         ("plain text", "auto", "row: raw text has no turns;"),

@@ -42,10 +42,8 @@ def detect(row: dict[str, Any], fields: Fields, formats: Collection[Format]) -> 
     found = f"unknown format, keys found: {names(row)}"
     if remedy := _columns(row):
         raise RowProblem("row", f"{found}; {remedy}")
-    known = ", ".join(f"{format.name} ({' and '.join(map(fields.name, format.keys))})" for format in formats)
-    raise RowProblem(
-        "row", f'{found}; known: {known}; name the file\'s keys, as in data.columns = {{messages = "..."}}'
-    )
+    known = ", ".join(dict.fromkeys(" + ".join(map(fields.name, format.keys)) for format in formats))
+    raise RowProblem("row", f'{found}; known: {known}; name yours, as in data.columns = {{messages = "..."}}')
 
 
 def _fits(fields: Fields, format: Format) -> bool:
