@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from pertoken import Recipe
-from pertoken.data.files.records import Record
-from pertoken.data.formats import FORMATS, to_conversation
+from pertoken.data.files.records import BadRow, Record
+from pertoken.data.formats import FORMATS, Conversation, formats_that_give, read_row, to_conversation
 from pertoken.data.store.store import build_store
 from pertoken.errors import RecipeError
 from pertoken.families import FAMILIES, Family
@@ -76,27 +76,28 @@ def test_the_family_of_the_documentation_computes_what_transformers_does(tmp_pat
 def test_the_format_of_the_docs_is_one_file_and_one_line_of_the_dict(
     tmp_path: Path, bpe_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alpaca = run_blocks("A format")["ALPACA"]
+    headline = run_blocks("A format")["HEADLINE"]
     file = tmp_path / "a.jsonl"
-    row = {"instruction": "Add.", "input": "2+2", "output": "4", "id": 7}
-    file.write_text("".join(json.dumps(r) + "\n" for r in (row, {"instruction": "Say hi.", "output": "Hi"})))
+    row = {"article": "2+2", "date": "Add.", "headline": "4", "id": 7}
+    file.write_text("".join(json.dumps(r) + "\n" for r in (row, {"article": "Say hi.", "headline": "Hi"})))
     values = {
         "stage": "sft",
         "out_dir": str(tmp_path / "run"),
-        "data": {"path": str(file), "tokenizer": "t", "store": str(tmp_path / "store"), "format": "alpaca"},
+        "data": {"path": str(file), "tokenizer": "t", "store": str(tmp_path / "store"), "format": "headline"},
     }
-    with pytest.raises(RecipeError, match=r"data\.format='alpaca': must be one of"):
+    with pytest.raises(RecipeError, match=r"data\.format='headline': must be one of"):
         Recipe.parse(values)
-    monkeypatch.setitem(FORMATS, alpaca.name, alpaca)
+    monkeypatch.setitem(FORMATS, headline.name, headline)
     data = Recipe.parse(values).data
     store = build_store(data.path, stage="sft", tokenizer=bpe_tokenizer, data=data)
     said = [bpe_tokenizer.decode(store[i].labels[store[i].loss_mask]) for i in range(len(store))]
     assert said == ["4<|im_end|>", "Hi<|im_end|>"]
     assert bpe_tokenizer.decode(store[0].tokens).startswith("<|im_start|>user\nAdd.\n\n2+2<|im_end|>")
-    (note,) = store.report.notes()
+    formats, note = store.report.notes()
+    assert formats == "formats: headline (2 rows)"
     assert note.endswith(f": id (1 rows, the first {file}:1)"), "what is not read is said"
-    assert to_conversation(Record("a", 1, row, 0, 0)) == to_conversation(Record("a", 1, row, 0, 0), "alpaca")
-    assert str(to_conversation(Record("a", 1, row | {"output": ""}, 0, 0))).startswith("a:1: output: no text, so")
+    assert to_conversation(Record("a", 1, row, 0, 0)) == to_conversation(Record("a", 1, row, 0, 0), "headline")
+    assert str(to_conversation(Record("a", 1, row | {"headline": ""}, 0, 0))).startswith("a:1: headline: no text, so")
 
 
 def test_the_loss_of_the_docs_is_the_focal_loss():
@@ -111,6 +112,43 @@ def test_the_loss_of_the_docs_is_the_focal_loss():
         assert (ours.grad.double() - theirs.grad).abs().max() <= 1e-5 * theirs.grad.abs().max()
 
 
+def examples(title: str) -> list[tuple[str, dict[str, Any], str]]:
+    """(heading, row, what stands below it) of a section of docs/data.md."""
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (part,) = re.findall(rf"^## {title}$(.*?)(?=^## |\Z)", page, re.M | re.S)
+    found = []
+    for below in re.split(r"^### ", part, flags=re.M):
+        for row, text in re.findall(r"^```json\n(.*?)\n```\n\n```text\n(.*?)\n```$", below, re.M | re.S):
+            found.append((below.partition("\n")[0], json.loads(row), text))
+    return found
+
+
+def as_shown(chat: Conversation) -> str:
+    lines = []
+    for i, message in enumerate(chat.messages):
+        weight = "" if message["role"] != "assistant" or chat.weight(i) == 1 else f" (weight {chat.weight(i):g})"
+        more = [f" {key}={json.dumps(value)}" for key, value in message.items() if key not in ("role", "content")]
+        lines.append(f"{message['role']}{weight}: {message['content']}{''.join(more)}")
+    return "\n".join([*lines, *([f"tools: {json.dumps(chat.tools)}"] if chat.tools else [])])
+
+
+def test_every_format_has_an_example_that_is_read_so():
+    found = examples("Formats")
+    assert {name for name, _, _ in found} == set(formats_that_give("conversation"))
+    for name, row, text in found:
+        read = read_row(Record("a", 1, row, 0, 0), "conversation")
+        assert not isinstance(read, BadRow), read
+        assert isinstance(read.value, Conversation)
+        assert (read.format, as_shown(read.value)) == (name, text)
+
+
+def test_the_commonest_mistakes_have_the_messages_of_the_page():
+    found = examples("Mistakes")
+    assert len(found) >= 20
+    for _, row, text in found:
+        assert str(read_row(Record("a", 1, row, 0, 0), "conversation")) == f"a:1: {text}"
+
+
 PAGES = [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -119,7 +157,7 @@ def test_files_that_the_pages_name_exist(page):
     """`room/file.py` is below src/pertoken, `tests/...` and `benchmarks/...` below the repository, a name anywhere."""
     known = [p for top in ("src", "tests", "benchmarks", "recipes") for p in (ROOT / top).rglob("*.*")]
     names = {p.name for p in known}
-    examples = {"NAME.py", "focal.py", "mistral.py", "alpaca.py", "test_alpaca.py"}
+    examples = {"NAME.py", "focal.py", "mistral.py", "headline.py", "test_headline.py"}
     for name in set(re.findall(r"`([\w./-]+\.(?:py|c|toml))`", page.read_text(encoding="utf-8"))):
         path = Path(name)
         if path.name in examples or path.name in (

@@ -21,7 +21,7 @@ LAYERS = [
     {"recipe"},
     {"data.tokens"},
     {"data.chat"},
-    {"data.findings", "data.outcome", "data.samples", "data.typed", "data.view"},
+    {"data.findings", "data.formats_found", "data.outcome", "data.samples", "data.typed", "data.view"},
     {"data.store"},
     {"data"},
     {"kernels"},

@@ -206,7 +206,7 @@ def test_tokens_outside_the_vocabulary_are_counted_and_only_the_first_looked_up(
     monkeypatch.setattr(Columns, "value", lambda self, name, i: looked_up.append(i) or value(self, name, i))
     with pytest.raises(DataError, match=r"(?s)a.jsonl:2: tokens: token id .*and 10 more$") as error:
         store.check_vocab(3)
-    assert len(str(error.value).splitlines()) == 21
+    assert " (lines 2-21)\n" in str(error.value)
     assert max(looked_up) == 19
 
 

@@ -27,17 +27,19 @@ def _build(path: Path, tokenizer: Any, stage: Any = "sft", **data: Any) -> Store
 
 def test_keys_that_a_format_does_not_read_are_said_at_every_start(write_jsonl: WriteJsonl, bpe_tokenizer: Any) -> None:
     rows: list[Any] = [{"messages": [USER, REPLY], "tools": None, "id": i, "history": None} for i in range(3)]
-    rows[1]["system"] = "Be brief."
+    rows[1]["source"] = "web"
     path = write_jsonl("a.jsonl", ["", *rows])
     for hit in (False, True):
         store = _build(path, bpe_tokenizer)
         assert store.report.hit == hit
-        assert store.report.notes() == [f"{ROWS}: id (3 rows, the first {path}:2), system (1 rows, the first {path}:3)"]
+        assert store.report.notes()[1:] == [
+            f"{ROWS}: id (3 rows, the first {path}:2), source (1 rows, the first {path}:3)"
+        ]
 
 
 def test_a_row_that_is_bad_is_said_as_such_alone(write_jsonl: WriteJsonl, bpe_tokenizer: Any) -> None:
     path = write_jsonl("a.jsonl", [{"messages": [], "id": 1}, {"messages": [USER, REPLY]}])
-    (note,) = _build(path, bpe_tokenizer, on_bad_row="skip").report.notes()
+    _, note = _build(path, bpe_tokenizer, on_bad_row="skip").report.notes()
     assert note.startswith("1 bad rows skipped")
 
 
@@ -45,9 +47,10 @@ def test_a_row_that_is_bad_is_said_as_such_alone(write_jsonl: WriteJsonl, bpe_to
     ("row", "data", "unused"),
     [
         ({"messages": [USER, REPLY], "prompt": "?"}, {}, "prompt"),
-        ({"prompt": "?", "completion": "!", "system": "s"}, {}, "system"),
+        ({"prompt": "?", "completion": "!", "source": "s"}, {}, "source"),
         ({"q": "?", "a": "!", "prompt": "x"}, {"prompt_key": "q", "completion_key": "a"}, "prompt"),
-        ({"conversations": [USER, REPLY], "images": ["a.png"]}, {}, "images"),
+        ({"conversations": [USER, REPLY], "label": "easy"}, {}, "label"),
+        ({"messages": [USER, REPLY], "history": "h"}, {"ignore": ["history"]}, "history"),
         ({"messages": [USER, REPLY], "\n[bold]": 1}, {}, r"\n[bold]"),
     ],
 )
@@ -55,27 +58,30 @@ def test_each_format_reads_its_own_keys_alone(
     write_jsonl: WriteJsonl, bpe_tokenizer: Any, row: Any, data: dict[str, Any], unused: str
 ) -> None:
     path = write_jsonl("a.jsonl", [row])
-    assert _build(path, bpe_tokenizer, **data).report.notes() == [f"{ROWS}: {unused} (1 rows, the first {path}:1)"]
+    assert _build(path, bpe_tokenizer, **data).report.notes()[1:] == [f"{ROWS}: {unused} (1 rows, the first {path}:1)"]
 
 
 def test_keys_of_documents_are_said_too(write_jsonl: WriteJsonl, bpe_tokenizer: Any) -> None:
     path = write_jsonl("a.jsonl", [{"text": "The fox", "meta": {"id": 1}}])
-    assert _build(path, bpe_tokenizer, "pretrain").report.notes() == [f"{ROWS}: meta (1 rows, the first {path}:1)"]
+    assert _build(path, bpe_tokenizer, "pretrain").report.notes()[1:] == [f"{ROWS}: meta (1 rows, the first {path}:1)"]
 
 
 def test_keys_of_messages_that_the_template_does_not_name_are_said(write_jsonl: WriteJsonl, bpe_tokenizer: Any) -> None:
-    reply = REPLY | {"reasoning_content": "hm", "weight": 0, "name": None, "loss-mask": 1}
+    reply = REPLY | {"reasoning_content": "hm", "score": 0, "name": None, "loss-mask": 1}
     path = write_jsonl("a.jsonl", [{"messages": [USER, reply, USER, reply], "tools": [{"name": "add"}]}])
-    assert _build(path, bpe_tokenizer).report.notes() == [
-        f"{MESSAGES}: loss-mask (1 rows, the first {path}:1), weight (1 rows, the first {path}:1)"
+    assert _build(path, bpe_tokenizer).report.notes()[1:] == [
+        f"{MESSAGES}: loss-mask (1 rows, the first {path}:1), score (1 rows, the first {path}:1)"
     ]
     template = "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}{{ m['loss-mask'] }}<|im_end|>"
     bpe_tokenizer.chat_template = (
         template + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
     )
-    path = write_jsonl("b.jsonl", [{"messages": [USER, REPLY | {"weight": 0, "name": None, "loss-mask": 1}]}])
-    (note,) = _build(path, bpe_tokenizer).report.notes()
-    assert note == f"{MESSAGES}: weight (1 rows, the first {path}:1)"
+    _, note = _build(path, bpe_tokenizer).report.notes()
+    assert [key.partition(" ")[0] for key in note.partition(": ")[2].split("), ")] == [
+        "reasoning_content",
+        "score",
+        "tools",
+    ]
 
 
 def test_counts_do_not_depend_on_how_rows_are_split_and_are_bounded() -> None:

@@ -153,7 +153,7 @@ def test_bad_rows_of_any_part_are_named_as_without_parts(
     monkeypatch.setattr(pertoken.data.store.parts, "_PART_BYTES", (10**9, 10**9))
     assert error(1) == in_parts
     assert f"{files[0]}:{13 + 20 + 2}: row: not valid JSON" in in_parts
-    assert in_parts.endswith('more\ndata.on_bad_row="skip" trains on the other rows')
+    assert in_parts.endswith('\ndata.on_bad_row="skip" trains on the other rows')
 
 
 _KILLED = """\

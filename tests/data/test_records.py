@@ -13,7 +13,8 @@ import pytest
 
 from pertoken.data.files import limits, parquet
 from pertoken.data.files.json_text import parse_json
-from pertoken.data.files.records import BadRow, Problems, Record, read_records
+from pertoken.data.files.problems import Problems
+from pertoken.data.files.records import BadRow, Record, read_records
 from pertoken.errors import DataError
 
 
@@ -167,18 +168,55 @@ def test_a_broken_parquet_file_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 20, 21, 1000])
-def test_the_first_twenty_problems_are_listed_and_the_others_counted(count: int) -> None:
+def test_the_first_twenty_causes_are_listed_and_the_others_counted(count: int) -> None:
     problems = Problems()
     for line in range(1, count + 1):
-        problems.add(BadRow("f.jsonl", line, "row", "bad; fix it"))
+        problems.add(BadRow("f.jsonl", line, "row", f"bad {line}; fix it"))
     if not count:
         problems.raise_if_any("hint")
         return
     with pytest.raises(DataError) as error:
         problems.raise_if_any("hint")
     lines = str(error.value).splitlines()
-    assert lines[: min(count, 20)] == [f"f.jsonl:{i}: row: bad; fix it" for i in range(1, min(count, 20) + 1)]
-    assert lines[20 if count > 20 else count :] == ([f"and {count - 20} more"] if count > 20 else []) + ["hint"]
+    assert lines[: min(count, 20)] == [f"f.jsonl:{i}: row: bad {i}; fix it" for i in range(1, min(count, 20) + 1)]
+    assert lines[20 if count > 20 else count :] == ([f"and {count - 20:,} more"] if count > 20 else []) + ["hint"]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7])
+def test_one_cause_is_told_once_with_the_lines_that_it_hits(parts: int) -> None:
+    lines = [*range(1, 21), 22, *range(30, 3030)]
+    rows = [BadRow("f.jsonl", line, f"messages[{line}].role", "bad; fix it") for line in lines]
+    rows[5] = BadRow("f.jsonl", 6, "row", "worse; fix it")
+    whole = Problems()
+    for part in range(parts):
+        problems = Problems()
+        for row in rows[part * len(rows) // parts : (part + 1) * len(rows) // parts]:
+            problems.add(row)
+        whole.extend(Problems.from_json(json.loads(json.dumps(problems.to_json()))))
+    with pytest.raises(DataError) as error:
+        whole.raise_if_any()
+    assert str(error.value).splitlines() == [
+        "f.jsonl:1: messages[1].role: bad; fix it (lines 1-5, 7-20, 22 and 3,000 more)",
+        "f.jsonl:6: row: worse; fix it",
+    ]
+
+
+def test_a_few_lines_of_one_cause_are_all_named() -> None:
+    problems = Problems()
+    for line in (3, 4, 9):
+        problems.add(BadRow("f.jsonl", line, "row", "bad"))
+    problems.add(BadRow("g.jsonl", 3, "row", "bad"))
+    with pytest.raises(DataError) as error:
+        problems.raise_if_any()
+    assert str(error.value) == "f.jsonl:3: row: bad (lines 3-4 and 9)\ng.jsonl:3: row: bad"
+
+
+def test_nulls_that_a_columnar_file_adds_are_dropped_within_objects(tmp_path: Path) -> None:
+    calls = [{"name": "add", "arguments": {"a": 1}}, {"name": "say", "arguments": {"text": "hi"}}]
+    table = pa.table({"calls": [[call] for call in calls], "id": [None, 2]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = [row.value for row in read_records(tmp_path / "a.parquet") if isinstance(row, Record)]
+    assert rows == [{"calls": [calls[0]], "id": None}, {"calls": [calls[1]], "id": 2}]
 
 
 def test_a_line_far_too_long_costs_no_memory_and_the_rest_is_read(

@@ -65,7 +65,7 @@ def test_every_conversation_is_the_sample_that_chat_makes_of_it(write_jsonl: Wri
         assert store.where(i).endswith(f"chat.jsonl:{i + 2}")
     assert store.report.rows == store.report.samples == 30
     assert (store.report.tokens, store.report.num_tokens) == (store.lengths.sum(), store.num_tokens.sum())
-    assert store.report.notes() == []
+    assert store.report.notes() == ["formats: messages (30 rows)"]
     with pytest.raises(IndexError):
         store[30]
 
@@ -125,7 +125,7 @@ def test_a_document_of_one_token_is_counted_and_left_out(write_jsonl: WriteJsonl
     char_tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
     store = _build(write_jsonl("a.jsonl", [{"text": " "}, {"text": "a"}]), char_tokenizer, "pretrain")
     assert (len(store), store.report.too_short) == (1, 1)
-    assert store.report.notes() == ["1 documents of a single token dropped"]
+    assert store.report.notes() == ["formats: text (2 rows)", "1 documents of a single token dropped"]
 
 
 @pytest.mark.parametrize("stage", ["sft", "pretrain"])
@@ -162,7 +162,7 @@ def test_overlong_conversations_are_counted(
     assert _labels(store, bpe_tokenizer) == labels
     assert {name: getattr(store.report, name) for name in counts} == counts
     assert store.lengths.max() <= prompt + 10
-    assert len(store.report.notes()) == sum(count > 0 for count in counts.values())
+    assert len(store.report.notes()) == 1 + sum(count > 0 for count in counts.values())
 
 
 @pytest.mark.parametrize("on_bad_row", ["error", "skip"])
@@ -172,23 +172,53 @@ def test_overlong_error_lists_the_rows(write_jsonl: WriteJsonl, bpe_tokenizer: A
         _build(path, bpe_tokenizer, overlong="error", max_seq_len=45, on_bad_row=on_bad_row)
     lines = str(error.value).splitlines()
     assert lines[0].startswith(f"{path}:2: data.max_seq_len: ")
-    assert lines[0].endswith(' inputs, more than 45; raise it, or set data.overlong to "drop" or "truncate"')
-    assert lines[1].startswith(f"{path}:3: ")
-    assert len(lines) == 2  # skipping bad rows would not help
+    assert lines[0].endswith('more than 45; raise it, or set data.overlong to "drop" or "truncate" (lines 2-3)')
+    assert len(lines) == 1  # skipping bad rows would not help
 
 
 BAD = ['{"messages": [}', {"text": "x"}, _chat("a"), {"messages": [{"role": "bot", "content": ""}]}]
 
 
-def test_bad_rows_are_listed_first_twenty_and_a_count(write_jsonl: WriteJsonl, bpe_tokenizer: Any) -> None:
+def test_bad_rows_are_listed_by_cause(write_jsonl: WriteJsonl, bpe_tokenizer: Any) -> None:
     first, second = write_jsonl("a.jsonl", [_chat("a", "b"), *BAD]), write_jsonl("b.jsonl", BAD * 10)
     with pytest.raises(DataError) as error:
         _build([first, second], bpe_tokenizer)
     lines = str(error.value).splitlines()
-    assert len(lines) == 22
-    assert [line.split(" ")[0] for line in lines[:5]] == [f"{first}:{i}:" for i in (2, 3, 4, 5)] + [f"{second}:1:"]
-    assert lines[20:] == ["and 24 more", 'data.on_bad_row="skip" trains on the other rows']
+    places = [f"{first}:{i}:" for i in (2, 3, 4, 5)] + [f"{second}:{i}:" for i in (1, 2, 3, 4)]
+    assert [line.split(" ")[0] for line in lines[:8]] == places
+    assert lines[7].endswith(" (lines 4, 8, 12, 16, 20, 24, 28, 32, 36 and 40)")
+    assert lines[8:] == ['data.on_bad_row="skip" trains on the other rows']
     assert not _in(first.parent / "cache")
+
+
+def test_skipping_is_not_offered_where_every_row_is_bad(write_jsonl: WriteJsonl, bpe_tokenizer: Any) -> None:
+    path = write_jsonl("a.jsonl", [{"text": "x"}] * 30)
+    with pytest.raises(DataError) as error:
+        _build(path, bpe_tokenizer)
+    (line,) = str(error.value).splitlines()
+    assert line.endswith('train with stage = "pretrain", or split it into messages (lines 1-20 and 10 more)')
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_formats_are_counted_over_files(write_jsonl: WriteJsonl, bpe_tokenizer: Any, workers: int) -> None:
+    first = write_jsonl("a.jsonl", [{"instruction": "?", "output": "!"}] * 1000)
+    second = write_jsonl(
+        "b.jsonl", [{"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}]
+    )
+    for _ in range(2):  # the second time from the cache
+        store = _build([first, second], bpe_tokenizer, workers=workers)
+        assert store.report.notes() == ["formats: alpaca (1,000 rows), sharegpt (1)"]
+
+
+def test_a_column_that_no_row_has_is_an_error(write_jsonl: WriteJsonl, bpe_tokenizer: Any) -> None:
+    rows = [{"instruction": "?", "output": "!"}, {"instruction": "?", "output": "!", "role": "Be brief."}]
+    path = write_jsonl("a.jsonl", rows)
+    store = _build(path, bpe_tokenizer, columns={"system": "role"})
+    assert bpe_tokenizer.decode(store[1].tokens).startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    with pytest.raises(DataError, match=r"^data\.columns: no row has 'rolle'; write the name as it is in the file$"):
+        _build(path, bpe_tokenizer, columns={"system": "rolle"})
+    with pytest.raises(DataError, match=r"^data\.columns: no row has 'a', 'b'"):
+        _build(path, bpe_tokenizer, columns={"prompt": "a", "completion": "b"}, on_bad_row="skip")
 
 
 def test_skipped_rows_are_counted_and_all_listed_in_a_file(write_jsonl: WriteJsonl, bpe_tokenizer: Any) -> None:
@@ -200,7 +230,7 @@ def test_skipped_rows_are_counted_and_all_listed_in_a_file(write_jsonl: WriteJso
         assert store.report.skipped_file is not None
         listed = Path(store.report.skipped_file).read_text(encoding="utf-8").splitlines()
         assert [line.split(" ")[0] for line in listed] == [f"{path}:{i}:" for i in range(1, 41)]
-        assert store.report.notes() == [f"40 bad rows skipped, listed in {store.report.skipped_file}"]
+        assert store.report.notes()[1:] == [f"40 bad rows skipped, listed in {store.report.skipped_file}"]
 
 
 def test_a_template_that_fails_on_a_row_makes_it_a_bad_row(write_jsonl: WriteJsonl, bpe_tokenizer: Any) -> None:
@@ -399,9 +429,9 @@ def test_a_token_outside_the_vocabulary_is_named_with_its_row(write_jsonl: Write
     lines = str(error.value).splitlines()
     assert lines[0] == (
         f"{path}:2: tokens: token id {vocab_size} is outside the model's vocabulary of {vocab_size}; "
-        "use the model's own tokenizer or raise model.vocab_size"
+        "use the model's own tokenizer or raise model.vocab_size (lines 2-21)"
     )
-    assert (len(lines), lines[20]) == (21, "and 5 more")
+    assert lines[1:] == ["and 5 more"]
 
 
 def test_gsm8k_becomes_one_sample_a_row(minimind_tokenizer: Any, shared_data: Path, tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, Literal
 
-from pertoken.data.files.records import Problems
+from pertoken.data.files.problems import Problems
 from pertoken.data.findings import Findings
+from pertoken.data.formats_found import FormatsFound
 from pertoken.text import one_line
 
 __all__ = ["Counts", "Outcome", "UnusedKeys"]
@@ -124,6 +125,7 @@ class Outcome:
     problems: Problems = field(default_factory=Problems)
     unused: UnusedKeys = field(default_factory=UnusedKeys)
     findings: Findings = field(default_factory=Findings)
+    formats: FormatsFound = field(default_factory=FormatsFound)
     skippable: bool = False  # data.on_bad_row="skip" would pass over some of the problems
 
     def extend(self, other: Outcome) -> None:
@@ -133,8 +135,11 @@ class Outcome:
         self.problems.extend(other.problems)
         self.unused.extend(other.unused)
         self.findings.extend(other.findings)
+        self.formats.extend(other.formats)
         self.skippable |= other.skippable
 
     def raise_problems(self) -> None:
-        """DataError naming the first rows that cannot be used, if any."""
-        self.problems.raise_if_any('data.on_bad_row="skip" trains on the other rows' if self.skippable else "")
+        """DataError naming the first causes why rows cannot be used, if any, or a column that no row has."""
+        self.formats.require_columns()
+        others = self.skippable and self.problems.count < self.counts.rows
+        self.problems.raise_if_any('data.on_bad_row="skip" trains on the other rows' if others else "")

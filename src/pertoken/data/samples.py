@@ -203,11 +203,14 @@ class _Rows:
     def _texts(self, row: Record, file: int) -> Sequence[tuple[TextWithSpans | LongText, bool]] | BadRow:
         """Each text of the row, and whether it is held out as the tail of another."""
         data, template = self._builder.data, self._builder.template
+        self._outcome.formats.look(row.value, data.columns)
         read = read_row(row, self._gives, data.format, self._keys)
         if isinstance(read, BadRow):
             return read
-        value, unread = read
+        value, unread = read.value, read.unread
         unnamed: tuple[str, ...] = ()
+        if read.format is not None:
+            self._outcome.formats.add(read.format)
         typed, findings = self._builder.typed, self._outcome.findings
         try:
             if isinstance(value, Conversation):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pertoken.data.files.text import TextReading
-from pertoken.data.formats import FORMATS, KeyNames
+from pertoken.data.formats import FORMATS, KeyNames, standard_keys
 from pertoken.files import check_path
 from pertoken.recipe.homes import known_name
 from pertoken.recipe.section import Section, one_or_many
@@ -28,6 +28,9 @@ class DataConfig(Section):
     text_key: str = Field(default="text", min_length=1)
     prompt_key: str = Field(default="prompt", min_length=1)
     completion_key: str = Field(default="completion", min_length=1)
+    columns: dict[str, str] = Field(default={})
+    ignore: tuple[str, ...] = ()
+    supervise: Literal["all", "last"] = "all"
     tokenizer: str | None = None
     add_tokens: tuple[str, ...] = ()
     chat_template: str | None = None
@@ -45,7 +48,7 @@ class DataConfig(Section):
     store: str | None = None
     workers: int | None = Field(default=None, ge=1)
 
-    @field_validator("path", "eval_path", "add_tokens", mode="before")
+    @field_validator("path", "eval_path", "add_tokens", "ignore", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return one_or_many(value)
@@ -54,6 +57,16 @@ class DataConfig(Section):
     @classmethod
     def _known_format(cls, value: str) -> str:
         return known_name(value, ["auto", *FORMATS])
+
+    @field_validator("columns")
+    @classmethod
+    def _columns(cls, value: dict[str, str]) -> dict[str, str]:
+        for key, name in value.items():
+            known_name(key, standard_keys())
+            if not name or list(value.values()).count(name) > 1:
+                said = f"{name!r} twice" if name else "no name"
+                raise ValueError(f"{said}; give each of the keys the name of a column of its own")
+        return value
 
     @field_validator("path", "eval_path")
     @classmethod
@@ -78,6 +91,13 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.eval_fraction={self.eval_fraction}: data.eval_path is given too; keep one of the two"
             )
+        for key, name, default in (
+            ("text", self.text_key, "text"),
+            ("prompt", self.prompt_key, "prompt"),
+            ("completion", self.completion_key, "completion"),
+        ):
+            if key in self.columns and name not in (default, self.columns[key]):
+                raise ValueError(f"data.columns: {key} is named by data.{key}_key={name!r} too; keep one of the two")
         return self
 
     @property
@@ -87,8 +107,9 @@ class DataConfig(Section):
 
     @property
     def key_names(self) -> KeyNames:
-        """What the formats that have no keys of their own read."""
-        return KeyNames(self.text_key, self.prompt_key, self.completion_key)
+        """What is said of the keys of rows."""
+        keys = (self.text_key, self.prompt_key, self.completion_key)
+        return KeyNames(*keys, columns=self.columns, ignore=self.ignore, supervise=self.supervise)
 
 
 def _is_day(value: str) -> bool:

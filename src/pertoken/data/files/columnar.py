@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pertoken.data.files import limits
+from pertoken.data.files.nulls import without_nulls
 from pertoken.data.files.rows import BadRow, Record, digest_of, not_utf8
 from pertoken.errors import DataError
 from pertoken.text import names, reason
@@ -40,6 +41,7 @@ def rows_of(file: str, batches: Iterable[Any], line: int, size: int, rows: int) 
             except (pa.ArrowException, ArithmeticError, RecursionError, ValueError) as error:
                 yield BadRow(file, line, "row", f"a value that cannot be read ({reason(error)}); write it as text")
             else:
+                value = {name: without_nulls(item) for name, item in value.items()}
                 yield Record(file, line, value, digest_of(raw), size * line // max(rows, 1))
 
 

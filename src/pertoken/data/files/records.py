@@ -15,12 +15,12 @@ from pertoken.data.files.json_array import read_json
 from pertoken.data.files.jsonl import read_jsonl
 from pertoken.data.files.kinds import FileKind, kind_of
 from pertoken.data.files.parquet import read_parquet
-from pertoken.data.files.rows import BadRow, Problems, Record, Span, empty_file
+from pertoken.data.files.rows import BadRow, Record, Span, empty_file
 from pertoken.data.files.text import TextReading, read_text
 from pertoken.errors import DataError
 from pertoken.files import plain_file
 
-__all__ = ["BadRow", "Problems", "Record", "Span", "TextReading", "is_text", "read_records"]
+__all__ = ["BadRow", "Record", "Span", "TextReading", "is_text", "read_records"]
 
 AS_FILES = TextReading()
 

@@ -12,9 +12,8 @@ from pertoken.data.files.long_text import LongText
 from pertoken.errors import DataError
 from pertoken.text import one_line
 
-__all__ = ["BadRow", "Problems", "Record", "Span", "digest_of", "empty_file", "no_utf8", "not_utf8"]
+__all__ = ["BadRow", "Record", "Span", "digest_of", "empty_file", "no_utf8", "not_utf8"]
 
-_SHOWN = 20
 _WIDE = {  # how files start that Unicode was written to otherwise; UTF-32 first, whose mark begins like UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -62,32 +61,6 @@ class Span:
     line: int  # of the first row
     groups: tuple[int, int] | None = None  # row groups [first, last) of a .parquet
     sha256: str | None = None  # of these bytes; None: not to be compared with what is read
-
-
-class Problems:
-    """Bad rows, counted; the first 20 of them are kept."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: list[BadRow] = []
-
-    def add(self, row: BadRow) -> None:
-        self.count += 1
-        if self.count <= _SHOWN:
-            self.first.append(row)
-
-    def extend(self, others: Problems) -> None:
-        self.count += others.count
-        self.first += others.first[: _SHOWN - len(self.first)]
-
-    def raise_if_any(self, hint: str = "") -> None:
-        """Raise DataError with one line per kept problem, the number of the others, and `hint`."""
-        if not self.count:
-            return
-        lines = [str(row) for row in self.first]
-        if self.count > _SHOWN:
-            lines.append(f"and {self.count - _SHOWN} more")
-        raise DataError("\n".join([*lines, hint] if hint else lines))
 
 
 def empty_file(path: Path) -> DataError:

@@ -1,23 +1,34 @@
 """Rows of the known formats become conversations or texts, or a `BadRow` that says why not.
 
 A format is one file of this package and one line of `FORMATS`. Nothing of a row vanishes: each of its keys is read by
-the format, or is among the unread keys that `read_row` returns, which are counted and said (`data/outcome.py`).
+the format, or refused where it carries content in some format (`carriers.py`), or is among the unread keys that
+`read_row` returns, which are counted and said (`data/outcome.py`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from pertoken.data.files.long_text import LongText
 from pertoken.data.files.records import BadRow, Record
+from pertoken.data.formats.alpaca import ALPACA
+from pertoken.data.formats.carriers import refuse_other_training, refuse_row_keys
 from pertoken.data.formats.conversation import ROLES, Conversation
 from pertoken.data.formats.conversations import CONVERSATIONS
+from pertoken.data.formats.detect import detect
+from pertoken.data.formats.dolly import DOLLY
 from pertoken.data.formats.format import Fields, Format, Gives, KeyNames
 from pertoken.data.formats.messages import MESSAGES
+from pertoken.data.formats.pairs import PAIRS
 from pertoken.data.formats.problem import RowProblem
 from pertoken.data.formats.prompt_completion import PROMPT_COMPLETION
+from pertoken.data.formats.query_response import QUERY_RESPONSE
+from pertoken.data.formats.question_answer import QUESTION_ANSWER
+from pertoken.data.formats.self_instruct import SELF_INSTRUCT
+from pertoken.data.formats.sharegpt import SHAREGPT
 from pertoken.data.formats.text import TEXT
-from pertoken.text import names
+from pertoken.data.formats.weights import supervised
 
 __all__ = [
     "FORMATS",
@@ -26,8 +37,10 @@ __all__ = [
     "Format",
     "Gives",
     "KeyNames",
+    "ReadRow",
     "formats_that_give",
     "read_row",
+    "standard_keys",
     "to_conversation",
     "to_text",
 ]
@@ -37,6 +50,13 @@ FORMATS = {
     for format in (
         MESSAGES,
         CONVERSATIONS,
+        SHAREGPT,
+        PAIRS,
+        ALPACA,
+        DOLLY,
+        QUERY_RESPONSE,
+        QUESTION_ANSWER,
+        SELF_INSTRUCT,
         PROMPT_COMPLETION,
         TEXT,
     )
@@ -46,26 +66,52 @@ FORMATS = {
 KEY_NAMES = KeyNames()  # the recipe's defaults
 
 
-def read_row(
-    record: Record, gives: Gives, format: str = "auto", keys: KeyNames = KEY_NAMES
-) -> tuple[Conversation | str | LongText, tuple[str, ...]] | BadRow:
-    """(what the row is, the keys of it that were not read). `format` is a key of FORMATS that gives this, or "auto".
+@dataclass(frozen=True, slots=True)
+class ReadRow:
+    """What a row is, and how it was read."""
 
-    "auto" is the one format whose keys the row has; a BadRow where none or several fit. A text of a file without keys,
-    a .txt, is a text in every format of texts, and in no other.
+    value: Conversation | str | LongText
+    format: str | None = None  # None: a text of a file without keys
+    unread: tuple[str, ...] = ()  # the keys that have a value and were not read
+
+
+def read_row(record: Record, gives: Gives, format: str = "auto", keys: KeyNames = KEY_NAMES) -> ReadRow | BadRow:
+    """What the row is. `format` is a key of FORMATS that gives this, or "auto".
+
+    "auto" is the one format whose keys the row has; a BadRow where none or several fit. A list is the messages of a
+    conversation. A text of a file without keys, a .txt, is a text in every format of texts, and in no other.
     """
     try:
-        if isinstance(record.value, list):
-            raise RowProblem("row", "a list, not an object; write one JSON object a line, or an array of objects")
-        if not isinstance(record.value, dict):
+        row = record.value
+        if isinstance(row, list):
             if gives == "text":
-                return record.value, ()
-            raise RowProblem("row", 'raw text has no turns; give .jsonl or .parquet, or train with stage = "pretrain"')
-        chosen = _detect(record.value, gives, keys) if format == "auto" else FORMATS[format]
-        fields = Fields(record.value)
-        return chosen.read(fields, keys), fields.unread()
+                raise RowProblem("row", 'a list of messages is a conversation; train with stage = "sft"')
+            return _read({"messages": row}, gives, "messages", KeyNames(supervise=keys.supervise))
+        if isinstance(row, dict):
+            return _read(row, gives, format, keys)
+        if gives == "text":
+            return ReadRow(row)
+        raise RowProblem("row", 'raw text has no turns; give .jsonl or .parquet, or train with stage = "pretrain"')
     except RowProblem as problem:
         return BadRow(record.file, record.line, problem.field, problem.problem)
+
+
+def _read(row: dict[str, Any], gives: Gives, format: str, keys: KeyNames) -> ReadRow:
+    fields, is_text = Fields(row, keys.in_file), gives == "text"
+    named = keys.in_file.values()
+    refuse_other_training(row, [key for key in row if key not in named], keys.ignore, is_text=is_text)
+    if format != "auto":
+        chosen = FORMATS[format]
+    elif is_text:
+        chosen = TEXT
+    else:
+        chosen = detect(row, fields, [known for known in FORMATS.values() if known.gives == gives])
+    value = chosen.read(fields)
+    unread = fields.unread()
+    refuse_row_keys(row, [key for key in unread if key not in keys.ignore], chosen.name, is_text=is_text)
+    if isinstance(value, Conversation):
+        value = supervised(value, fields.name(chosen.keys[-1]), keys.supervise)
+    return ReadRow(value, chosen.name, unread)
 
 
 def to_conversation(record: Record, format: str = "auto", keys: KeyNames = KEY_NAMES) -> Conversation | BadRow:
@@ -73,8 +119,8 @@ def to_conversation(record: Record, format: str = "auto", keys: KeyNames = KEY_N
     read = read_row(record, "conversation", format, keys)
     if isinstance(read, BadRow):
         return read
-    assert isinstance(read[0], Conversation), format
-    return read[0]
+    assert isinstance(read.value, Conversation), format
+    return read.value
 
 
 def to_text(record: Record, format: str = "auto", keys: KeyNames = KEY_NAMES) -> str | LongText | BadRow:
@@ -82,8 +128,8 @@ def to_text(record: Record, format: str = "auto", keys: KeyNames = KEY_NAMES) ->
     read = read_row(record, "text", format, keys)
     if isinstance(read, BadRow):
         return read
-    assert not isinstance(read[0], Conversation), format
-    return read[0]
+    assert not isinstance(read.value, Conversation), format
+    return read.value
 
 
 def formats_that_give(gives: Gives) -> list[str]:
@@ -91,15 +137,6 @@ def formats_that_give(gives: Gives) -> list[str]:
     return [name for name, format in FORMATS.items() if format.gives == gives]
 
 
-def _detect(row: dict[str, Any], gives: Gives, keys: KeyNames) -> Format:
-    formats = [format for format in FORMATS.values() if format.gives == gives]
-    if len(formats) == 1:
-        return formats[0]
-    fitting = [format for format in formats if all(row.get(key) is not None for key in format.keys(keys))]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        fit = " and ".join(format.name for format in fitting)
-        raise RowProblem("row", f"fits the formats {fit}; choose with data.format")
-    known = ", ".join(f"{format.name} ({' and '.join(format.keys(keys))})" for format in formats)
-    raise RowProblem("row", f"unknown format, keys found: {names(row)}; known: {known}; set data.format and its keys")
+def standard_keys() -> list[str]:
+    """The keys of rows that formats read, which data.columns may give other names."""
+    return sorted({key for format in FORMATS.values() for key in (*format.keys, *format.optional)})

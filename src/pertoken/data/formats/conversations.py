@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from pertoken.data.formats.conversation import Conversation, read_conversation
-from pertoken.data.formats.format import Fields, Format, KeyNames
+from typing import Any
+
+from pertoken.data.formats.conversation import Conversation
+from pertoken.data.formats.format import Fields, Format
+from pertoken.data.formats.turns import first_item, read_list
 
 __all__ = ["CONVERSATIONS"]
 
 
-def _read(fields: Fields, keys: KeyNames) -> Conversation:
-    return read_conversation(fields.need("conversations"), "conversations", fields.get("tools"))
+def _read(fields: Fields) -> Conversation:
+    return read_list(fields, "conversations")
 
 
-CONVERSATIONS = Format("conversations", "conversation", lambda keys: ("conversations",), _read)
+def _looks(value: Any) -> bool:
+    return "from" not in first_item(value)
+
+
+CONVERSATIONS = Format("conversations", "conversation", ("conversations",), _read, ("system", "tools"), _looks)

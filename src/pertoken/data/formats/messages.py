@@ -1,15 +1,16 @@
-"""`messages`: a list of {role, content} under that key."""
+"""`messages`: a list of {role, content} under that key, as OpenAI's API has it and LLaMA-Factory's v1."""
 
 from __future__ import annotations
 
-from pertoken.data.formats.conversation import Conversation, read_conversation
-from pertoken.data.formats.format import Fields, Format, KeyNames
+from pertoken.data.formats.conversation import Conversation
+from pertoken.data.formats.format import Fields, Format
+from pertoken.data.formats.turns import read_list
 
 __all__ = ["MESSAGES"]
 
 
-def _read(fields: Fields, keys: KeyNames) -> Conversation:
-    return read_conversation(fields.need("messages"), "messages", fields.get("tools"))
+def _read(fields: Fields) -> Conversation:
+    return read_list(fields, "messages")
 
 
-MESSAGES = Format("messages", "conversation", lambda keys: ("messages",), _read)
+MESSAGES = Format("messages", "conversation", ("messages",), _read, ("system", "tools"))

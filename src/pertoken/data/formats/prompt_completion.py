@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from pertoken.data.formats.conversation import Conversation, read_messages, read_tools, require_assistant
-from pertoken.data.formats.format import Fields, Format, KeyNames
+from pertoken.data.formats.calls import read_tools
+from pertoken.data.formats.conversation import Conversation
+from pertoken.data.formats.format import Fields, Format
+from pertoken.data.formats.problem import RowProblem
+from pertoken.data.formats.turns import read_messages, require_assistant, with_system
 
 __all__ = ["PROMPT_COMPLETION"]
 
 
-def _read(fields: Fields, keys: KeyNames) -> Conversation:
-    prompt, completion = fields.need(keys.prompt), fields.need(keys.completion)
+def _read(fields: Fields) -> Conversation:
+    prompt, completion = fields.need("prompt"), fields.need("completion")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    context, learned = read_messages(prompt, keys.prompt), read_messages(completion, keys.completion)
-    require_assistant(learned, keys.completion)
-    weights = (0.0,) * len(context) + (1.0,) * len(learned)
+    context, weights_before = read_messages(prompt, fields.name("prompt"))
+    if any(weights_before):
+        raise RowProblem(
+            fields.name("prompt"), "a message with a weight, but a prompt is not learned; remove the weight"
+        )
+    learned, said = read_messages(completion, fields.name("completion"))
+    require_assistant(learned, fields.name("completion"))
+    context = with_system(context, fields.text("system"))
+    weights = (0.0,) * len(context) + tuple(1.0 if weight is None else weight for weight in said)
     return Conversation(context + learned, read_tools(fields.get("tools"), "tools"), weights)
 
 
-PROMPT_COMPLETION = Format("prompt_completion", "conversation", lambda keys: (keys.prompt, keys.completion), _read)
+PROMPT_COMPLETION = Format("prompt_completion", "conversation", ("prompt", "completion"), _read, ("system", "tools"))

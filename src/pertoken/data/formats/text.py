@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pertoken.data.formats.format import Fields, Format, KeyNames
-from pertoken.data.formats.problem import RowProblem, kind_of
+from pertoken.data.formats.format import Fields, Format
+from pertoken.data.formats.problem import RowProblem
 
 __all__ = ["TEXT"]
 
 
-def _read(fields: Fields, keys: KeyNames) -> str:
-    text = fields.need(keys.text)
-    if not isinstance(text, str):
-        raise RowProblem(keys.text, f"{kind_of(text)} found; give text")
+def _read(fields: Fields) -> str:
+    text = fields.need_text("text")
     if not text:
-        raise RowProblem(keys.text, "empty text, so nothing would be trained; remove the row")
+        raise RowProblem(fields.name("text"), "empty text, so nothing would be trained; remove the row")
     return text
 
 
-TEXT = Format("text", "text", lambda keys: (keys.text,), _read)
+TEXT = Format("text", "text", ("text",), _read)

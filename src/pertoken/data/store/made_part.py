@@ -16,8 +16,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pertoken.data.files.records import BadRow, Problems
+from pertoken.data.files.problems import Problems
 from pertoken.data.findings import Findings
+from pertoken.data.formats_found import FormatsFound
 from pertoken.data.outcome import Counts, Outcome, UnusedKeys
 from pertoken.data.samples import SampleBuilder
 from pertoken.data.store.columns import write
@@ -56,7 +57,8 @@ def make_part(
         "counts": asdict(outcome.counts),
         "unused": outcome.unused.to_json(),
         "findings": outcome.findings.to_json(),
-        "problems": {"count": outcome.problems.count, "first": [asdict(row) for row in outcome.problems.first]},
+        "formats": outcome.formats.to_json(),
+        "problems": outcome.problems.to_json(),
         "skippable": outcome.skippable,
     }
     for path in ours:
@@ -75,12 +77,11 @@ def find_part(folder: Path, index: int, part: Part, *, check: bool = True) -> Ma
             return None
         if check and meta["checksums"] != [_checksum(path) for path in (samples, skipped)]:
             return None
-        problems = Problems()
-        problems.count = int(meta["problems"]["count"])
-        problems.first = [BadRow(**row) for row in meta["problems"]["first"]]
+        problems = Problems.from_json(meta["problems"])
         unused = UnusedKeys.from_json(meta["unused"])
         findings = Findings.from_json(meta["findings"])
-        outcome = Outcome(Counts(**meta["counts"]), problems, unused, findings, bool(meta["skippable"]))
+        formats = FormatsFound.from_json(meta["formats"])
+        outcome = Outcome(Counts(**meta["counts"]), problems, unused, findings, formats, bool(meta["skippable"]))
         return MadePart(samples, skipped, outcome, meta["totals"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -8,6 +8,7 @@ from typing import Any
 
 from pertoken.data.batch.sample import as_count
 from pertoken.data.findings import Findings
+from pertoken.data.formats_found import FormatsFound
 from pertoken.data.outcome import Outcome, UnusedKeys
 from pertoken.text import one_line
 
@@ -28,6 +29,7 @@ class StoreReport:
     unsupervised: int  # conversations dropped for having no supervised token (left)
     too_short: int  # documents of one token, which predict nothing
     unused_keys: tuple[str, ...]  # lines on the keys of rows that nothing was made of
+    formats: tuple[str, ...]  # a line on the formats of the rows, none where the files have no keys
     findings: tuple[str, ...]  # lines on what is worth a word (data/findings.py)
     bos: str | None  # that documents begin with
     skipped_file: str | None
@@ -36,17 +38,18 @@ class StoreReport:
     @classmethod
     def of(cls, values: dict[str, Any], files: Sequence[str], *, skipped_file: str | None, hit: bool) -> StoreReport:
         """From what `to_json` made. Raises KeyError, TypeError or ValueError for anything else."""
-        lists = ("unused", "findings", "bos")
+        lists = ("unused", "findings", "formats", "bos")
         counts: dict[str, Any] = {name: as_count(value) for name, value in values.items() if name not in lists}
         unused = UnusedKeys.from_json(values["unused"]).notes(files)
         findings = Findings.from_json(values.get("findings", {})).notes(files)
-        lines = {"unused_keys": tuple(unused), "findings": tuple(findings)}
+        found = FormatsFound.from_json(values.get("formats", {"rows": {}, "columns": {}})).notes()
+        lines = {"unused_keys": tuple(unused), "findings": tuple(findings), "formats": tuple(found)}
         return cls(**counts | lines, bos=values.get("bos"), skipped_file=skipped_file, hit=hit)
 
     def notes(self) -> list[str]:
-        """One line for each way in which rows, or keys of them, were lost, cut or added to."""
+        """The formats of the rows, then a line for each way in which rows, or keys of them, were lost, cut or added to."""
         bos = [] if self.bos is None else [one_line(f"documents begin with {self.bos}, as the tokenizer adds it")]
-        return [
+        lost = [
             note.format(count=count)
             for count, note in (
                 (self.skipped, f"{{count}} bad rows skipped, listed in {self.skipped_file}"),
@@ -56,7 +59,8 @@ class StoreReport:
                 (self.too_short, "{count} documents of a single token dropped"),
             )
             if count
-        ] + [*bos, *self.findings, *self.unused_keys]
+        ]
+        return [*self.formats, *lost, *bos, *self.findings, *self.unused_keys]
 
 
 def to_json(outcome: Outcome, totals: dict[str, int | float], bos: str | None) -> dict[str, Any]:
@@ -67,4 +71,5 @@ def to_json(outcome: Outcome, totals: dict[str, int | float], bos: str | None) -
         "bos": bos,
         "unused": outcome.unused.to_json(),
         "findings": outcome.findings.to_json(),
+        "formats": outcome.formats.to_json(),
     }

@@ -17,7 +17,8 @@ import numpy as np
 from pertoken.data.batch.sample import Sample, as_count
 from pertoken.data.files.find import find_files
 from pertoken.data.files.hashes import recall, remember, see
-from pertoken.data.files.records import BadRow, Problems, TextReading, is_text
+from pertoken.data.files.problems import Problems
+from pertoken.data.files.records import BadRow, TextReading, is_text
 from pertoken.data.outcome import Outcome
 from pertoken.data.samples import SampleBuilder
 from pertoken.data.store.columns import Columns

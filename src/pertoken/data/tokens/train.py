@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pertoken.data.files.find import find_files
 from pertoken.data.files.long_text import LongText, blocks_of
-from pertoken.data.files.records import BadRow, Problems, Record, read_records
+from pertoken.data.files.problems import Problems
+from pertoken.data.files.records import BadRow, Record, read_records
 from pertoken.data.formats import KeyNames, to_conversation, to_text
 from pertoken.data.tokens.tokenizer import MAX_TOKENS
 from pertoken.data.tokens.trained import MORE_FILES, SPECIAL_TOKENS, TrainedTokenizer, bpe_backend, char_backend
@@ -160,7 +161,7 @@ def _texts(files: Sequence[str | Path], keys: KeyNames) -> Iterator[str | LongTe
 
 def _row_texts(record: Record, keys: KeyNames) -> Sequence[str | LongText] | BadRow:
     """The texts of a document, or of a conversation's messages."""
-    if not isinstance(record.value, dict) or keys.text in record.value:
+    if isinstance(record.value, str | LongText) or (isinstance(record.value, dict) and keys.text in record.value):
         text = to_text(record, keys=keys)
         return text if isinstance(text, BadRow) else [text]
     chat = to_conversation(record, keys=keys)

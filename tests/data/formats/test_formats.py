@@ -79,7 +79,7 @@ def test_prompt_and_completion_keys_are_configurable() -> None:
 @pytest.mark.parametrize(
     ("value", "format", "message"),
     [
-        ({"text": "x", "id": 1}, "auto", "row: unknown format, keys found: id, text; known: messages (messages), "),
+        ({"body": "x", "id": 1}, "auto", "row: unknown format, keys found: body, id; known: messages, conversations, "),
         ({"messages": None}, "auto", "row: unknown format, keys found: messages;"),
         ({"messages": [], "conversations": []}, "auto", "row: fits the formats messages and conversations; choose"),
         ("plain text", "auto", "row: raw text has no turns;"),
@@ -91,13 +91,17 @@ def test_prompt_and_completion_keys_are_configurable() -> None:
         ({"messages": []}, "auto", "messages: an empty conversation, so nothing would be trained; remove"),
         ({"messages": [USER]}, "auto", "messages: no assistant turn, so nothing would be trained; add"),
         ({"messages": [USER, 3]}, "auto", "messages[1]: a number found; give an object with role and content"),
-        ({"messages": [{"from": "human", "value": "x"}]}, "auto", "messages[0].role: missing, keys found: from, value"),
+        ({"messages": [{"speaker": "human", "value": "x"}]}, "auto", "messages[0].role: missing, keys found: speaker,"),
         ({"messages": [USER, {"role": "bot", "content": "x"}]}, "auto", "messages[1].role: unknown role 'bot'; give "),
         ({"messages": [USER, {"role": ["a"], "content": "x"}]}, "auto", "messages[1].role: unknown role ['a']; give "),
         ({"messages": [{"role": "user"}, REPLY]}, "auto", "messages[0].content: missing; give text"),
         ({"messages": [USER, {"role": "assistant"}]}, "auto", "messages[1].content: missing; give text"),
         ({"messages": [USER, REPLY | {"content": 4}]}, "auto", "messages[1].content: a number found; give text"),
-        ({"messages": [USER, REPLY | {"content": [{}]}]}, "auto", "messages[1].content: a list found; give text"),
+        (
+            {"messages": [USER, REPLY | {"content": [{}]}]},
+            "auto",
+            "messages[1].content[0].type: missing; give one of reasoning",
+        ),
         ({"messages": [USER, REPLY | {"reasoning_content": []}]}, "auto", "messages[1].reasoning_content: a list"),
         ({"messages": [USER, REPLY | {"tool_calls": "[{"}]}, "auto", "messages[1].tool_calls: not valid JSON ("),
         ({"messages": [USER, REPLY | {"tool_calls": ["x"]}]}, "auto", "messages[1].tool_calls: a list with text found"),
@@ -135,7 +139,8 @@ def test_the_text_of_a_row() -> None:
 
 def test_each_format_is_a_file_of_its_name() -> None:
     folder = Path(pertoken.data.formats.__file__).parent
-    shared = {"__init__", "format", "conversation", "problem"}
+    shared = {"__init__", "format", "conversation", "problem", "detect", "carriers"}
+    shared |= {"turns", "message", "parts", "calls", "weights"}
     assert {path.stem for path in folder.glob("*.py")} - shared == set(FORMATS)
     assert all(name == format.name for name, format in FORMATS.items())
 
