@@ -44,8 +44,8 @@ def test_a_document_begins_with_it_once_and_ends_with_one_eos(write_jsonl: Any, 
         assert _tokens(store) == [[bos, *own, eos]] * 3
         assert store.num_tokens.tolist() == [len(own) + 1] * 3, "the BOS is an input alone"
         assert store.num_bytes.tolist() == [7] * 3
-        assert store.report.notes()[0] == "documents begin with <|im_start|>, as the tokenizer adds it"
-        assert store.report.notes()[1].startswith("2 documents end with the eos token, so none is added")
+        assert store.report.notes()[1] == "documents begin with <|im_start|>, as the tokenizer adds it"
+        assert store.report.notes()[2].startswith("2 documents end with the eos token, so none is added")
         data = DataConfig.model_validate({"path": "x", "special_in_text": policy})
         assert [document_difference(store[i].tokens, text, data, with_bos) for i, text in enumerate(texts)] == [
             None
@@ -76,7 +76,7 @@ def test_it_decides_the_samples_and_conversations_have_their_template_s(
     with_it, without = _build(path, with_bos), _build(path, plain)
     assert set(with_it.fingerprints).isdisjoint(without.fingerprints)
     assert _tokens(without) == [_tokens(with_it)[0][1:]]
-    assert without.report.notes() == []
+    assert without.report.notes() == ["formats: text (1 rows)"]
     rows = [{"messages": [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]}]
     chats = write_jsonl("b.jsonl", rows)
     of_both = [_build(chats, tokenizer, "sft") for tokenizer in (with_bos, plain)]

@@ -50,6 +50,8 @@ KINDS: dict[str, Kind] = {
     "ends_with_eos": Kind("{count} documents end with the eos token, so none is added", harms=False),
     "unknown_rows": Kind("{count} rows with characters that the tokenizer lacks; choose another one", harms=True),
     "unknown_tokens": Kind("{count} tokens that stand for such characters", harms=True),
+    "weighted": Kind("{count} conversations with weights on their messages", harms=False),
+    "calls": Kind("{count} conversations with tool calls", harms=False),
     "crlf": Kind(
         '{count} text files with Windows line ends (CRLF), read as newlines; data.newlines = "keep" keeps them',
         harms=False,

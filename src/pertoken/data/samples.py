@@ -221,6 +221,10 @@ class _Rows:
                     (typed.unmark(text, mark), False) for text in rendered.samples
                 ]
                 unnamed = template.unnamed_keys(value)
+                if value.weights is not None and read.format in ("messages", "conversations"):
+                    findings.add("weighted", file, row.line)
+                if any("tool_calls" in message for message in value.messages):
+                    findings.add("calls", file, row.line)
                 self._headers = headers_of(template) if self._headers is None else self._headers
                 if rendered_before(value, self._headers):
                     findings.add("rendered_before", file, row.line)

@@ -20,12 +20,7 @@ from pertoken.recipe.data import DataConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TypedTokens", "changed_by_typed", "unknown_counted"]
-
-
-def changed_by_typed(findings: Findings) -> bool:
-    """Whether there are rows that were other samples before there was `data.special_in_text`."""
-    return any(findings.count(kind) for kind in ("typed_as_text", "typed_as_special", "ends_with_eos"))
+__all__ = ["TypedTokens", "unknown_counted"]
 
 
 @dataclass(frozen=True)

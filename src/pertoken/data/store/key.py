@@ -26,7 +26,7 @@ from pertoken.recipe.data import DataConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DO_NOT_DECIDE", "StoreKey"]
+__all__ = ["DO_NOT_DECIDE", "READ_OTHERWISE_BEFORE", "StoreKey"]
 
 _VERSION = 4  # of how samples are made: raise it when the same data and settings, defaults too, would give others
 
@@ -50,6 +50,9 @@ _SCHEMA_V4 = pa.schema(
         if field.name != "weights"
     ]
 )
+
+# The findings of rows of which versions before 4 made other samples.
+READ_OTHERWISE_BEFORE = ("typed_as_text", "typed_as_special", "ends_with_eos", "weighted", "calls", "crlf")
 
 # Fingerprints of before version 3, which named the settings that decide, instead of those that do not.
 _V2_SETTINGS = {"format", "text_key", "prompt_key", "completion_key", "template_kwargs", "max_seq_len"}
@@ -110,12 +113,12 @@ class StoreKey:
         fingerprint = self.fingerprint_v3(contents)
         return None if fingerprint is None else _hash(4, str(_SCHEMA_V4), fingerprint, self.files)
 
-    def meta(self, contents: list[str], *, typed: bool) -> dict[str, Any]:
+    def meta(self, contents: list[str], *, changed: bool) -> dict[str, Any]:
         """What store.json keeps: of the fingerprints first this version's, then what earlier ones would have said.
 
-        `typed`: whether there are control tokens typed in the data that earlier versions took for what they are.
+        `changed`: whether there are rows of which earlier versions made other samples.
         """
-        earlier = [] if typed else [self.fingerprint_v3(contents), self.fingerprint_v2(contents)]
+        earlier = [] if changed else [self.fingerprint_v3(contents), self.fingerprint_v2(contents)]
         return {
             "fingerprints": [self.fingerprint(contents), *(known for known in earlier if known is not None)],
             "files": self.files,

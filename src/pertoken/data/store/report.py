@@ -47,7 +47,7 @@ class StoreReport:
         return cls(**counts | lines, bos=values.get("bos"), skipped_file=skipped_file, hit=hit)
 
     def notes(self) -> list[str]:
-        """The formats of the rows, then a line for each way in which rows, or keys of them, were lost, cut or added to."""
+        """The formats of the rows, then a line for each way in which rows, or keys, were lost, cut or added to."""
         bos = [] if self.bos is None else [one_line(f"documents begin with {self.bos}, as the tokenizer adds it")]
         lost = [
             note.format(count=count)

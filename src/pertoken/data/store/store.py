@@ -23,13 +23,12 @@ from pertoken.data.outcome import Outcome
 from pertoken.data.samples import SampleBuilder
 from pertoken.data.store.columns import Columns
 from pertoken.data.store.folder import SKIPPED, Check, Damaged, open_folder, put_in_place, write_folder
-from pertoken.data.store.key import StoreKey
+from pertoken.data.store.key import READ_OTHERWISE_BEFORE, StoreKey
 from pertoken.data.store.made_part import MadePart
 from pertoken.data.store.parts import part_bytes, scan
 from pertoken.data.store.prepare import make_parts, work_folder
 from pertoken.data.store.report import StoreReport, to_json
 from pertoken.data.tokens.encode import Encoder
-from pertoken.data.typed import changed_by_typed
 from pertoken.errors import DataError
 from pertoken.files import cache_folder
 from pertoken.recipe.data import DataConfig
@@ -291,7 +290,7 @@ def _write(
         raise DataError(
             f"{', '.join(paths)}: no sample results ({found}); see data.max_seq_len, data.overlong and data.on_bad_row"
         )
-    meta = key.meta(contents, typed=changed_by_typed(outcome.findings))
+    meta = key.meta(contents, changed=any(map(outcome.findings.count, READ_OTHERWISE_BEFORE)))
     skipped = [part.skipped for part in made] if outcome.counts.skipped else []
     write_folder(folder, [part.samples for part in made], skipped, {**meta, "report": to_json(outcome, totals, bos)})
 
