@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from pertoken.cli.shared import DataPath, JsonFile, Overrides, listener_on, open_console, say_what_is_in, write_json
+from pertoken.cli.shared import (
+    DataPath,
+    JsonFile,
+    Overrides,
+    from_hub,
+    listener_on,
+    open_console,
+    say_what_is_in,
+    write_json,
+)
 from pertoken.cli.talk import Device, ModelPath
 from pertoken.errors import CheckFailed, RecipeError
 
@@ -70,7 +79,8 @@ def evaluate_command(
         raise RecipeError(f"dtype={dtype}: must be float32, bfloat16, float16 or float64")
     console = open_console()
     precision = Precision(dtype, resolve_device(device))
-    loaded, store, _ = model_and_data(model, data, overrides or (), dtype=precision.parameter_dtype)
+    where = from_hub(model), from_hub(data, "data")
+    loaded, store, _ = model_and_data(*where, overrides or (), dtype=precision.parameter_dtype)
     say_what_is_in(console, data, store)
     loaded = loaded.to(precision.device)
     # What this would remark is not of interest here.
@@ -105,7 +115,7 @@ def inspect(
     from pertoken.inference.model_and_data import model_and_data
     from pertoken.inference.token_losses import token_losses
 
-    loaded, store, tokenizer = model_and_data(model, data, overrides or ())
+    loaded, store, tokenizer = model_and_data(from_hub(model), from_hub(data, "data"), overrides or ())
     made = np.flatnonzero(store.lines == (store.lines[0] if row is None else row))
     if not len(made):
         lines = f"{store.lines.min()} to {store.lines.max()}"
