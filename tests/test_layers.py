@@ -15,6 +15,7 @@ import pertoken
 SOURCE = Path(pertoken.__file__).parent
 LAYERS = [
     {"errors", "text", "files", "fast_start"},
+    {"hub"},
     {"families"},
     {"data.batch", "data.files"},
     {"data.formats"},  # which the recipe names

@@ -84,7 +84,7 @@ class _Printer(Listener):
         self._log_interval = log_interval
         self._progress: Progress | None = None
         self._task: Any = None
-        self._preparing_since: float | None = None
+        self._since: float | None = None  # when what shows an amount of bytes began
 
     def close(self) -> None:
         if self._progress is not None:
@@ -92,15 +92,21 @@ class _Printer(Listener):
             self._progress = None
 
     def preparing(self, done_bytes: int, total_bytes: int) -> None:
-        self._preparing_since = self._preparing_since or time.perf_counter()
+        self._amount("tokenizing", "tokenized", done_bytes, total_bytes)
+
+    def downloading(self, done_bytes: int, total_bytes: int) -> None:
+        self._amount("downloading", "downloaded", done_bytes, total_bytes)
+
+    def _amount(self, doing: str, done: str, done_bytes: int, total_bytes: int) -> None:
+        self._since = self._since or time.perf_counter()
         if self._console.is_terminal:
             end = "\n" if done_bytes == total_bytes else "\r"
-            self._console.print(f"tokenizing {done_bytes / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB", end=end)
+            self._console.print(f"{doing} {done_bytes / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB", end=end)
         elif done_bytes == total_bytes:
-            took = time.perf_counter() - self._preparing_since
-            self._console.print(f"tokenized {total_bytes / 1e6:,.1f} MB in {duration(took)}")
+            took = time.perf_counter() - self._since
+            self._console.print(f"{done} {total_bytes / 1e6:,.1f} MB in {duration(took)}")
         if done_bytes == total_bytes:
-            self._preparing_since = None
+            self._since = None
 
     def started(self, summary: Summary) -> None:
         self._console.print(_summary_text(summary), end="")

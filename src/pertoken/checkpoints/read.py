@@ -33,6 +33,7 @@ from pertoken.errors import CheckpointError, ModelError, RecipeError
 from pertoken.files import plain_file, sha256, user_path
 from pertoken.folders.minimind import load_minimind
 from pertoken.folders.open import load_folder
+from pertoken.hub.fetch import on_disk
 from pertoken.model.protocol import LanguageModel, TorchModule
 from pertoken.recipe.schema import Recipe
 from pertoken.text import one_line, reason
@@ -302,8 +303,9 @@ def remove_unfinished(run_dir: Path) -> None:
 
 
 def resolve_model_folder(path: str | Path) -> Path:
-    """The folder or `.pth` file that MODEL means: for a run, its newest valid checkpoint. Raises ModelError."""
-    path = user_path(path, "model")
+    """The folder or `.pth` file that MODEL means: for a run, its newest valid checkpoint; what the hub has by that name
+    is downloaded, without a word. Raises ModelError."""
+    path = user_path(on_disk(str(path), "model", label="model"), "model")
     if path.suffix == ".pth" and path.is_file():
         return path
     if (path / "config.json").is_file():

@@ -45,6 +45,7 @@ class TrainerState:
     recipe: dict[str, Any]  # nested, with this version's keys
     data: dict[str, str | None]  # fingerprints: "train", "eval"
     data_files: dict[str, dict[str, str] | None] = field(default_factory=dict)  # the same: file name -> SHA-256
+    hub: dict[str, str] = field(default_factory=dict)  # of each name of the hub in the recipe the commit
     compiled: bool | None = None  # whether code was generated for the machine
     environment: dict[str, Any] | None = None  # what the last bits depend on; compared as a whole
     versions: dict[str, str] = field(default_factory=dict)  # of torch and Python, for whoever reads the file

@@ -13,6 +13,7 @@ from pertoken.cli.shared import (
     DataPath,
     JsonFile,
     Overrides,
+    from_hub,
     listener_on,
     open_console,
     say,
@@ -80,8 +81,8 @@ def evaluate_command(
         raise RecipeError(f"dtype={dtype}: must be float32, bfloat16, float16 or float64")
     console = open_console()
     precision = Precision(dtype, resolve_device(device))
-    dtype_of_parameters, tell = precision.parameter_dtype, partial(say, console)
-    loaded, store, _ = model_and_data(model, data, overrides or (), dtype=dtype_of_parameters, on_message=tell)
+    where, tell = (from_hub(model), from_hub(data, "data")), partial(say, console)
+    loaded, store, _ = model_and_data(*where, overrides or (), dtype=precision.parameter_dtype, on_message=tell)
     say_what_is_in(console, data, store)
     loaded = loaded.to(precision.device)
     # What this would remark is not of interest here.
@@ -116,8 +117,8 @@ def inspect(
     from pertoken.inference.model_and_data import model_and_data
     from pertoken.inference.token_losses import token_losses
 
-    console = open_console()
-    loaded, store, tokenizer = model_and_data(model, data, overrides or (), on_message=partial(say, console))
+    console, where = open_console(), (from_hub(model), from_hub(data, "data"))
+    loaded, store, tokenizer = model_and_data(*where, overrides or (), on_message=partial(say, console))
     made = np.flatnonzero(store.lines == (store.lines[0] if row is None else row))
     if not len(made):
         lines = f"{store.lines.min()} to {store.lines.max()}"

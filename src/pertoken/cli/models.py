@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pertoken.cli.shared import drop_what_cannot_be_shown
+from pertoken.cli.shared import drop_what_cannot_be_shown, from_hub
 from pertoken.text import plain
 
 __all__ = ["models_app", "tokenizer_app"]
@@ -18,7 +18,7 @@ tokenizer_app = typer.Typer(help="Make tokenizers.", no_args_is_help=True, rich_
 
 @models_app.command()
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, a checkpoint or any model folder")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, a checkpoint, any model folder or owner/name")],
     out: Annotated[Path, typer.Option(help="The folder to write (hf), or the folder or .pth file (minimind)")],
     format_: Annotated[str, typer.Option("--format", metavar="hf|minimind")] = "hf",
     dtype: Annotated[
@@ -29,7 +29,7 @@ def export(
     from pertoken.checkpoints.export import export_model
 
     drop_what_cannot_be_shown()
-    for path in export_model(run, out, format_=format_, dtype=dtype):
+    for path in export_model(from_hub(run), out, format_=format_, dtype=dtype):
         print(plain(str(path)))
 
 

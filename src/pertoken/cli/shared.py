@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -24,6 +24,7 @@ __all__ = [
     "Overrides",
     "VerifyData",
     "drop_what_cannot_be_shown",
+    "from_hub",
     "listener_on",
     "open_console",
     "say",
@@ -37,7 +38,9 @@ Overrides = Annotated[
 VerifyData = Annotated[
     bool, typer.Option("--verify-data", help="Read all data again, and check every byte of the token store")
 ]
-DataPath = Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder or a glob of data")]
+DataPath = Annotated[
+    str, typer.Argument(metavar="DATA", help="A file, a folder or a glob of data, or hf://datasets/owner/name")
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there as JSON too")]
 
 
@@ -64,6 +67,22 @@ def listener_on(console: Console, *, log_interval: int) -> ConsoleListener:
     from pertoken.console import ConsoleListener
 
     return ConsoleListener(console, log_interval=log_interval, words=as_flags)
+
+
+def from_hub(text: str, part: Literal["model", "data"] = "model") -> str:
+    """MODEL or DATA as a path. What the hub has by that name is downloaded, which is shown on stderr: stdout is for
+    what the command answers."""
+    from pertoken.hub.fetch import name_of, on_disk
+
+    if name_of(text, part, part) is None:
+        return text
+    from rich.console import Console
+
+    listener = listener_on(Console(stderr=True), log_interval=1)
+    try:
+        return on_disk(text, part, label=part, on_message=listener.message, on_progress=listener.downloading)
+    finally:
+        listener.close()
 
 
 def say(console: Console, text: str) -> None:

@@ -9,10 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
+from pertoken.cli.shared import from_hub
+
 __all__ = ["Device", "ModelPath", "talk_app"]
 
 talk_app = typer.Typer(rich_markup_mode=None)
-ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A run, a checkpoint, a Hugging Face folder, a .pth")]
+ModelPath = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A run, a checkpoint, a Hugging Face folder or owner/name, a .pth")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Sampling = {
     "max_new_tokens": typer.Option(help="At most this many tokens"),
@@ -40,7 +44,7 @@ def generate(
     """Complete a prompt; stops at the end of the turn or document."""
     from pertoken.inference.chat import ChatSession
 
-    talker = ChatSession.load(model, device)
+    talker = ChatSession.load(from_hub(model), device)
     ids = talker.encode_chat([{"role": "user", "content": prompt}]) if chat else talker.encode(prompt)
     _stream(
         talker.reply(
@@ -72,7 +76,7 @@ def chat(
     from pertoken.inference.chat import ChatSession
     from pertoken.inference.generate import check_sampling
 
-    talker = ChatSession.load(model, device)
+    talker = ChatSession.load(from_hub(model), device)
     talker.require_template()
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

@@ -14,7 +14,7 @@ __all__ = ["as_flags"]
 
 _SWITCHES = ("resume", "overwrite", "force", "verify_data")
 _OPTIONS = ("step", "out", "format", "dtype", "only", "tokens", "prompt", "json", "worst")
-_POSITIONAL = {"recipe": "RECIPE", "model": "MODEL", "run": "RUN"}
+_POSITIONAL = {"recipe": "RECIPE", "model": "MODEL", "data": "DATA", "run": "RUN"}
 
 _SWITCH = re.compile(rf"\b({'|'.join(_SWITCHES)})=True\b")
 _LEADING = re.compile(rf"({'|'.join((*_OPTIONS, *_POSITIONAL))})=")

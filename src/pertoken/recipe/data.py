@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from pertoken.data.files.text import TextReading
 from pertoken.data.formats import FORMATS, KeyNames, standard_keys
 from pertoken.files import check_path
+from pertoken.hub.names import check_hub_name
 from pertoken.recipe.homes import known_name
 from pertoken.recipe.section import Section, one_or_many
 from pertoken.text import shown
@@ -71,12 +72,12 @@ class DataConfig(Section):
     @field_validator("path", "eval_path")
     @classmethod
     def _paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(check_path, value))
+        return tuple(check_path(check_hub_name(path)) for path in value)
 
     @field_validator("tokenizer", "store")
     @classmethod
     def _path(cls, value: str | None) -> str | None:
-        return None if value is None else check_path(value)
+        return None if value is None else check_path(check_hub_name(value))
 
     @field_validator("template_date")
     @classmethod

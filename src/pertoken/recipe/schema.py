@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, field_
 from pertoken.data.formats import FORMATS
 from pertoken.errors import RecipeError
 from pertoken.files import check_path, plain_file, user_path
+from pertoken.hub.names import check_hub_name
 from pertoken.recipe.data import DataConfig
 from pertoken.recipe.explain import explain
 from pertoken.recipe.homes import TRACKERS, known_name
@@ -79,7 +80,7 @@ class Recipe(Section):
     @field_validator("out_dir", "init_from")
     @classmethod
     def _path(cls, value: str | None) -> str | None:
-        return None if value is None else check_path(value)
+        return None if value is None else check_path(check_hub_name(value))
 
     @model_validator(mode="before")
     @classmethod

@@ -174,6 +174,7 @@ def run_from(
         recipe=recipe.model_dump(mode="json", exclude_none=True),
         data=data.fingerprints,
         data_files=data.files,
+        hub=data.commits,
         compiled=compiled,
         environment=environment(state.precision, ranks=state.world.size, compiled=compiled),
         versions={"torch": torch.__version__, "python": platform.python_version()},
@@ -221,7 +222,8 @@ def rebuild(recipe: Recipe, checkpoint: Checkpoint | None, known: Checkpoint | N
     Raises what `train` raises for data, model or checkpoint.
     """
     world, precision = World(), Precision(recipe.train.dtype, resolve_device(recipe.train.device))
-    data = load_data(recipe, reporter, world)
+    commits = known.state.hub if known is not None else {}
+    data = load_data(recipe, reporter, world, commits=commits, with_weights=checkpoint is None)
     if known is not None and (what := changed_data(known, data.accepted_fingerprints, data.files)) is not None:
         raise CheckpointError(f"{what}; restore it: these samples are not those of the run")
     total_steps = count_steps(recipe, len(data.train))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pertoken.checkpoints.read import resolve_model_folder
@@ -15,6 +16,7 @@ from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import DataError, RecipeError
 from pertoken.recipe.data import DataConfig
 from pertoken.recipe.schema import Recipe
+from pertoken.runs.hub import HubNames
 from pertoken.tracking.listener import Listener
 from pertoken.training.parallel import World
 
@@ -27,6 +29,8 @@ class RunData:
     eos_token_id: int
     train: Store
     eval: Store | None
+    init_from: str | None = None  # the recipe's, as a path
+    commits: dict[str, str] = field(default_factory=dict)  # of each name of the hub
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
@@ -51,15 +55,34 @@ def prepare(
 
     `verify_data`: read all data and every byte of the stores again, trusting nothing that is remembered of them.
     """
-    data = load_data(recipe, listener or Listener(), World(), verify_data=verify_data)
+    data = load_data(recipe, listener or Listener(), World(), verify_data=verify_data, with_weights=False)
     return data.train, data.eval
 
 
-def load_data(recipe: Recipe, listener: Listener, world: World, *, verify_data: bool = False) -> RunData:
-    """Tokenizer and samples, the same on every rank. Each machine's data are read by one rank of it at most."""
-    data = recipe.data
-    source = data.tokenizer or recipe.init_from
+def load_data(
+    recipe: Recipe,
+    listener: Listener,
+    world: World,
+    *,
+    verify_data: bool = False,
+    commits: Mapping[str, str] = MappingProxyType({}),
+    with_weights: bool = True,
+) -> RunData:
+    """Tokenizer and samples, the same on every rank. Each machine's data are read by one rank of it at most.
+
+    What the recipe names on the hub is downloaded first: at `commits` those that the run has used before, and weights
+    to start from only `with_weights`.
+    """
+    data, waiting = recipe.data, world.patient()
+    hub = HubNames(listener, waiting, dict(commits))
+    init_from = recipe.init_from
+    if init_from is not None and with_weights:
+        init_from = hub.model(init_from, "init_from")
+    elif init_from is not None and data.tokenizer is None:
+        init_from = hub.tokenizer(init_from, "init_from")
+    source = init_from if data.tokenizer is None else hub.tokenizer(data.tokenizer, "data.tokenizer")
     assert source is not None, "the recipe requires one"
+    paths, eval_paths = hub.data(data.path, "data.path"), hub.data(data.eval_path, "data.eval_path")
     folder = Path(source)
     if data.tokenizer is None or (folder / "checkpoints").is_dir():
         folder = resolve_model_folder(folder)
@@ -72,7 +95,6 @@ def load_data(recipe: Recipe, listener: Listener, world: World, *, verify_data: 
         raise RecipeError(f"{folder}: the tokenizer has no eos_token, which ends every document; give it one")
     else:
         eos_token_id = tokenizer.eos_token_id
-    waiting = world.patient()
 
     def build(paths: tuple[str, ...], key: str = "data.path") -> Store:
         def here() -> Store:
@@ -89,12 +111,12 @@ def load_data(recipe: Recipe, listener: Listener, world: World, *, verify_data: 
 
         return _once_a_machine(here, data, listener, waiting, "full" if verify_data else "sample")
 
-    train_store, eval_store = build(data.path), None
-    if data.eval_path:
-        eval_store = build(data.eval_path, "data.eval_path")
+    train_store, eval_store = build(paths), None
+    if eval_paths:
+        eval_store = build(eval_paths, "data.eval_path")
     elif data.eval_fraction:
         train_store, eval_store = train_store.split(data.eval_fraction, data.eval_split)
-    return RunData(tokenizer, eos_token_id, train_store, eval_store)
+    return RunData(tokenizer, eos_token_id, train_store, eval_store, init_from, hub.commits)
 
 
 def _once_a_machine(

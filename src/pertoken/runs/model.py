@@ -49,7 +49,8 @@ def _build_model(recipe: Recipe, data: RunData, checkpoint: Checkpoint | None, p
         check_size(recipe, len(data.tokenizer), precision.device)
         model = CausalLM(recipe.model.resolve(len(data.tokenizer)), seed=train.seed, dtype=dtype)
     else:
-        model = _load_initial(recipe, recipe.init_from, len(data.tokenizer), precision)
+        assert data.init_from is not None
+        model = _load_initial(recipe, data.init_from, len(data.tokenizer), precision)
     if recipe.data.max_seq_len > model.facts.max_position_embeddings:
         raise RecipeError(
             f"data.max_seq_len={recipe.data.max_seq_len}: the model has "
@@ -93,9 +94,9 @@ def prepare_model(
     return replace(choice, execution=execution)
 
 
-def _load_initial(recipe: Recipe, init_from: str, num_tokens: int, precision: Precision) -> LanguageModel:
+def _load_initial(recipe: Recipe, path: str, num_tokens: int, precision: Precision) -> LanguageModel:
     """The model to fine-tune, with room for the tokenizer's new tokens."""
-    folder = resolve_model_folder(init_from)
+    folder, init_from = resolve_model_folder(path), recipe.init_from
     if folder.is_dir():
         _, numbers = count_weights(weight_files(folder))
         check_parameters(f"init_from={init_from}", numbers, recipe, precision.device)

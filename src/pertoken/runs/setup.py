@@ -131,7 +131,14 @@ def _train(
         refuse_changes(recipe, checkpoint)
         _say_where_it_continues(checkpoint, reporter)
     ledger = Ledger() if checkpoint is None else Ledger.load(checkpoint.folder, start_step)
-    data = load_data(recipe, reporter, world, verify_data=verify_data)
+    data = load_data(
+        recipe,
+        reporter,
+        world,
+        verify_data=verify_data,
+        commits=checkpoint.state.hub if checkpoint is not None else {},
+        with_weights=checkpoint is None,
+    )
     if checkpoint is not None:
         _refuse_other_data(data, checkpoint, force=force, listener=reporter)
     precision = Precision(recipe.train.dtype, device)
@@ -156,7 +163,7 @@ def _train(
     output = open_output(recipe, checkpoint, ledger, world, reporter)
     run = run_from(computation, data, checkpoint, output, probe, summary, compiled=choice.compiled, started_s=started_s)
     try:
-        _say_what_starts(run)
+        _say_what_starts(run, data.commits)
         stop.start_training()
         step = fit(run, stop)
     finally:
@@ -174,7 +181,7 @@ def _say_where_it_continues(checkpoint: Checkpoint, reporter: Reporter) -> None:
         reporter.message(remark)
 
 
-def _say_what_starts(run: Run) -> None:
+def _say_what_starts(run: Run, commits: dict[str, str]) -> None:
     computation, reporter, summary = run.computation, run.output.reporter, run.summary
     reporter.report(
         "start",
@@ -186,6 +193,7 @@ def _say_what_starts(run: Run) -> None:
         dtype=summary.dtype,
         pertoken=__version__,
         torch=torch.__version__,
+        **({"hub": commits} if commits else {}),
     )
     reporter.started(summary)
 

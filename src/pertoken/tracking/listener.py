@@ -16,6 +16,8 @@ __all__ = ["Heard", "Listener"]
 class Listener:
     """Told what happens; does nothing. Subclass what you want to hear (the command line prints)."""
 
+    def downloading(self, done_bytes: int, total_bytes: int) -> None: ...
+
     def preparing(self, done_bytes: int, total_bytes: int) -> None: ...
 
     def started(self, summary: Summary) -> None: ...
@@ -48,6 +50,9 @@ class Heard(Listener):
 
     def failed(self, problem: BaseException) -> None:
         """Called once, when the listener has failed."""
+
+    def downloading(self, done_bytes: int, total_bytes: int) -> None:
+        self._tell(lambda: self._listener.downloading(done_bytes, total_bytes))
 
     def preparing(self, done_bytes: int, total_bytes: int) -> None:
         self._tell(lambda: self._listener.preparing(done_bytes, total_bytes))

@@ -70,6 +70,9 @@ class Reporter(Listener):
             self._events.close()
             self._events = None
 
+    def downloading(self, done_bytes: int, total_bytes: int) -> None:
+        self._tell_all(lambda listener: listener.downloading(done_bytes, total_bytes))
+
     def preparing(self, done_bytes: int, total_bytes: int) -> None:
         self._tell_all(lambda listener: listener.preparing(done_bytes, total_bytes))
 
