@@ -64,7 +64,7 @@ def test_neither_markup_nor_control_characters_of_data_do_anything_in_the_consol
     console = Console(file=out, width=300, force_terminal=False, soft_wrap=True)
     listener = ConsoleListener(console, log_interval=1)
     listener.message(HOSTILE)
-    show_token_losses(console, [TokenLoss(0, HOSTILE, HOSTILE, 1, True, 0.5)], HOSTILE)
+    show_token_losses(console, [TokenLoss(0, HOSTILE, HOSTILE, 1, True, 1.0, 0.5)], HOSTILE)
     printed = out.getvalue()
     assert printed.count("[red]x[/] :smile: [/nonsense]") == 4
     assert not set(printed) & set("\x1b\x07\x9b\r\x08\x7f\u202e\u2066\ud800")

@@ -136,7 +136,10 @@ def _changed_text(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     the beginning.
     """
     for text in _ORDINARY:
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        try:
+            ids = tokenizer.encode(text, add_special_tokens=False)
+        except Exception:  # no tokens for it, and none for what is unknown: a row of which that is true is named
+            continue
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
             continue
         read_back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -185,7 +188,14 @@ def _template_text(chat_template: str) -> str:
 
 def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that the tokenizer puts before every text that it encodes, if it does."""
-    with_it, alone = (tokenizer.encode("a", add_special_tokens=add) for add in (True, False))
+    for text in ("a", "0", " ", "\u7684"):
+        try:
+            with_it, alone = (tokenizer.encode(text, add_special_tokens=add) for add in (True, False))
+            break
+        except Exception:  # no tokens for it, and none for what is unknown
+            continue
+    else:
+        return None
     return int(with_it[0]) if len(with_it) > len(alone) and with_it[0] in special_ids(tokenizer) else None
 
 
