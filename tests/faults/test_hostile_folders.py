@@ -285,8 +285,8 @@ def test_a_row_that_the_tokenizer_has_no_tokens_for_is_named_and_can_be_skipped(
     )  # fmt: skip
     code, _, err = pertoken("prepare", recipe)
     assert code == 2
-    for line in (2, 4):
-        assert f"{rows}:{line}: text: the tokenizer has no tokens for it (" in err
+    assert f"{rows}:2: text: the tokenizer has no tokens for it (" in err
+    assert "(lines 2 and 4)" in err
     code, out, err = pertoken("prepare", recipe, "data.on_bad_row=skip")
     assert code == 0, err
     assert "training: 2 samples" in out
