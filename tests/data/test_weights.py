@@ -16,8 +16,7 @@ from tiny import rows_of, untimed
 from pertoken import train
 from pertoken.data.batch.share import share_of
 from pertoken.data.chat.render import ChatTemplate, rendered_chat
-from pertoken.data.formats import FORMATS, Conversation
-from pertoken.data.formats.format import Format
+from pertoken.data.formats import Conversation
 from pertoken.data.store.store import Store, build_store
 from pertoken.data.tokens.encode import Encoder, TextWithSpans
 from pertoken.data.tokens.tokenizer import load_tokenizer
@@ -38,20 +37,13 @@ CLASSES = ("rows, token by token", "who is supervised", "one sample per micro-ba
 CLASSES += ("evaluation", "transformers, padded")
 
 
-def _read(fields: Any, keys: Any) -> Conversation:
-    return Conversation(fields.need("messages"), None, tuple(fields.need("weights")))
-
-
-@pytest.fixture
-def weighted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of format "messages" have a list of weights beside them."""
-    format = Format("messages", "conversation", lambda keys: ("messages",), _read)
-    monkeypatch.setitem(FORMATS, "messages", format)
-
-
 def _chat(*answers: str) -> list[dict[str, str]]:
     said = [turn for answer in answers for turn in (("user", "fox"), ("assistant", answer))]
     return [{"role": role, "content": text} for role, text in said]
+
+
+def _row(messages: list[dict[str, Any]], weights: list[float]) -> dict[str, Any]:
+    return {"messages": [message | {"weight": weight} for message, weight in zip(messages, weights, strict=True)]}
 
 
 def _build(path: Path, tokenizer: Any) -> Store:
@@ -59,14 +51,12 @@ def _build(path: Path, tokenizer: Any) -> Store:
     return build_store([str(path)], stage="sft", tokenizer=tokenizer, data=data)
 
 
-def test_the_store_keeps_the_weights_and_their_exact_sums(weighted: None, write_jsonl: Any, bpe_tokenizer: Any) -> None:
+def test_the_store_keeps_the_weights_and_their_exact_sums(write_jsonl: Any, bpe_tokenizer: Any) -> None:
     rows = [
-        {"messages": _chat("the dog", "café"), "weights": [0, 0.3, 0, 1]},
-        {"messages": _chat("a", "b"), "weights": [0, 1, 0, 0]},
-        {"messages": _chat("a", "b"), "weights": [0, 0, 0, 0]},
+        _row(_chat("the dog", "café"), [0, 0.3, 0, 1]),
+        _row(_chat("a", "b"), [0, 1, 0, 0]),
     ]
     store = _build(write_jsonl("a.jsonl", rows), bpe_tokenizer)
-    assert (len(store), store.report.unsupervised) == (2, 1), "all weights are 0"
     mask, ordinary = store[0].loss_mask, store[1].loss_mask
     assert (mask.dtype, ordinary.dtype) == (np.float32, np.bool_)
     assert {float(w) for w in mask} == {0.0, 1.0, float(np.float32(0.3))}
@@ -77,19 +67,15 @@ def test_the_store_keeps_the_weights_and_their_exact_sums(weighted: None, write_
     assert store.num_bytes.tolist() == [pytest.approx(plain, abs=0), 1]
 
 
-def test_weights_of_0_and_1_make_the_samples_that_have_always_been(
-    weighted: None, write_jsonl: Any, bpe_tokenizer: Any
-) -> None:
-    path = write_jsonl("a.jsonl", [{"messages": _chat("a", "b"), "weights": [0, 1, 0, 1]}])
+def test_weights_of_0_and_1_make_the_samples_that_have_always_been(write_jsonl: Any, bpe_tokenizer: Any) -> None:
+    path = write_jsonl("a.jsonl", [_row(_chat("a", "b"), [0, 1, 0, 1])])
     store = _build(path, bpe_tokenizer)
     assert (store.num_tokens.dtype, store.num_bytes.dtype, store[0].loss_mask.dtype) == (np.int64, np.int64, np.bool_)
     assert type(store.report.num_tokens) is int
 
 
-def test_a_store_without_weights_is_larger_by_four_bytes_a_sample_at_most(
-    weighted: None, write_jsonl: Any, bpe_tokenizer: Any
-) -> None:
-    rows = [{"messages": _chat(f"a {i}"), "weights": [0, 1]} for i in range(2000)]
+def test_a_store_without_weights_is_larger_by_four_bytes_a_sample_at_most(write_jsonl: Any, bpe_tokenizer: Any) -> None:
+    rows = [_row(_chat(f"a {i}"), [0, 1]) for i in range(2000)]
     store = _build(write_jsonl("a.jsonl", rows), bpe_tokenizer)
     (file,) = (write_jsonl("b.jsonl", []).parent / "cache").glob("*/samples.arrow")
     of_samples = 5 * int(store.lengths.sum()) + 4 * len(store)  # tokens are one more than inputs
@@ -132,11 +118,11 @@ def test_a_long_text_in_pieces_has_the_weights_of_the_whole(
 
 
 @pytest.fixture
-def run_recipe(weighted: None, world: Any, tmp_path: Path) -> Any:
+def run_recipe(world: Any, tmp_path: Path) -> Any:
     rows = [json.loads(line) for line in (world.folder / "chats.jsonl").read_text().splitlines()]
     values = [0.5, 1, 2, 0.3]
     path = tmp_path / "weighted.jsonl"
-    path.write_text("".join(json.dumps(r | {"weights": [0, values[i % 4]]}) + "\n" for i, r in enumerate(rows)))
+    path.write_text("".join(json.dumps(_row(r["messages"], [0, values[i % 4]])) + "\n" for i, r in enumerate(rows)))
 
     def make(out: str, **changes: Any) -> Any:
         paths = {"data__path": str(path), "data__eval_path": str(path), "data__format": "messages"}

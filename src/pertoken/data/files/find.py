@@ -36,7 +36,7 @@ def find_files(paths: Sequence[str], on_message: Tell = lambda text: None, *, ke
                 str(file).encode()
                 if (before := found.get(plain_file(file).resolve())) is not None:
                     again = f"{file}: named twice in {key}" + (f", also as {before}" if before != str(file) else "")
-                    once = "to train on it more often, use [[data.sources]] with repeat = 2"
+                    once = "name it once, and raise train.epochs or copy the file to train on it more often"
                     raise DataError(f"{again}; {once if key == 'data.path' else 'name it once'}")
                 found[file.resolve()] = str(file)
         except UnicodeEncodeError:
