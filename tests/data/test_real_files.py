@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pertoken.data.files.records import BadRow, Record
+from pertoken.data.files.records import BadRow, TextReading, read_records
 from pertoken.data.formats import Conversation, read_row
+from pertoken.data.store.parts import scan
+from pertoken.data.store.store import build_store
+from pertoken.errors import DataError
+from pertoken.recipe.data import DataConfig
 
 S, U, A, T = "system", "user", "assistant", "tool"
 KTO = "label: preference data (KTO)"
@@ -59,16 +62,10 @@ REFUSED = {  # file -> (rows, how the message begins)
 }
 
 
-def _rows(path: Path) -> list[Any]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines()))
-    return json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
-
-
 def _read(folder: Path, file: str) -> list[Any]:
-    rows = _rows(folder / file)
-    return [read_row(Record(file, line, row, 0, 0), "conversation") for line, row in enumerate(rows, start=1)]
+    path = folder / file
+    rows = [row for part in scan([path])[1] for span in part for row in read_records(path, span, TextReading())]
+    return [row if isinstance(row, BadRow) else read_row(row, "conversation") for row in rows]
 
 
 def test_every_file_is_here(shared_data: Path) -> None:
@@ -94,7 +91,26 @@ def test_read_as_it_was_meant(shared_data: Path, file: str) -> None:
 def test_refused_for_what_it_is(shared_data: Path, file: str) -> None:
     rows, begins = REFUSED[file]
     read = _read(shared_data, file)
-    assert [str(row).startswith(f"{file}:{i}: {begins}") for i, row in enumerate(read, start=1)] == [True] * rows
+    assert len(read) == rows
+    for row in read:
+        assert str(row).startswith(f"{shared_data / file}:{row.line}: {begins}")
+
+
+@pytest.mark.parametrize("file", READ)
+def test_goes_in_by_its_path_alone(shared_data: Path, minimind_tokenizer: Any, tmp_path: Path, file: str) -> None:
+    data = DataConfig(path=(str(shared_data / file),), store=str(tmp_path), workers=1, max_seq_len=16_384)
+    store = build_store(data.path, stage="sft", tokenizer=minimind_tokenizer, data=data)
+    format, rows, _, _ = READ[file]
+    assert store.report.notes()[0] == f"formats: {format} ({rows:,} rows)"
+    assert store.report.rows == rows
+    assert len(store) == rows
+
+
+@pytest.mark.parametrize("file", REFUSED)
+def test_does_not_go_in(shared_data: Path, minimind_tokenizer: Any, tmp_path: Path, file: str) -> None:
+    data = DataConfig(path=(str(shared_data / file),), store=str(tmp_path), workers=1)
+    with pytest.raises(DataError, match=re.escape(REFUSED[file][1])):
+        build_store(data.path, stage="sft", tokenizer=minimind_tokenizer, data=data)
 
 
 def test_nothing_of_the_calls_and_the_reasoning_is_lost(shared_data: Path) -> None:
