@@ -155,7 +155,7 @@ def test_split_conversations_and_empty_thoughts_are_counted(
         f"1 conversations become several samples, since the chat template renders turns differently later "
         f"(data.on_rewrite) ({path}:2)",
         f"{repeated:,} tokens of context are repeated in their samples ({path}:2, ...)",
-        f"4 turns learn to write an empty thinking block ({path}:1, {path}:2, ...)",
+        f"4 turns learn to write an empty thinking block ({path}:1, 2, ...)",
     ]
     header = "{{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n"
     assert bpe_tokenizer.chat_template.endswith(header)

@@ -109,7 +109,16 @@ class Findings:
         notes = []
         for name, kind in KINDS.items():
             if (found := self._found.get(name)) is not None:
-                shown = [f"{files[file]}:{line}" for file, line in found.places[:_SHOWN]]
-                more = ", ..." if found.count > len(shown) else ""
-                notes.append(one_line(f"{kind.what.format(count=f'{found.count:,}')} ({', '.join(shown)}{more})"))
+                places = found.places[:_SHOWN]
+                more = ", ..." if found.count > len(places) else ""
+                notes.append(one_line(f"{kind.what.format(count=f'{found.count:,}')} ({_shown(places, files)}{more})"))
         return notes
+
+
+def _shown(places: Sequence[tuple[int, int]], files: Sequence[str]) -> str:
+    """`file:line`, and of a file that was named just before the line alone."""
+    before = [None, *(file for file, _ in places)]
+    return ", ".join(
+        str(line) if file == named else f"{files[file]}:{line}"
+        for named, (file, line) in zip(before, places, strict=False)
+    )
