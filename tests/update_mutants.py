@@ -62,7 +62,7 @@ def end_of_document_lost(patch: Patch) -> None:
 
 
 def one_token_too_many_in_truncation(patch: Patch) -> None:
-    old, new = "outcome.counts, data.max_seq_len", "outcome.counts, data.max_seq_len + 1"
+    old, new = "limit = data.max_seq_len", "limit = data.max_seq_len + 1"
     _rewrite(patch, pertoken.data.samples, "_chat_samples", old, new)
 
 

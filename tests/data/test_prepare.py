@@ -130,8 +130,10 @@ def test_any_number_of_processes_makes_the_same_store(
     for i in range(len(whole)):
         assert whole[i].tokens.tolist() == one[i].tokens.tolist()
         assert whole[i].loss_mask.tolist() == one[i].loss_mask.tolist()
-    assert f": id ({len(list(_used_ids(stage)))} rows, the first {files[0]}:3)" in one.report.unused_keys[0]
-    assert whole.report.unused_keys == several.report.unused_keys == one.report.unused_keys
+    stores = (whole, several, one)
+    assert f": id ({len(list(_used_ids(stage)))} rows, the first {files[0]}:3)" in one.report.unused.notes(one.files)[0]
+    kept = [(store.report.by_file, store.report.findings.to_json(), store.report.unused.to_json()) for store in stores]
+    assert kept[0] == kept[1] == kept[2]
     skipped = [Path(str(store.report.skipped_file)).read_text() for store in (whole, one)]
     assert skipped[0] == skipped[1]
     assert f"{files[0]}:{13 + 20 * 5 + 2}: " in skipped[0]

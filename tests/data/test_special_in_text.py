@@ -55,7 +55,7 @@ def test_a_typed_end_of_turn_is_text_and_the_template_s_own_is_the_token(write_j
     said = bpe_tokenizer.decode(store[0].labels[store[0].loss_mask].tolist(), skip_special_tokens=False)
     assert said == f"it is {END} <|im_start|>{END}"
     assert int(store.num_bytes[0]) == len(f"it is {END} <|im_start|>")
-    (note,) = store.report.findings
+    (note,) = store.report.findings.notes(store.files)
     assert note == f"3 control tokens typed in the data, encoded as plain text ({path}:1, ...)"
 
 
@@ -64,7 +64,9 @@ def test_special_takes_them_for_what_they_are_and_error_refuses_the_row(write_js
     path = write_jsonl("a.jsonl", [_row("fox"), _row(f"say {END}")])
     store = _build(path, bpe_tokenizer, special_in_text="special")
     assert int((store[1].tokens == end).sum()) == 3
-    assert store.report.findings == (f'1 control tokens typed in the data; data.special_in_text="special" ({path}:2)',)
+    assert store.report.findings.notes(store.files) == [
+        f'1 control tokens typed in the data; data.special_in_text="special" ({path}:2)'
+    ]
     with pytest.raises(
         DataError, match=r"a.jsonl:2: conversation: the control token <\|im_end\|> is typed in it; remove"
     ):
@@ -76,7 +78,7 @@ def test_rows_without_control_tokens_are_the_same_samples_whatever_is_set(write_
     stores = [_build(path, bpe_tokenizer, special_in_text=policy) for policy in ("text", "special", "error")]
     for i in range(2):
         assert len({bytes(store[i].tokens) for store in stores}) == 1
-    assert stores[0].report.findings == ()
+    assert stores[0].report.findings.kinds() == []
     assert len(stores[0].fingerprints) == 3, "and a run of an earlier version may be resumed"
 
 
@@ -216,7 +218,7 @@ def test_documents_obey_long_ones_in_pieces_too(
     special = [bpe_tokenizer.convert_tokens_to_ids(name) for name in (END, "<|im_start|>")]
     assert np.flatnonzero(np.isin(sample.tokens, special)).tolist() == [len(sample)], "the end alone, and once"
     assert _text(store, 0, bpe_tokenizer) == text + END
-    first, second = store.report.findings
+    first, second = store.report.findings.notes(store.files)
     assert first.startswith("40 control tokens typed in the data, encoded as plain text")
     assert second.startswith("1 documents end with the eos token, so none is added")
     kept = _build(path, bpe_tokenizer, "pretrain", max_seq_len=4096, special_in_text="special")
@@ -249,16 +251,16 @@ def test_text_that_was_rendered_before_is_named_with_the_way_to_train_it(write_j
     path = write_jsonl(
         "a.jsonl", [{"prompt": prompt, "completion": "dog"}, {"prompt": "say <|im_start|>user", "completion": "x"}]
     )
-    notes = _build(path, bpe_tokenizer).report.findings
+    notes = _build(path, bpe_tokenizer).report.notes()
     assert any(
         note.startswith("1 conversations with a message that begins with the chat template's own") for note in notes
     )
     assert any('set stage="pretrain" and data.special_in_text="special"' in note for note in notes)
     texts = write_jsonl("b.jsonl", [{"text": prompt}, {"text": "the fox"}])
-    found = _build(texts, bpe_tokenizer, "pretrain").report.findings
+    found = _build(texts, bpe_tokenizer, "pretrain").report.notes()
     assert any(note.startswith("1 documents begin with a control token") and f"({texts}:1)" in note for note in found)
     kept = _build(texts, bpe_tokenizer, "pretrain", special_in_text="special")
-    assert not any("documents begin" in note for note in kept.report.findings)
+    assert not any("documents begin" in note for note in kept.report.notes())
     assert int((kept[0].tokens == bpe_tokenizer.convert_tokens_to_ids("<|im_start|>")).sum()) == 2
 
 

@@ -124,8 +124,11 @@ def test_a_document_of_one_token_is_counted_and_left_out(write_jsonl: WriteJsonl
 
     char_tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
     store = _build(write_jsonl("a.jsonl", [{"text": " "}, {"text": "a"}]), char_tokenizer, "pretrain")
-    assert (len(store), store.report.too_short) == (1, 1)
-    assert store.report.notes() == ["formats: text (2 rows)", "1 documents of a single token dropped"]
+    assert (len(store), store.report.by_file[0].too_short) == (1, 1)
+    assert store.report.notes() == [
+        "formats: text (2 rows)",
+        f"1 documents of a single token dropped ({store.files[0]}:1)",
+    ]
 
 
 @pytest.mark.parametrize("stage", ["sft", "pretrain"])
@@ -160,7 +163,7 @@ def test_overlong_conversations_are_counted(
     prompt = len(bpe_tokenizer("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n").input_ids)
     store = _build(write_jsonl("a.jsonl", OVERLONG), bpe_tokenizer, overlong=overlong, max_seq_len=prompt + 10)
     assert _labels(store, bpe_tokenizer) == labels
-    assert {name: getattr(store.report, name) for name in counts} == counts
+    assert {name: getattr(store.report.by_file[0], name) for name in counts} == counts
     assert store.lengths.max() <= prompt + 10
     assert len(store.report.notes()) == 1 + sum(count > 0 for count in counts.values())
 
@@ -230,7 +233,9 @@ def test_skipped_rows_are_counted_and_all_listed_in_a_file(write_jsonl: WriteJso
         assert store.report.skipped_file is not None
         listed = Path(store.report.skipped_file).read_text(encoding="utf-8").splitlines()
         assert [line.split(" ")[0] for line in listed] == [f"{path}:{i}:" for i in range(1, 41)]
-        assert store.report.notes()[1:] == [f"40 bad rows skipped, listed in {store.report.skipped_file}"]
+        assert store.report.notes()[1:] == [
+            f"40 bad rows skipped, listed in {store.report.skipped_file} ({path}:1, 2, 3, ...)"
+        ]
 
 
 def test_a_template_that_fails_on_a_row_makes_it_a_bad_row(write_jsonl: WriteJsonl, bpe_tokenizer: Any) -> None:

@@ -23,6 +23,13 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
+    "skipped": Kind("{count} bad rows skipped{listed}", harms=True),
+    "overlong": Kind(
+        "{count} conversations longer than data.max_seq_len dropped; raise it, or set data.overlong", harms=True
+    ),
+    "truncated": Kind("{count} conversations cut to data.max_seq_len", harms=True),
+    "unsupervised": Kind("{count} conversations without a supervised token dropped", harms=True),
+    "too_short": Kind("{count} documents of a single token dropped", harms=True),
     "split": Kind(
         "{count} conversations become several samples, since the chat template renders turns differently later "
         "(data.on_rewrite)",
@@ -52,6 +59,13 @@ KINDS: dict[str, Kind] = {
     "unknown_tokens": Kind("{count} tokens that stand for such characters", harms=True),
     "weighted": Kind("{count} conversations with weights on their messages", harms=False),
     "calls": Kind("{count} conversations with tool calls", harms=False),
+    "roles_out_of_order": Kind(
+        "{count} conversations with two messages of the user, or two of the assistant, one after the other", harms=False
+    ),
+    "assistant_first": Kind("{count} conversations that begin with the assistant", harms=False),
+    "replacement_characters": Kind(
+        "{count} rows with the replacement character U+FFFD, which stands for text that was lost before", harms=True
+    ),
     "crlf": Kind(
         '{count} text files with Windows line ends (CRLF), read as newlines; data.newlines = "keep" keeps them',
         harms=False,
@@ -104,14 +118,22 @@ class Findings:
             findings._found[kind] = _Found(int(count), [(int(file), int(line)) for file, line in places])
         return findings
 
-    def notes(self, files: Sequence[str]) -> list[str]:
+    def kinds(self) -> list[str]:
+        """Those that were found, in the order of KINDS."""
+        return [name for name in KINDS if name in self._found]
+
+    def said(self, kind: str, *, listed_in: str | None = None) -> str:
+        """What was found of a kind, without the places. `listed_in`: the file of the skipped rows."""
+        listed = f", listed in {listed_in}" if listed_in else ""
+        return KINDS[kind].what.format(count=f"{self.count(kind):,}", listed=listed)
+
+    def notes(self, files: Sequence[str], *, listed_in: str | None = None) -> list[str]:
         """One line for each kind, in the order of KINDS, with the first places."""
         notes = []
-        for name, kind in KINDS.items():
-            if (found := self._found.get(name)) is not None:
-                places = found.places[:_SHOWN]
-                more = ", ..." if found.count > len(places) else ""
-                notes.append(one_line(f"{kind.what.format(count=f'{found.count:,}')} ({_shown(places, files)}{more})"))
+        for kind in self.kinds():
+            places = self.places(kind)[:_SHOWN]
+            more = ", ..." if self.count(kind) > len(places) else ""
+            notes.append(one_line(f"{self.said(kind, listed_in=listed_in)} ({_shown(places, files)}{more})"))
         return notes
 
 

@@ -14,8 +14,9 @@ from pertoken.text import one_line
 __all__ = ["Counts", "Outcome", "UnusedKeys"]
 
 Of = Literal["row", "message"]
+Loss = Literal["skipped", "overlong", "truncated", "unsupervised", "too_short"]  # fields of Counts, kinds of findings
 
-_OF = {
+_OF: dict[Of, str] = {
     "row": "keys of rows that data.format does not use",
     "message": "keys of messages that the chat template does not name",
 }
@@ -26,7 +27,7 @@ _SHOWN = 8
 
 @dataclass
 class Counts:
-    """What became of the rows."""
+    """What became of rows."""
 
     rows: int = 0  # rows read, bad ones included
     skipped: int = 0  # bad rows passed over
@@ -34,6 +35,10 @@ class Counts:
     truncated: int = 0  # conversations cut to max_seq_len inputs
     unsupervised: int = 0  # conversations dropped for having no supervised token (left)
     too_short: int = 0  # documents of one token, which predict nothing
+
+    def add(self, others: Counts) -> None:
+        for name, count in asdict(others).items():
+            setattr(self, name, getattr(self, name) + count)
 
 
 @dataclass
@@ -54,7 +59,7 @@ class UnusedKeys:
     """
 
     def __init__(self) -> None:
-        self._found: dict[str, dict[str, _Use]] = {of: {} for of in _OF}
+        self._found: dict[Of, dict[str, _Use]] = {of: {} for of in _OF}
         self._more: set[str] = set()  # of which there are others
         self._together: dict[tuple[str, ...], list[_Use]] = {}  # most rows have the keys of the row before
 
@@ -101,6 +106,14 @@ class UnusedKeys:
         unused._more = set(values["more"])
         return unused
 
+    def found(self) -> list[tuple[Of, str, int, tuple[int, int]]]:
+        """(of what, key, rows, place of the first) of each key, the most frequent first."""
+        self._keep_first()
+        keys = [
+            (of, name, use.rows, (use.file, use.line)) for of, uses in self._found.items() for name, use in uses.items()
+        ]
+        return sorted(keys, key=lambda key: (-key[2], key[1]))
+
     def notes(self, files: Sequence[str]) -> list[str]:
         """At most one line on keys of rows and one on keys of messages, the most frequent keys first."""
         self._keep_first()
@@ -121,17 +134,37 @@ class UnusedKeys:
 class Outcome:
     """What there is to say of some rows, beside their samples. `problems` are those that must be raised."""
 
-    counts: Counts = field(default_factory=Counts)
+    by_file: dict[int, Counts] = field(default_factory=dict)  # by the index of the file
     problems: Problems = field(default_factory=Problems)
     unused: UnusedKeys = field(default_factory=UnusedKeys)
     findings: Findings = field(default_factory=Findings)
     formats: FormatsFound = field(default_factory=FormatsFound)
     skippable: bool = False  # data.on_bad_row="skip" would pass over some of the problems
+    skipped: Problems = field(default_factory=Problems)  # of the rows that it has passed over
+
+    def of(self, file: int) -> Counts:
+        """The counts of one file, by its index."""
+        return self.by_file.setdefault(file, Counts())
+
+    @property
+    def counts(self) -> Counts:
+        """Of all files together."""
+        total = Counts()
+        for counts in self.by_file.values():
+            total.add(counts)
+        return total
+
+    def lost(self, kind: Loss, file: int, line: int) -> None:
+        """Count a row, or a conversation's sample, of which nothing or not everything is learned."""
+        counts = self.of(file)
+        setattr(counts, kind, getattr(counts, kind) + 1)
+        self.findings.add(kind, file, line)
 
     def extend(self, other: Outcome) -> None:
         """Add what there is to say of the rows that follow."""
-        for name, count in asdict(other.counts).items():
-            setattr(self.counts, name, getattr(self.counts, name) + count)
+        for file, counts in other.by_file.items():
+            self.of(file).add(counts)
+        self.skipped.extend(other.skipped)
         self.problems.extend(other.problems)
         self.unused.extend(other.unused)
         self.findings.extend(other.findings)

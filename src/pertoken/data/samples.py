@@ -11,10 +11,10 @@ import numpy as np
 
 from pertoken.data.chat.headers import headers_of, rendered_before
 from pertoken.data.chat.render import ChatTemplate, rendered_chat
-from pertoken.data.files.long_text import LongText
+from pertoken.data.files.long_text import LongText, one_of
 from pertoken.data.files.records import BadRow, Record, Span, read_records
 from pertoken.data.formats import Conversation, Gives, read_row
-from pertoken.data.outcome import Counts, Outcome
+from pertoken.data.outcome import Outcome
 from pertoken.data.tokens.control import ControlTokens
 from pertoken.data.tokens.cuts import NoCut
 from pertoken.data.tokens.encode import Encoded, Encoder, TextWithSpans
@@ -33,6 +33,7 @@ __all__ = ["Row", "SampleBuilder"]
 # takes over a hundred bytes until it is a number.
 _CHUNK_DOCUMENTS = 1000
 _CHUNK_CHARS = 500_000
+_REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class SampleBuilder:
             for document, encoded in self._encoded(chunk, rows):
                 pieces = self._unknown_counted(document, encoded, outcome)
                 if self.template is None:
-                    yield from _text_samples(document, pieces, self.data.max_seq_len, outcome.counts)
+                    yield from _text_samples(document, pieces, self.data.max_seq_len, outcome)
                 else:
                     yield from _chat_samples(document, pieces, self.data, str(self.files[document.file]), outcome)
             on_bytes(rows.bytes_done)
@@ -129,7 +130,7 @@ class SampleBuilder:
             raise
         except Exception as error:  # a tokenizer is a program from elsewhere, and may fail at a text in any way
             if len(chunk) == 1:
-                rows.bad(self._bad(chunk[0], error))
+                rows.bad(self._bad(chunk[0], error), chunk[0].file)
             else:
                 for document in chunk:
                     yield from self._encoded([document], rows)
@@ -183,12 +184,12 @@ class _Rows:
         before = 0
         for span in part:
             for row in read_records(self._builder.files[span.file], span, self._builder.data.text_reading):
-                self._outcome.counts.rows += 1
+                self._outcome.of(span.file).rows += 1
                 texts = row if isinstance(row, BadRow) else self._texts(row, span.file)
                 if isinstance(row, Record):
                     self.bytes_done = before + max(0, min(row.end, span.stop) - span.start)
                 if isinstance(texts, BadRow):
-                    self.bad(texts)
+                    self.bad(texts, span.file)
                     continue
                 assert isinstance(row, Record)
                 for kind in row.findings:
@@ -228,10 +229,14 @@ class _Rows:
                 self._headers = headers_of(template) if self._headers is None else self._headers
                 if rendered_before(value, self._headers):
                     findings.add("rendered_before", file, row.line)
-                for kind, count in rendered.findings.items():
+                for kind, count in (rendered.findings | value.order_findings()).items():
                     findings.add(kind, file, row.line, count)
+                lacks_text = any(_REPLACEMENT in text.text for text in rendered.samples)
             else:
                 texts = _texts(typed.document(value, findings, file, row.line), data, typed.as_text)
+                lacks_text = one_of(value, (_REPLACEMENT,)) is not None
+            if lacks_text:
+                findings.add("replacement_characters", file, row.line)
         except ValueError as error:
             field = "conversation" if isinstance(value, Conversation) else "text"
             return BadRow(row.file, row.line, field, str(error))
@@ -241,9 +246,10 @@ class _Rows:
             self._outcome.unused.add("message", unnamed, file, row.line)
         return texts
 
-    def bad(self, row: BadRow) -> None:
+    def bad(self, row: BadRow, file: int) -> None:
         if self._builder.data.on_bad_row == "skip":
-            self._outcome.counts.skipped += 1
+            self._outcome.lost("skipped", file, row.line)
+            self._outcome.skipped.add(row)
             self._skip(row)
         else:
             self._outcome.problems.add(row)
@@ -286,7 +292,7 @@ def _chunks(documents: Iterator[_Document]) -> Iterator[list[_Document]]:
         yield chunk
 
 
-def _text_samples(document: _Document, pieces: Iterator[Encoded], max_seq_len: int, counts: Counts) -> Iterator[Row]:
+def _text_samples(document: _Document, pieces: Iterator[Encoded], max_seq_len: int, outcome: Outcome) -> Iterator[Row]:
     """Samples that overlap by one token: the last label of one is the first input of the next."""
     held: list[Encoded] = []  # from the first input of the next sample on
     samples = 0
@@ -302,7 +308,7 @@ def _text_samples(document: _Document, pieces: Iterator[Encoded], max_seq_len: i
     if len(whole.tokens) > 1:
         yield _row(document, whole, 0, len(whole.tokens) - 1)
     elif not samples:
-        counts.too_short += 1
+        outcome.lost("too_short", document.file, document.line)
 
 
 def _joined(pieces: Sequence[Encoded]) -> Encoded:
@@ -319,7 +325,7 @@ def _cut(whole: Encoded, start: int, stop: int | None = None) -> Encoded:
 def _chat_samples(
     document: _Document, pieces: Iterator[Encoded], data: DataConfig, file: str, outcome: Outcome
 ) -> Iterator[Row]:
-    counts, limit = outcome.counts, data.max_seq_len
+    limit = data.max_seq_len
     kept, num_tokens = [], 0  # what a sample can hold is kept, the rest counted
     for piece in pieces:
         if num_tokens <= limit:
@@ -332,11 +338,12 @@ def _chat_samples(
             BadRow(file, document.line, "data.max_seq_len", f"{num_inputs} inputs, more than {limit}; {remedy}")
         )
     elif num_inputs > limit and data.overlong == "drop":
-        counts.overlong += 1
+        outcome.lost("overlong", document.file, document.line)
     elif not encoded.supervised[1 : min(num_inputs, limit) + 1].any():
-        counts.unsupervised += 1
+        outcome.lost("unsupervised", document.file, document.line)
     else:
-        counts.truncated += num_inputs > limit
+        if num_inputs > limit:
+            outcome.lost("truncated", document.file, document.line)
         if document.is_extra:
             repeated = int((~encoded.supervised).sum())
             outcome.findings.add("split_tokens", document.file, document.line, repeated)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 __all__ = ["ROLES", "Conversation"]
@@ -21,6 +22,16 @@ class Conversation:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     weights: tuple[float, ...] | None = None  # how much each message's tokens count; None: 1 for the assistant's
+
+    def order_findings(self) -> dict[str, int]:
+        """Kinds of findings (`data/findings.py`) on the order of the roles: no mistakes, but seldom what was meant."""
+        roles = [message["role"] for message in self.messages if message["role"] != "system"]
+        found = {}
+        if any(role == follows != "tool" for role, follows in pairwise(roles)):
+            found["roles_out_of_order"] = 1
+        if roles[:1] == ["assistant"]:
+            found["assistant_first"] = 1
+        return found
 
     def weight(self, message: int) -> float:
         """How much the tokens of a message count in the loss, and in what it is divided by."""

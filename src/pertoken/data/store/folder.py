@@ -26,7 +26,7 @@ __all__ = ["FORMAT_VERSION", "SKIPPED", "Check", "Damaged", "open_folder", "put_
 
 Check = Literal["none", "sample", "full"]
 
-FORMAT_VERSION = 5  # of the folder: raise it when it is written otherwise; the samples, and their fingerprint, stay
+FORMAT_VERSION = 6  # of the folder: raise it when it is written otherwise; the samples, and their fingerprint, stay
 
 SKIPPED = "skipped.txt"
 _SAMPLES, _META = "samples.arrow", "store.json"

@@ -54,12 +54,13 @@ def make_part(
         "part": [list(asdict(span).values()) for span in part],
         "checksums": [_checksum(path) for path in ours],
         "totals": totals,
-        "counts": asdict(outcome.counts),
+        "by_file": [[file, asdict(counts)] for file, counts in outcome.by_file.items()],
         "unused": outcome.unused.to_json(),
         "findings": outcome.findings.to_json(),
         "formats": outcome.formats.to_json(),
         "problems": outcome.problems.to_json(),
         "skippable": outcome.skippable,
+        "skipped": outcome.skipped.to_json(),
     }
     for path in ours:
         path.replace(path.with_suffix(""))
@@ -81,7 +82,9 @@ def find_part(folder: Path, index: int, part: Part, *, check: bool = True) -> Ma
         unused = UnusedKeys.from_json(meta["unused"])
         findings = Findings.from_json(meta["findings"])
         formats = FormatsFound.from_json(meta["formats"])
-        outcome = Outcome(Counts(**meta["counts"]), problems, unused, findings, formats, bool(meta["skippable"]))
+        by_file = {int(file): Counts(**counts) for file, counts in meta["by_file"]}
+        left = bool(meta["skippable"]), Problems.from_json(meta["skipped"])
+        outcome = Outcome(by_file, problems, unused, findings, formats, *left)
         return MadePart(samples, skipped, outcome, meta["totals"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

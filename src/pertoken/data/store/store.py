@@ -284,14 +284,15 @@ def _write(
     for part in made:
         outcome.extend(part.outcome)
     outcome.raise_problems()
+    counts = outcome.counts
     totals = {name: sum(part.totals[name] for part in made) for name in ("samples", "tokens", "num_tokens")}
     if not totals["samples"]:
-        found = ", ".join(f"{name} {count}" for name, count in asdict(outcome.counts).items() if count)
+        found = ", ".join(f"{name} {count}" for name, count in asdict(counts).items() if count)
         raise DataError(
             f"{', '.join(paths)}: no sample results ({found}); see data.max_seq_len, data.overlong and data.on_bad_row"
         )
     meta = key.meta(contents, changed=any(map(outcome.findings.count, READ_OTHERWISE_BEFORE)))
-    skipped = [part.skipped for part in made] if outcome.counts.skipped else []
+    skipped = [part.skipped for part in made] if counts.skipped else []
     write_folder(folder, [part.samples for part in made], skipped, {**meta, "report": to_json(outcome, totals, bos)})
 
 
