@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ConsoleListener",
     "duration",
+    "pieces_text",
     "show_proof",
     "show_proof_header",
     "show_replay",
@@ -194,16 +195,21 @@ def _summary_text(s: Summary) -> Text:
 
 
 def _example(s: Summary) -> Text:
-    text = Text("\na sample, ").append(plain(s.example_source)).append("; what is between ⟦ and ⟧ is supervised:\n")
-    left = _EXAMPLE_CHARACTERS
-    for piece, supervised in s.example:
+    head = Text("\na sample, ").append(plain(s.example_source)).append("; what is between ⟦ and ⟧ is supervised:\n")
+    return head.append(pieces_text(s.example, _EXAMPLE_CHARACTERS)).append("\n")
+
+
+def pieces_text(pieces: Sequence[tuple[str, bool]], left: int) -> Text:
+    """Up to `left` characters of a sample; what is supervised is green and in brackets."""
+    text = Text()
+    for piece, supervised in pieces:
         shown = plain(piece[:left])
         text.append(f"⟦{shown}⟧" if supervised else shown, style="green" if supervised else "dim")
         left -= len(shown)
         if left <= 0:
             text.append(" ...")
             break
-    return text.append("\n")
+    return text
 
 
 def show_token_losses(console: Console, losses: Sequence[TokenLoss], source: str) -> None:

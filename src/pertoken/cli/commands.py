@@ -11,6 +11,7 @@ import threading
 
 import typer
 
+from pertoken.cli.audit import audit_app
 from pertoken.cli.checking import checking_app
 from pertoken.cli.models import models_app, tokenizer_app
 from pertoken.cli.output import own_streams
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for commands in (training_app, checking_app, models_app, talk_app):
+for commands in (training_app, audit_app, checking_app, models_app, talk_app):
     app.add_typer(commands)
 app.add_typer(tokenizer_app, name="tokenizer")
 

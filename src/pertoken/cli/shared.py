@@ -30,6 +30,7 @@ __all__ = [
     "say",
     "say_what_is_in",
     "write_json",
+    "write_text",
 ]
 
 Overrides = Annotated[
@@ -95,16 +96,21 @@ def say(console: Console, text: str) -> None:
 def say_what_is_in(console: Console, name: str, store: Store) -> None:
     supervised, tokens = store.count(), int(store.lengths.sum())
     say(console, f"{name}: {len(store):,} samples, {supervised:,} of {tokens:,} tokens supervised")
-    for note in store.report.notes():
+    for note in store.notes():
         say(console, f"  {note}")
 
 
 def write_json(path: Path | None, text: str) -> None:
+    write_text(path, text + "\n", "json")
+
+
+def write_text(path: Path | None, text: str, argument: str) -> None:
+    """To the file that `argument` names, if it names one. Raises RecipeError."""
     if path is None:
         return
     from pertoken.files import user_path
 
     try:
-        user_path(path, "json").write_text(text + "\n", encoding="utf-8")
+        user_path(path, argument).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise RecipeError(f"json={path}: cannot be written ({error.strerror})") from None
+        raise RecipeError(f"{argument}={path}: cannot be written ({error.strerror})") from None

@@ -13,7 +13,7 @@ import shlex
 __all__ = ["as_flags"]
 
 _SWITCHES = ("resume", "overwrite", "force", "verify_data")
-_OPTIONS = ("step", "out", "format", "dtype", "only", "tokens", "prompt", "json", "worst")
+_OPTIONS = ("step", "out", "format", "dtype", "only", "tokens", "prompt", "json", "html", "samples", "worst")
 _POSITIONAL = {"recipe": "RECIPE", "model": "MODEL", "data": "DATA", "run": "RUN"}
 
 _SWITCH = re.compile(rf"\b({'|'.join(_SWITCHES)})=True\b")

@@ -56,9 +56,15 @@ KINDS: dict[str, Kind] = {
     ),
     "ends_with_eos": Kind("{count} documents end with the eos token, so none is added", harms=False),
     "unknown_rows": Kind("{count} rows with characters that the tokenizer lacks; choose another one", harms=True),
-    "unknown_tokens": Kind("{count} tokens that stand for such characters", harms=True),
+    "unknown_tokens": Kind("{count} tokens that stand for such characters", harms=False),
     "weighted": Kind("{count} conversations with weights on their messages", harms=False),
     "calls": Kind("{count} conversations with tool calls", harms=False),
+    "end_not_supervised": Kind(
+        "{count} answers whose end is not supervised, so that the model does not learn to stop", harms=True
+    ),
+    "empty_answer": Kind("{count} empty answers, so that the model learns to say nothing", harms=True),
+    "duplicate": Kind("{count} rows that are there already, byte for byte", harms=False),
+    "in_both": Kind("{count} rows of the evaluation data that are training data too", harms=False),
     "roles_out_of_order": Kind(
         "{count} conversations with two messages of the user, or two of the assistant, one after the other", harms=False
     ),

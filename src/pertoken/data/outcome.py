@@ -36,6 +36,11 @@ class Counts:
     unsupervised: int = 0  # conversations dropped for having no supervised token (left)
     too_short: int = 0  # documents of one token, which predict nothing
 
+    def lost(self) -> str:
+        """In words, after a comma, how many of what was lost or cut; "" for none."""
+        found = {name.replace("_", " "): count for name, count in asdict(self).items() if count and name != "rows"}
+        return "".join(f", {count:,} {name}" for name, count in found.items())
+
     def add(self, others: Counts) -> None:
         for name, count in asdict(others).items():
             setattr(self, name, getattr(self, name) + count)

@@ -54,7 +54,7 @@ def summarize(
         num_eval_samples=len(eval_store) if eval_store is not None else 0,
         num_tokens=store.count(),
         total_tokens=int(store.lengths.sum()),
-        data_notes=tuple(store.report.notes()),
+        data_notes=tuple(_data_notes(recipe, store, eval_store)),
         batch_size=train.batch_size,
         micro_batches=len(share.micro_batches),
         padding_share=_padding_share(model, share, state),
@@ -66,6 +66,19 @@ def summarize(
         example_source=store.where(example),
         example=tuple(supervised_pieces(store[example], tokenizer)),
     )
+
+
+def _data_notes(recipe: Recipe, store: Store, eval_store: Store | None) -> list[str]:
+    """What became of the rows of training and evaluation data, and whether any harm was done."""
+    notes, harmed = store.notes(), store.report.num_harmed
+    if eval_store is not None and recipe.data.eval_path:
+        notes += [f"evaluation data: {note}" for note in eval_store.notes()]
+        harmed += eval_store.report.num_harmed
+    if harmed:
+        notes.append(
+            f"{harmed:,} times a sample is lost or trained otherwise than its row says; `pertoken audit` shows where"
+        )
+    return notes
 
 
 def _padding_share(model: LanguageModel, share: Share, state: TrainState) -> float:

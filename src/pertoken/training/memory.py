@@ -10,14 +10,16 @@ from pathlib import Path
 import torch
 
 from pertoken.errors import RecipeError
+from pertoken.recipe.model import ResolvedModelConfig
 from pertoken.recipe.schema import Recipe
 from pertoken.text import shown
 from pertoken.training.optimizers import optimizer_kind
 from pertoken.training.parallel import World
 
-__all__ = ["check_parameters", "check_size", "machine_bytes", "memory_problem", "out_of_memory"]
+__all__ = ["check_parameters", "check_size", "machine_bytes", "memory_problem", "out_of_memory", "training_bytes"]
 
 _MOST_MODULES = 50_000  # layers, times experts where there are any; the largest models known have half of that
+_HEAD_ROWS = 512  # of logits at a time, at least (objective/cross_entropy.py)
 _ITEM_BYTES = {"float64": 8}  # of weights and moments; with any other dtype they are float32
 # What plain errors say of memory that was not given: torch's allocator on a CPU, C++ below it, CUDA's libraries.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
@@ -63,6 +65,38 @@ def machine_bytes() -> int | None:
         soft, _ = resource.getrlimit(resource.RLIMIT_AS)
         limits += [] if soft == resource.RLIM_INFINITY else [soft]
     return min(limits)
+
+
+def training_bytes(recipe: Recipe, config: ResolvedModelConfig) -> dict[str, int]:
+    """What one process needs to train the decoder of `config`, in bytes, by arithmetic.
+
+    Activations are what the plain modules keep of a micro-batch for its backward pass, and the head's chunk of logits;
+    the CPU engine keeps less.
+    """
+    train = recipe.train
+    wide = _ITEM_BYTES.get(train.dtype, 4)
+    low = 2 if train.dtype in ("bfloat16", "float16") else wide
+    weights = config.num_parameters * wide
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": weights * optimizer_kind(train.optimizer).state_numbers,
+        "activations": train.micro_batch_tokens * _activations(recipe, config, wide, low)
+        + _HEAD_ROWS * config.vocab_size * (wide + low),
+    }
+
+
+def _activations(recipe: Recipe, config: ResolvedModelConfig, wide: int, low: int) -> int:
+    """Bytes of a token."""
+    hidden, queries, keys = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    if recipe.train.activation_checkpointing:
+        return config.num_hidden_layers * wide * hidden
+    feed_forward = config.num_experts_per_tok * config.moe_intermediate_size if config.use_moe else 0
+    feed_forward = feed_forward or config.intermediate_size
+    of_layer = hidden * 2 * wide + 5 * hidden * low  # the inputs of the norms, and of the matrices behind them
+    of_layer += config.head_dim * (queries + keys) * (2 * low + (wide if config.qk_norm else 0))
+    of_layer += 4 * feed_forward * low
+    return config.num_hidden_layers * of_layer
 
 
 def check_size(recipe: Recipe, vocab_size: int, device: torch.device | None = None) -> None:

@@ -114,7 +114,7 @@ def test_prompt_and_completion_keys_are_configurable() -> None:
         ),
         ({"prompt": "x"}, "prompt_completion", "completion: missing, keys found: prompt; add it"),
         ({"prompt": "x", "completion": None}, "prompt_completion", "completion: null; add it"),
-        ({"prompt": 1, "completion": "x"}, "auto", "prompt: a number found; give a list of messages"),
+        ({"prompt": 1, "completion": "x"}, "auto", "prompt: a number found; give a text or a list of messages"),
         ({"prompt": [], "completion": "x"}, "auto", "prompt: an empty conversation"),
         ({"prompt": [USER], "completion": [USER]}, "auto", "completion: no assistant turn"),
     ],

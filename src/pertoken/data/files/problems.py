@@ -10,19 +10,24 @@ from typing import Any
 from pertoken.data.files.records import BadRow
 from pertoken.errors import DataError
 
-__all__ = ["Problems"]
+__all__ = ["Cause", "Problems"]
 
 _SHOWN = 20  # causes, and lines of each, that are kept
 _NUMBER = re.compile(r"\[\d+\]")
 
 
 @dataclass
-class _Cause:
+class Cause:
     """Rows of one file with the same problem in the same field, whichever item of a list that is in."""
 
     first: BadRow
     count: int
     lines: list[int]  # of the first 20
+
+    @property
+    def places(self) -> list[str]:
+        """`file:line` of the first 20."""
+        return [f"{self.first.file}:{line}" for line in self.lines]
 
     def __str__(self) -> str:
         if self.count == 1:
@@ -36,13 +41,13 @@ class Problems:
 
     def __init__(self) -> None:
         self.count = 0
-        self._causes: dict[tuple[str, str, str], _Cause] = {}
+        self._causes: dict[tuple[str, str, str], Cause] = {}
 
     def add(self, row: BadRow) -> None:
-        self._add(_Cause(row, 1, [row.line]))
+        self._add(Cause(row, 1, [row.line]))
         self.count += 1
 
-    def _add(self, later: _Cause) -> None:
+    def _add(self, later: Cause) -> None:
         row = later.first
         key = (row.file, _NUMBER.sub("[]", row.field), row.problem)
         cause = self._causes.get(key)
@@ -50,13 +55,17 @@ class Problems:
             cause.count += later.count
             cause.lines += later.lines[: _SHOWN - len(cause.lines)]
         elif len(self._causes) < _SHOWN:
-            self._causes[key] = _Cause(row, later.count, list(later.lines))
+            self._causes[key] = Cause(row, later.count, list(later.lines))
 
     def extend(self, later: Problems) -> None:
         """Add the bad rows of the rows that follow."""
         for cause in later._causes.values():
             self._add(cause)
         self.count += later.count
+
+    def causes(self) -> list[Cause]:
+        """Those that were kept."""
+        return list(self._causes.values())
 
     def to_json(self) -> dict[str, Any]:
         return {"count": self.count, "causes": [asdict(cause) for cause in self._causes.values()]}
@@ -66,7 +75,7 @@ class Problems:
         """Raises KeyError, TypeError or ValueError for what `to_json` did not make."""
         problems = cls()
         for cause in values["causes"]:
-            problems._add(_Cause(BadRow(**cause["first"]), int(cause["count"]), list(map(int, cause["lines"]))))
+            problems._add(Cause(BadRow(**cause["first"]), int(cause["count"]), list(map(int, cause["lines"]))))
         problems.count = int(values["count"])
         return problems
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pertoken.data.formats.calls import read_tools
 from pertoken.data.formats.conversation import Conversation
 from pertoken.data.formats.format import Fields, Format
-from pertoken.data.formats.problem import RowProblem
+from pertoken.data.formats.problem import RowProblem, kind_of
 from pertoken.data.formats.turns import read_messages, require_assistant, with_system
 
 __all__ = ["PROMPT_COMPLETION"]
@@ -13,6 +13,9 @@ __all__ = ["PROMPT_COMPLETION"]
 
 def _read(fields: Fields) -> Conversation:
     prompt, completion = fields.need("prompt"), fields.need("completion")
+    for key, value in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(value, str | list):
+            raise RowProblem(fields.name(key), f"{kind_of(value)} found; give a text or a list of messages")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):

@@ -32,12 +32,14 @@ from pertoken.data.tokens.encode import Encoder
 from pertoken.errors import DataError
 from pertoken.files import cache_folder
 from pertoken.recipe.data import DataConfig
-from pertoken.text import reason
+from pertoken.text import one_line, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Store", "build_store", "open_store"]
+
+_FILES_SHOWN = 20
 
 
 class Store:
@@ -103,6 +105,31 @@ class Store:
         """[len] int64, the line of its file that each sample comes from, from 1."""
         return self._column("line")
 
+    @cached_property
+    def file_ids(self) -> np.ndarray:
+        """[len] int32, the index into `files` of the file that each sample comes from."""
+        return self._column("file")
+
+    @cached_property
+    def row_digests(self) -> np.ndarray:
+        """[len] uint64, of the row that each sample comes from; the same for rows that are the same byte for byte."""
+        return self._column("row_digest")
+
+    def sums_by_file(self, values: np.ndarray) -> list[int | float]:
+        """Of each file the sum of `values` [len] over its samples."""
+        return [as_count(total) for total in np.bincount(self.file_ids, values, minlength=len(self.files)).tolist()]
+
+    def notes(self) -> list[str]:
+        """What became of the rows, a line each; of several files what each gave."""
+        samples = self.sums_by_file(np.ones(len(self)))
+        files = [
+            one_line(f"{file}: {counts.rows:,} rows, {int(count):,} samples{counts.lost()}")
+            for file, counts, count in zip(self.files, self.report.by_file, samples, strict=True)
+        ]
+        if len(files) > _FILES_SHOWN:
+            files[_FILES_SHOWN:] = [f"and {len(files) - _FILES_SHOWN:,} more files"]
+        return [*self.report.notes(), *(files if len(self.files) > 1 else [])]
+
     def where(self, i: SupportsIndex) -> str:
         """`file:line` of sample i."""
         row = self._row(i)
@@ -119,7 +146,7 @@ class Store:
         if eval_split == "tail":
             held_out, distinct = self._column("is_tail").astype(np.bool_), None
         else:
-            digests = self._column("row_digest")
+            digests = self.row_digests
             rows = np.unique(digests)
             distinct = len(rows)
             held_out = digests <= rows[min(max(1, round(eval_fraction * distinct)), distinct) - 1]

@@ -1,0 +1,293 @@
+"""A recipe's data looked through: what is read, what would be lost or trained wrongly, and where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pertoken.data.batch.sample import Sample
+from pertoken.data.findings import KINDS, Findings
+from pertoken.data.store.store import Store
+from pertoken.data.tokens.tokenizer import special_ids
+from pertoken.data.view import supervised_pieces
+from pertoken.errors import DataError
+from pertoken.recipe.schema import Recipe
+from pertoken.runs.audit.plan import Estimate, Plan, architecture, estimate, plan
+from pertoken.runs.audit.rows import find_answers, find_duplicates, find_in_both
+from pertoken.runs.data import RunData, load_data
+from pertoken.tracking.listener import Heard, Listener
+from pertoken.training.parallel import World
+
+__all__ = ["Audit", "Example", "FileAudit", "PartAudit", "Problem", "audit", "write_samples"]
+
+_PLACES = 20  # of a problem that are named
+_BINS = 16  # of the histogram, at least half of them used
+_EXAMPLES = 5
+_EXAMPLE_TOKENS = 2000
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileAudit:
+    """What one file gives."""
+
+    file: str
+    rows: int | None  # None for held-out rows of the training files, which are counted there
+    samples: int
+    tokens: int  # inputs
+    num_tokens: int | float  # supervised, or the sum of their weights
+    skipped: int
+    overlong: int
+    truncated: int
+    unsupervised: int
+    too_short: int
+
+
+@dataclass(frozen=True)
+class PartAudit:
+    """The training data or the evaluation data."""
+
+    part: str  # "train" or "eval"
+    held_out: bool  # from the training files
+    files: tuple[FileAudit, ...]
+    formats: dict[str, int]  # rows of each
+    samples: int
+    tokens: int
+    num_tokens: int | float
+    lengths: dict[str, list[int]]  # edges and counts of a histogram of the samples' inputs
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One way in which data are other than they should be, or than their author may think."""
+
+    kind: str  # of data/findings.py; "bad_row", "unused_key"
+    harms: bool  # a sample is lost, or something else is trained than the row says
+    what: str
+    count: int
+    places: tuple[str, ...]  # file:line of the first 20
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sample as text."""
+
+    source: str
+    why: str
+    pieces: tuple[tuple[str, bool], ...]  # (text, supervised)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All that was found. `ok`: nothing would be lost or trained wrongly."""
+
+    recipe: str
+    stage: str
+    tokenizer: str
+    max_seq_len: int
+    parts: tuple[PartAudit, ...]
+    plan: Plan
+    estimate: Estimate | None  # None where no configuration says how large the model is
+    problems: tuple[Problem, ...]  # what harms first
+    remarks: tuple[str, ...]  # messages on the way: files passed over, splits left out
+    examples: tuple[Example, ...]
+    data: RunData = field(repr=False, compare=False)
+
+    @property
+    def ok(self) -> bool:
+        return not any(problem.harms for problem in self.problems)
+
+    @property
+    def harmed(self) -> int:
+        """How many findings there are of the problems that harm."""
+        return sum(problem.count for problem in self.problems if problem.harms)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as docs/audit.md describes them."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "data"}
+        plain = json.loads(json.dumps({**values, "ok": self.ok, "format_version": FORMAT_VERSION}, default=asdict))
+        assert isinstance(plain, dict)
+        return plain
+
+
+class _Remarks(Heard):
+    """Passes everything on, and keeps the messages."""
+
+    def __init__(self, listener: Listener) -> None:
+        super().__init__(listener)
+        self.kept: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.kept.append(text)
+        super().message(text)
+
+
+def audit(recipe: Recipe, listener: Listener | None = None, *, name: str = "") -> Audit:
+    """Look through a recipe's data, tokenized as for training and kept for it. No weights are read.
+
+    `name`: of the recipe, for the result. Bad rows are passed over, whatever `data.on_bad_row` says, and become
+    problems. Raises what `train` raises for the recipe and the tokenizer, and DataError where no row can be used.
+    """
+    remarks = _Remarks(listener or Listener())
+    data = _load(recipe, remarks)
+    config = architecture(recipe, data.init_from, len(data.tokenizer))
+    held_out = data.eval is not None and not recipe.data.eval_path
+    parts = [_part("train", data.train, held_out=False)]
+    if data.eval is not None:
+        parts.append(_part("eval", data.eval, held_out=held_out))
+    problems = _problems(recipe, data, held_out=held_out)
+    return Audit(
+        recipe=name,
+        stage=recipe.stage,
+        tokenizer=recipe.data.tokenizer or recipe.init_from or "",
+        max_seq_len=recipe.data.max_seq_len,
+        parts=tuple(parts),
+        plan=plan(recipe, data.train, config),
+        estimate=estimate(recipe, config),
+        problems=tuple(problems),
+        remarks=tuple(remarks.kept),
+        examples=tuple(_examples(data, problems)),
+        data=data,
+    )
+
+
+def _load(recipe: Recipe, listener: Listener) -> RunData:
+    """The data as `train` loads them, and where bad rows forbid that without those: they are counted all the same."""
+    try:
+        return load_data(recipe, listener, World(), with_weights=False)
+    except DataError as error:
+        overlong = "drop" if recipe.data.overlong == "error" else recipe.data.overlong
+        tolerant = recipe.data.model_copy(update={"on_bad_row": "skip", "overlong": overlong})
+        if tolerant == recipe.data:
+            raise
+        try:
+            return load_data(recipe.model_copy(update={"data": tolerant}), listener, World(), with_weights=False)
+        except DataError:
+            raise error from None
+
+
+def _part(part: str, store: Store, *, held_out: bool) -> PartAudit:
+    sums = [store.sums_by_file(values) for values in (np.ones(len(store)), store.lengths, store.num_tokens)]
+    files = []
+    for file, count, samples, tokens, num_tokens in zip(store.files, store.report.by_file, *sums, strict=True):
+        lost = {} if held_out else asdict(count)
+        rows = lost.pop("rows", None)
+        names = ("skipped", "overlong", "truncated", "unsupervised", "too_short")
+        files.append(FileAudit(file, rows, int(samples), int(tokens), num_tokens, **dict.fromkeys(names, 0) | lost))
+    most = int(store.lengths.max())
+    width = max(1, 2 ** int(np.ceil(np.log2(most / _BINS))))
+    edges = np.arange(0, most + width, width)
+    histogram = np.histogram(store.lengths, edges + 1)[0]  # a sample of as many inputs as an edge says is below it
+    return PartAudit(
+        part=part,
+        held_out=held_out,
+        files=tuple(files),
+        formats={} if held_out else dict(store.report.formats.rows),
+        samples=len(store),
+        tokens=int(store.lengths.sum()),
+        num_tokens=store.count(),
+        lengths={"edges": edges.tolist(), "counts": histogram.tolist()},
+    )
+
+
+def _problems(recipe: Recipe, data: RunData, *, held_out: bool) -> list[Problem]:
+    """Of training and evaluation data together, what harms first, then in the order of KINDS."""
+    ends = special_ids(data.tokenizer) | {data.eos_token_id}
+    found: dict[str, Problem] = {}
+    stores = [data.train] if data.eval is None else [data.train, data.eval]
+    for store in stores:
+        findings = Findings()
+        if not (held_out and store is data.eval):  # the report is of both
+            findings.extend(store.report.findings)
+        if recipe.stage == "sft":
+            find_answers(store, ends, recipe.data.max_seq_len, findings)
+        find_duplicates(store, findings)
+        if store is data.eval and not held_out:
+            find_in_both(data.train, store, findings)
+        for kind in findings.kinds():
+            places = [f"{store.files[file]}:{line}" for file, line in findings.places(kind)]
+            _merge(found, kind, KINDS[kind].harms, KINDS[kind].what, findings.count(kind), places)
+    for kind, problem in list(found.items()):
+        what = problem.what.format(count=f"{problem.count:,}", listed="")
+        found[kind] = Problem(kind, problem.harms, what, problem.count, problem.places)
+    found.pop("skipped", None)  # its causes say more
+    order = {kind: i for i, kind in enumerate(KINDS)}
+    known = sorted(found.values(), key=lambda problem: (not problem.harms, order[problem.kind]))
+    reports = [data.train.report] if data.eval is None or held_out else [data.train.report, data.eval.report]
+    bad = [
+        Problem(
+            "bad_row",
+            True,
+            f"{_rows(cause.count)}, {cause.first.field}: {cause.first.problem}",
+            cause.count,
+            tuple(cause.places),
+        )
+        for report in reports
+        for cause in report.skipped_rows.causes()
+    ]
+    unused = [
+        Problem(
+            "unused_key",
+            False,
+            f"{_rows(rows)} with a key of {of}s that is not used: {key}",
+            rows,
+            (f"{report.files[file]}:{line}",),
+        )
+        for report in reports
+        for of, key, rows, (file, line) in report.unused.found()
+    ]
+    return [*bad, *known, *unused]
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' if count > 1 else ''}"
+
+
+def _merge(found: dict[str, Problem], kind: str, harms: bool, what: str, count: int, places: list[str]) -> None:
+    before = found.get(kind)
+    if before is not None:
+        count, places = before.count + count, [*before.places, *places]
+    found[kind] = Problem(kind, harms, what, count, tuple(places[:_PLACES]))
+
+
+def _examples(data: RunData, problems: list[Problem]) -> Iterator[Example]:
+    """The first sample of the training data, and one for each kind of problem that has samples."""
+    store, shown = data.train, set[int]()
+    wanted: list[tuple[str, int | None]] = [("the first sample", 0)]
+    wanted += [(problem.what, _sample_of(store, place)) for problem in problems for place in problem.places[:1]]
+    for why, i in wanted:
+        if i is not None and i not in shown and len(shown) < _EXAMPLES:
+            shown.add(i)
+            tokens, mask = store[i].tokens[: _EXAMPLE_TOKENS + 1], store[i].loss_mask[:_EXAMPLE_TOKENS]
+            yield Example(store.where(i), why, tuple(supervised_pieces(Sample(tokens, mask), data.tokenizer)))
+
+
+def _sample_of(store: Store, place: str) -> int | None:
+    """The first sample of a row, by its `file:line`; None where it has none."""
+    file, _, line = place.rpartition(":")
+    if file not in store.files:
+        return None
+    found = np.flatnonzero((store.file_ids == store.files.index(file)) & (store.lines == int(line)))
+    return int(found[0]) if len(found) else None
+
+
+def write_samples(audit: Audit, path: Path) -> None:
+    """Write every training sample as a line of JSON (docs/audit.md). Raises OSError."""
+    store, tokenizer = audit.data.train, audit.data.tokenizer
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(len(store)):
+            sample = store[i]
+            mask = sample.loss_mask
+            row = {
+                "source": store.where(i),
+                "epoch_repeat": 1,
+                "input_ids": sample.tokens.tolist(),
+                "loss_mask": mask.tolist() if mask.dtype.kind == "f" else mask.astype(int).tolist(),
+                "pieces": supervised_pieces(sample, tokenizer),
+            }
+            file.write(json.dumps(row, ensure_ascii=True) + "\n")

@@ -1,0 +1,97 @@
+"""The steps of a run and what they take, computed from lengths and configuration: nothing is loaded or trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pertoken.checkpoints.read import resolve_model_folder
+from pertoken.data.batch.order import step_at, steps_per_epoch
+from pertoken.data.batch.share import share_of
+from pertoken.data.store.store import Store
+from pertoken.folders.config import NotCovered, config_from_hf
+from pertoken.folders.files import read_json
+from pertoken.model.attention import AttentionLayout
+from pertoken.model.operations import padding_of
+from pertoken.recipe.model import ResolvedModelConfig
+from pertoken.recipe.schema import Recipe
+from pertoken.runs.assemble import count_steps
+from pertoken.training.memory import machine_bytes, training_bytes
+
+__all__ = ["Estimate", "Plan", "architecture", "estimate", "plan"]
+
+_STEPS = 20  # whose padding is looked at
+
+
+@dataclass(frozen=True)
+class Plan:
+    batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+    epochs: float
+    micro_batches: float  # of a step, on average over the first 20
+    padding_share: float | None  # of their operations; None where the architecture is not our decoder's
+
+
+@dataclass(frozen=True)
+class Estimate:
+    parameters: int
+    memory_bytes: dict[str, int]  # weights, gradients, optimizer, activations
+    memory_total_bytes: int
+    memory_available_bytes: int | None
+    how: str
+
+
+def architecture(recipe: Recipe, init_from: str | None, num_tokens: int) -> ResolvedModelConfig | None:
+    """Of the model that the recipe trains; None where its decoder is transformers' own, or no config.json says it."""
+    if init_from is None:
+        return recipe.model.resolve(num_tokens)
+    folder = Path(init_from)
+    if folder.suffix == ".pth":
+        return None
+    try:
+        return config_from_hf(read_json(resolve_model_folder(folder) / "config.json"))
+    except NotCovered:
+        return None
+
+
+def plan(recipe: Recipe, store: Store, config: ResolvedModelConfig | None) -> Plan:
+    """Raises RecipeError for what `train` would refuse."""
+    train, total = recipe.train, count_steps(recipe, len(store))
+    per_epoch = steps_per_epoch(len(store), train.batch_size)
+    micro_batches, padding, operations = [], 0.0, 0.0
+    for number in range(1, min(total, _STEPS) + 1):
+        step = step_at(number, num_samples=len(store), batch_size=train.batch_size, seed=train.seed)
+        share = share_of(store, step.sample_ids, token_budget=train.micro_batch_tokens)
+        micro_batches.append(len(share.micro_batches))
+        for micro_batch in share.micro_batches if config is not None else ():
+            assert config is not None
+            layout = AttentionLayout.of(micro_batch.lengths, micro_batch.input_ids.device)
+            of_padding, of_all = padding_of(
+                config, micro_batch, rows=0, pairs=layout.pairs, padding_pairs=layout.padding_pairs
+            )
+            padding, operations = padding + float(of_padding), operations + float(of_all)
+    return Plan(
+        batch_size=train.batch_size,
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        epochs=total / per_epoch,
+        micro_batches=float(np.mean(micro_batches)),
+        padding_share=padding / operations if operations else None,
+    )
+
+
+def estimate(recipe: Recipe, config: ResolvedModelConfig | None) -> Estimate | None:
+    """None where the number of parameters is not known from a configuration."""
+    if config is None:
+        return None
+    memory = training_bytes(recipe, config)
+    return Estimate(
+        parameters=config.num_parameters,
+        memory_bytes=memory,
+        memory_total_bytes=sum(memory.values()),
+        memory_available_bytes=machine_bytes(),
+        how="computed from the recipe, not measured; one process, activations to about a third",
+    )
