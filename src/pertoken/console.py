@@ -135,6 +135,8 @@ class _Printer(Listener):
         last = row.step in (summary.total_steps, row.epoch * steps_per_epoch)
         if row.eval_loss is not None:
             text += f"  eval {row.eval_loss:.4f}  ppl {row.eval_perplexity:.2f}  bits/byte {row.eval_bits_per_byte:.3f}"
+        if row.eval_sources:
+            text += "  (" + ", ".join(f"{name} {loss:.4f}" for name, loss in row.eval_sources.items()) + ")"
         if last or row.eval_loss is not None or row.step % self._log_interval == 0 or row.step == 1:
             self._console.print(f"step {row.step:>{len(str(summary.total_steps))}}  {text}", highlight=False)
 

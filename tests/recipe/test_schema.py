@@ -51,7 +51,7 @@ REFUSED = {
     "model.family=mixtral": "model.family='mixtral': write \"llama\", with model.use_moe = true for experts",
     "model.rope_scaling=yarn": "model.rope_scaling='yarn': must be a section, [model.rope_scaling]",
     "data=3": "data=3: must be a section, [data]",
-    "data.path=[]": "data.path=(): must not be empty",
+    "data.path=[]": "data.path: missing; name the data",
     "data.eval_fraction=1.0": "data.eval_fraction=1.0: must be less than 1",
     "data.max_seq_len=0": "data.max_seq_len=0: must be at least 2",
     "data.max_seq_len=99999": "data.max_seq_len=99999: longer than model.max_position_embeddings=32768",

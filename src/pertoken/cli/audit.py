@@ -57,7 +57,7 @@ def audit_command(
     show_audit(console, result)
     write_text(json_file, json.dumps(result.to_dict(), indent=1) + "\n", "json")
     if html is not None:
-        from pertoken.report.audit_page import audit_page
+        from pertoken.report.audit import audit_page
 
         write_text(html, audit_page(result.to_dict()), "html")
     if samples is not None:

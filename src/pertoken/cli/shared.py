@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pertoken.console import ConsoleListener
-    from pertoken.data.store.store import Store
+    from pertoken.data.store.dataset import Dataset
 
 __all__ = [
     "DataPath",
@@ -93,7 +93,7 @@ def say(console: Console, text: str) -> None:
     console.print(Text(plain(text)))
 
 
-def say_what_is_in(console: Console, name: str, store: Store) -> None:
+def say_what_is_in(console: Console, name: str, store: Dataset) -> None:
     supervised, tokens = store.count(), int(store.lengths.sum())
     say(console, f"{name}: {len(store):,} samples, {supervised:,} of {tokens:,} tokens supervised")
     for note in store.notes():

@@ -22,7 +22,8 @@ from pertoken.console import ConsoleListener, duration
 from pertoken.data.batch.order import step_at
 from pertoken.data.batch.pack import collate
 from pertoken.data.batch.share import share_of_all
-from pertoken.data.store.store import Store, build_store
+from pertoken.data.store.dataset import Dataset
+from pertoken.data.store.store import build_store
 from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.data.tokens.train import train_tokenizer
 from pertoken.demo.trigram import trigram_nats
@@ -234,7 +235,7 @@ def _recipe(out: Path, name: str, dtype: str) -> Recipe:
     return Recipe.parse(values)
 
 
-def _with_steps(recipe: Recipe, store: Store, tokens: float) -> Recipe:
+def _with_steps(recipe: Recipe, store: Dataset, tokens: float) -> Recipe:
     """As many steps as `tokens` allow, at least enough to warm up."""
     tokens_per_step = float(store.lengths.mean()) * recipe.train.batch_size
     steps = max(recipe.train.warmup_steps + 10, int(tokens / tokens_per_step))
@@ -254,13 +255,13 @@ def _train(console: Console, out: Path, name: str, recipe: Recipe) -> None:
         listener.close()
 
 
-def _store(recipe: Recipe) -> Store:
+def _store(recipe: Recipe) -> Dataset:
     assert recipe.data.tokenizer is not None
     tokenizer = open_tokenizer(recipe.data.tokenizer)
     return build_store(recipe.data.path, stage=recipe.stage, tokenizer=tokenizer, data=recipe.data)
 
 
-def _tokens_per_s(recipe: Recipe, store: Store, dtype: str) -> float:
+def _tokens_per_s(recipe: Recipe, store: Dataset, dtype: str) -> float:
     """Measured on this machine with the model to be trained, so that `--minutes` means the same everywhere."""
     model = CausalLM(recipe.model.resolve(_VOCAB_SIZE))
     precision = Precision(dtype, torch.device("cpu"))
@@ -284,17 +285,19 @@ def _tokens_per_s_of(run: Path) -> float:
 # --- evaluation
 
 
-def _evaluate(console: Console, out: Path, files: _Files, pretrain: Recipe, sft: Recipe, pretrain_store: Store) -> None:
+def _evaluate(
+    console: Console, out: Path, files: _Files, pretrain: Recipe, sft: Recipe, pretrain_store: Dataset
+) -> None:
     """The figures, printed and written to results.json."""
     precision = Precision("float32", torch.device("cpu"))
 
-    def held_out(recipe: Recipe, path: Path) -> Store:
+    def held_out(recipe: Recipe, path: Path) -> Dataset:
         data = recipe.data.model_copy(update={"path": (str(path),)})
         return _store(recipe.model_copy(update={"data": data}))
 
     text, chats = held_out(pretrain, files.held_out_text), held_out(sft, files.held_out)
 
-    def run(name: str, store: Store) -> Evaluation:
+    def run(name: str, store: Dataset) -> Evaluation:
         return evaluate(load_model(out / name), store, precision, token_budget=8192)
 
     nats = {k: trigram_nats(pretrain_store, text, _VOCAB_SIZE, k) for k in (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)}

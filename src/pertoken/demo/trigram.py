@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
 
 __all__ = ["trigram_nats"]
 
 
-def trigram_nats(train: Store, test: Store, vocab_size: int, add: float) -> float:
+def trigram_nats(train: Dataset, test: Dataset, vocab_size: int, add: float) -> float:
     """Sum of -log p over all labels of `test` under an add-k trigram model counted on `train`, in nats.
 
     p(w | u, v) = (c(u, v, w) + k) / (c(u, v) + k V) (Lidstone); before a sample's start there is one more symbol, V.
     """
     base = np.int64(vocab_size + 1)
 
-    def keys(store: Store) -> np.ndarray:
+    def keys(store: Dataset) -> np.ndarray:
         parts = []
         for i in range(len(store)):
             tokens = store[i].tokens.astype(np.int64)

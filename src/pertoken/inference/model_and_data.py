@@ -31,7 +31,9 @@ def _data_recipe(folder: Path, path: str, overrides: Sequence[str], *, longest: 
     values: dict[str, Any] = {"out_dir": "unused", "init_from": None}
     data: dict[str, Any] = {"max_seq_len": min(longest, 2048), "overlong": "truncate"}
     if saved := recipe_of(folder):
-        data = {k: v for k, v in saved["data"].items() if k not in ("eval_path", "eval_fraction", "eval_split")}
+        data = {
+            k: v for k, v in saved["data"].items() if k not in ("sources", "eval_path", "eval_fraction", "eval_split")
+        }
     values["data"] = data | {"path": path, "tokenizer": data.get("tokenizer")}
     if folder.is_dir():  # the tokenizer as it was saved with the model, added tokens and template included
         values["data"] |= {"tokenizer": str(folder), "add_tokens": [], "chat_template": None}

@@ -11,12 +11,13 @@ from pertoken.data.batch.pack import pack_micro_batches
 from pertoken.data.files.long_text import one_of
 from pertoken.data.files.records import BadRow, Record
 from pertoken.data.formats import to_text
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
 from pertoken.prove.expected import bos_id
 from pertoken.prove.report import Result
-from pertoken.prove.rows import expected_sample, records_at
+from pertoken.prove.rows import expected_sample, records_of
 from pertoken.prove.samples import Chosen
 from pertoken.prove.turns import supervision
+from pertoken.recipe.data import DataConfig
 from pertoken.recipe.schema import Recipe
 
 __all__ = ["every_sample_once", "who_is_supervised"]
@@ -26,7 +27,7 @@ _PLANNED_STEPS = 20
 _ENOUGH_TO_SHUFFLE = 12  # of 12 samples there are 479 million orders
 
 
-def every_sample_once(name: str, store: Store, recipe: Recipe) -> Result:
+def every_sample_once(name: str, store: Dataset, recipe: Recipe) -> Result:
     """Each of two epochs holds every sample once, in an order of its own, and every plan hands out each sample once."""
     count, train = len(store), recipe.train
     steps = steps_per_epoch(count, train.batch_size)
@@ -55,7 +56,7 @@ def _order(recipe: Recipe, count: int, numbers: list[int], seed: int | None = No
     return np.concatenate(drawn)
 
 
-def _not_once(store: Store, order: np.ndarray, *, whole: bool) -> str | None:
+def _not_once(store: Dataset, order: np.ndarray, *, whole: bool) -> str | None:
     seen = np.bincount(order, minlength=len(store))
     if seen.max() > 1:
         return f"sample {store.where(int(seen.argmax()))} comes {seen.max()} times"
@@ -84,7 +85,7 @@ def _not_shuffled(recipe: Recipe, count: int, orders: list[np.ndarray], numbers:
     return None
 
 
-def _not_a_partition(store: Store, recipe: Recipe, numbers: list[int]) -> str | None:
+def _not_a_partition(store: Dataset, recipe: Recipe, numbers: list[int]) -> str | None:
     for number in numbers:
         ids = _order(recipe, len(store), [number])
         for ranks in (1, 2, 3):
@@ -97,27 +98,28 @@ def _not_a_partition(store: Store, recipe: Recipe, numbers: list[int]) -> str | 
     return None
 
 
-def who_is_supervised(name: str, store: Store, chosen: Chosen, recipe: Recipe, tokenizer: Any) -> Result:
+def who_is_supervised(name: str, store: Dataset, chosen: Chosen, recipe: Recipe, tokenizer: Any) -> Result:
     """The supervised tokens of the chosen samples, read back as text, against the rows they come from."""
-    records = records_at(chosen.sources, recipe.data.text_reading)
+    records = records_of(store, chosen.ids, recipe)
     for i, source in zip(chosen.ids, chosen.sources, strict=True):
-        record = records.get(source)
+        record = records.get(i)
         if record is None:
             return Result(name, "", "failed", note=f"{source}: cannot be read again")
         check = _document if recipe.stage == "pretrain" else _conversation
-        problem = check(store, i, record, recipe, tokenizer)
+        part, own = store.locate(i)
+        problem = check(part.store, own, record, recipe.data.settings_of(part.name), tokenizer)
         if problem:
             return Result(name, "", "failed", note=f"{source}: {problem}")
     what = "the assistant's words and end of turn, nothing else" if recipe.stage == "sft" else "every token"
     return Result(name, "", "passed", note=f"{what}; {len(chosen.ids)} samples")
 
 
-def _document(store: Store, i: int, record: Record, recipe: Recipe, tokenizer: Any) -> str | None:
+def _document(store: Dataset, i: int, record: Record, data: DataConfig, tokenizer: Any) -> str | None:
     """All of a document's tokens count, and read back they are a piece of it."""
     sample = store[i]
     if not sample.loss_mask.all():
         return f"{int((~sample.loss_mask).sum())} tokens of a document are not supervised"
-    text = to_text(record, recipe.data.format, recipe.data.key_names)
+    text = to_text(record, data.format, data.key_names)
     if isinstance(text, BadRow):
         return str(text)
     tokens = sample.tokens.tolist()
@@ -126,9 +128,9 @@ def _document(store: Store, i: int, record: Record, recipe: Recipe, tokenizer: A
     return None if one_of(text, [read_back]) is not None else "read back, the tokens are not the document's text"
 
 
-def _conversation(store: Store, i: int, record: Record, recipe: Recipe, tokenizer: Any) -> str | None:
+def _conversation(store: Dataset, i: int, record: Record, data: DataConfig, tokenizer: Any) -> str | None:
     """Supervised is what follows the prompt of each turn, up to its last end token, and nothing else."""
-    expected = expected_sample(store, i, record, recipe.data, tokenizer)
+    expected = expected_sample(store, i, record, data, tokenizer)
     return expected if isinstance(expected, str) else supervision(store[i].loss_mask, expected, tokenizer)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import cast
 
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
 from pertoken.model.protocol import TorchModule
 from pertoken.prove.case import EXACT, FLOAT64, Case
 from pertoken.prove.report import Result, Verdict
@@ -26,7 +26,7 @@ def evaluated(name: str, model: TorchModule, samples: InMemory, loss: float, wor
     total, longest = int(samples.lengths.sum()), int(samples.lengths.max())
     worst = 0.0
     for token_budget in (total, max(total // 3, longest), 1):
-        found = evaluate(model, cast(Store, samples), FLOAT64, token_budget=token_budget, world=world)
+        found = evaluate(model, cast(Dataset, samples), FLOAT64, token_budget=token_budget, world=world)
         nats = loss * float(samples.num_tokens.sum())
         expected = (loss, math.exp(min(loss, 700.0)), nats / math.log(2) / float(samples.num_bytes.sum()))
         for figure, right in zip((found.loss, found.perplexity, found.bits_per_byte), expected, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from pertoken.data.files.long_text import LongText
 from pertoken.data.files.records import BadRow, Record, TextReading, read_records
 from pertoken.data.formats import to_text
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
 from pertoken.prove.expected import difference, document_difference
 from pertoken.prove.report import Result
 from pertoken.prove.samples import Chosen
@@ -20,7 +20,7 @@ from pertoken.prove.turns import ExpectedSample, expected_samples
 from pertoken.recipe.data import DataConfig
 from pertoken.recipe.schema import Recipe
 
-__all__ = ["expected_sample", "records_at", "token_by_token"]
+__all__ = ["expected_sample", "records_at", "records_of", "token_by_token"]
 
 _LONGEST = 3  # samples that are looked at besides the chosen ones: those that a limit may have cut
 _MOST_CHARACTERS = 5_000_000  # of a document that is encoded again; of a longer one only the seams are looked at
@@ -42,7 +42,19 @@ def records_at(sources: Sequence[str], reading: TextReading) -> dict[str, Record
     return found
 
 
-def token_by_token(name: str, store: Store, chosen: Chosen, recipe: Recipe, tokenizer: Any) -> Result:
+def records_of(data: Dataset, ids: Iterable[int], recipe: Recipe) -> dict[int, Record]:
+    """The row of each sample, read as its source is read; those that cannot be read again are missing."""
+    of_source: dict[str, list[int]] = {}
+    for i in ids:
+        of_source.setdefault(data.locate(i)[0].name, []).append(i)
+    found: dict[int, Record] = {}
+    for name, own in of_source.items():
+        rows = records_at([data.where(i) for i in own], recipe.data.settings_of(name).text_reading)
+        found |= {i: rows[data.where(i)] for i in own if data.where(i) in rows}
+    return found
+
+
+def token_by_token(name: str, store: Dataset, chosen: Chosen, recipe: Recipe, tokenizer: Any) -> Result:
     """The chosen samples, and the longest ones, have exactly the tokens of their rows; no sample is too long.
 
     A document of n tokens is n - 1 pairs, whatever it is cut into: its pieces overlap by one token, the last label of
@@ -54,14 +66,16 @@ def token_by_token(name: str, store: Store, chosen: Chosen, recipe: Recipe, toke
         return Result(name, "", "failed", note=note)
     by_length = np.argsort(store.lengths, kind="stable")[-_LONGEST:]
     ids = list(dict.fromkeys([*chosen.ids, *(int(i) for i in by_length)]))
-    records = records_at([store.where(i) for i in ids], recipe.data.text_reading)
+    records = records_of(store, ids, recipe)
     seen = 0
     for i in ids:
         source = store.where(i)
-        if source not in records:
+        if i not in records:
             return Result(name, "", "failed", note=f"{source}: cannot be read again")
         check = _document if recipe.stage == "pretrain" else _conversation
-        problem = check(store, i, records[source], recipe.data, tokenizer) or _counts(store, i)
+        part, own = store.locate(i)
+        settings = recipe.data.settings_of(part.name)
+        problem = check(part.store, own, records[i], settings, tokenizer) or _counts(store, i)
         if problem:
             return Result(name, "", "failed", note=f"{source}: {problem}")
         seen += len(store[i].tokens)
@@ -71,7 +85,7 @@ def token_by_token(name: str, store: Store, chosen: Chosen, recipe: Recipe, toke
     return Result(name, "", "passed", note=note)
 
 
-def _counts(store: Store, i: int) -> str | None:
+def _counts(store: Dataset, i: int) -> str | None:
     """The step's N is added up from what the store says."""
     supervised = math.fsum(store[i].loss_mask.tolist())
     if store.num_tokens[i] != supervised:
@@ -79,7 +93,7 @@ def _counts(store: Store, i: int) -> str | None:
     return None
 
 
-def _document(store: Store, i: int, record: Record, data: DataConfig, tokenizer: Any) -> str | None:
+def _document(store: Dataset, i: int, record: Record, data: DataConfig, tokenizer: Any) -> str | None:
     """All pieces of the document that sample `i` is a piece of."""
     text = to_text(record, data.format, data.key_names)
     if isinstance(text, BadRow):
@@ -99,7 +113,7 @@ def _document(store: Store, i: int, record: Record, data: DataConfig, tokenizer:
     return document_difference(whole, str(text), data, tokenizer)
 
 
-def _of_the_same_row(store: Store, i: int) -> range:
+def _of_the_same_row(store: Dataset, i: int) -> range:
     """Samples of one row lie side by side."""
     source, first, last = store.where(i), i, i
     while first and store.where(first - 1) == source:
@@ -109,14 +123,14 @@ def _of_the_same_row(store: Store, i: int) -> range:
     return range(first, last + 1)
 
 
-def _conversation(store: Store, i: int, record: Record, data: DataConfig, tokenizer: Any) -> str | None:
+def _conversation(store: Dataset, i: int, record: Record, data: DataConfig, tokenizer: Any) -> str | None:
     expected = expected_sample(store, i, record, data, tokenizer)
     return (
         expected if isinstance(expected, str) else difference(store[i].tokens, expected.tokens[: data.max_seq_len + 1])
     )
 
 
-def expected_sample(store: Store, i: int, record: Record, data: DataConfig, tokenizer: Any) -> ExpectedSample | str:
+def expected_sample(store: Dataset, i: int, record: Record, data: DataConfig, tokenizer: Any) -> ExpectedSample | str:
     """What sample `i` of a conversation must be, or what is wrong with the samples of its row."""
     expected = expected_samples(record, data, tokenizer)
     if isinstance(expected, str):

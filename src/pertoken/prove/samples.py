@@ -9,7 +9,7 @@ import numpy as np
 
 from pertoken.data.batch.order import step_at, steps_per_epoch
 from pertoken.data.batch.pack import Sample
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
 
 __all__ = ["LONG", "Chosen", "InMemory", "choose", "choose_long"]
 
@@ -51,7 +51,7 @@ class Chosen:
         return len(self.samples) - 1
 
 
-def choose(store: Store, *, tokens: int, batch_size: int, seed: int, step: int = 1) -> Chosen:
+def choose(store: Dataset, *, tokens: int, batch_size: int, seed: int, step: int = 1) -> Chosen:
     """About `tokens` inputs of the shortest samples of step `step`, at least five where the store has them.
 
     Longer ones are cut around their first supervised token, for a piece of a sequence is a sequence.
@@ -80,7 +80,7 @@ def choose(store: Store, *, tokens: int, batch_size: int, seed: int, step: int =
     )
 
 
-def choose_long(store: Store) -> Sample | None:
+def choose_long(store: Dataset) -> Sample | None:
     """The sample with the most supervised tokens, or the longest, cut to 900 inputs; None if none has more than 384."""
     for i in (int(np.argmax(store.num_tokens)), int(np.argmax(store.lengths))):
         if store.lengths[i] > LONG:

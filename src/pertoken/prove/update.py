@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pertoken.data.batch.order import Step
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
 from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import EXACT, FLOAT64, Case
 from pertoken.prove.plain_update import (
@@ -128,7 +128,7 @@ def updates_of(
             model, state = between(model, state)
         before = _weights(model, state)
         settings = with_settings(recipe, dtype="float64", grad_clip=step.max_norm)
-        store = cast(Store, samples)
+        store = cast(Dataset, samples)
         computation = Computation(settings, model, state, store, total_steps, token_budget, Reporter())
         ids = np.array(step.ids)
         row = update(computation, Step(step.number, 1, ids, 0, len(ids), False), skips=lambda norm: False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import date
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pertoken.data.files.text import TextReading
 from pertoken.data.formats import FORMATS, KeyNames, standard_keys
@@ -13,6 +13,7 @@ from pertoken.files import check_path
 from pertoken.hub.names import check_hub_name
 from pertoken.recipe.homes import known_name
 from pertoken.recipe.section import Section, one_or_many
+from pertoken.recipe.sources import SourceConfig
 from pertoken.text import shown
 
 __all__ = ["DataConfig"]
@@ -21,7 +22,8 @@ __all__ = ["DataConfig"]
 class DataConfig(Section):
     """Where the samples come from and how they are made."""
 
-    path: tuple[str, ...] = Field(min_length=1)
+    path: tuple[str, ...] = ()
+    sources: tuple[SourceConfig, ...] = ()  # instead of `path`
     eval_path: tuple[str, ...] = ()
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     eval_split: Literal["rows", "tail"] = "rows"
@@ -53,6 +55,11 @@ class DataConfig(Section):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return one_or_many(value)
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("format")
     @classmethod
@@ -88,6 +95,11 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
+        if not self.path and not self.sources:
+            raise ValueError("data.path: missing; name the data, or add [[data.sources]]")
+        if self.path and self.sources:
+            raise ValueError(f"data.path={shown(list(self.path))}: [[data.sources]] are given too; keep one of the two")
+        self._check_sources()
         if self.eval_path and self.eval_fraction:
             raise ValueError(
                 f"data.eval_fraction={self.eval_fraction}: data.eval_path is given too; keep one of the two"
@@ -100,6 +112,41 @@ class DataConfig(Section):
             if key in self.columns and name not in (default, self.columns[key]):
                 raise ValueError(f"data.columns: {key} is named by data.{key}_key={name!r} too; keep one of the two")
         return self
+
+    def _check_sources(self) -> None:
+        names = [source.name for source in self.sources]
+        for i, source in enumerate(self.sources):
+            if names.count(source.name) > 1:
+                raise ValueError(f"data.sources.{i}.name={source.name!r}: another source has it; give each its own")
+            if self.eval_path and source.eval_fraction:
+                raise ValueError(
+                    f"data.sources.{i}.eval_fraction={source.eval_fraction}: data.eval_path is given too; keep one"
+                )
+            try:
+                self.of_source(source)
+            except ValidationError as error:
+                problem = error.errors()[0]
+                key = ".".join(str(part) for part in problem["loc"])
+                said = str(problem.get("ctx", {}).get("error", problem["msg"]))
+                raise ValueError(f"data.sources.{i}{'.' if key else ': '}{key}{': ' if key else ''}{said}") from None
+
+    def of_source(self, source: SourceConfig) -> DataConfig:
+        """The settings by which the rows of a source are read."""
+        values = {key: getattr(self, key) for key in type(self).model_fields if key not in ("sources", "eval_path")}
+        fraction = self.eval_fraction if source.eval_fraction is None else source.eval_fraction
+        values |= {"path": source.path, "eval_fraction": 0.0 if self.eval_path else fraction, **source.reading}
+        return DataConfig.model_validate(values)
+
+    def settings_of(self, source: str) -> DataConfig:
+        """The settings by which the rows of the source of this name are read; "" where there is only `path`."""
+        if not source:
+            return self
+        return self.of_source(next(found for found in self.sources if found.name == source))
+
+    @property
+    def all_settings(self) -> tuple[DataConfig, ...]:
+        """Those of every source, or of the one path."""
+        return tuple(map(self.of_source, self.sources)) or (self,)
 
     @property
     def text_reading(self) -> TextReading:

@@ -106,23 +106,28 @@ class Recipe(Section):
             )
         if self.init_from is None:
             self.model.check_without_a_model()
-        gives = None if self.data.format == "auto" else FORMATS[self.data.format].gives
-        if self.stage == "pretrain" and gives == "conversation":
-            raise ValueError(
-                f'data.format="{self.data.format}": stage = "pretrain" reads raw text; use "text" or stage = "sft"'
-            )
-        if self.stage == "sft" and gives == "text":
-            raise ValueError(
-                f'data.format="{self.data.format}": stage = "sft" reads conversations; use stage = "pretrain" for text'
-            )
-        for key, default in (("document", "file"), ("newlines", "lf")):
-            if self.stage == "sft" and (value := getattr(self.data, key)) != default:
-                raise ValueError(
-                    f'data.{key}={shown(value)}: only raw text is read so; remove it, or use stage = "pretrain"'
-                )
+        for data in self.data.all_settings:
+            self._check_reading(data)
         if self.data.eval_split == "tail" and self.stage != "pretrain":
             raise ValueError('data.eval_split="tail": only raw text has a tail; use "rows" for conversations')
         return self
+
+    def _check_reading(self, data: DataConfig) -> None:
+        """Raises ValueError where rows are to be read as this stage does not read them."""
+        gives = None if data.format == "auto" else FORMATS[data.format].gives
+        if self.stage == "pretrain" and gives == "conversation":
+            raise ValueError(
+                f'data.format="{data.format}": stage = "pretrain" reads raw text; use "text" or stage = "sft"'
+            )
+        if self.stage == "sft" and gives == "text":
+            raise ValueError(
+                f'data.format="{data.format}": stage = "sft" reads conversations; use stage = "pretrain" for text'
+            )
+        for key, default in (("document", "file"), ("newlines", "lf")):
+            if self.stage == "sft" and (value := getattr(data, key)) != default:
+                raise ValueError(
+                    f'data.{key}={shown(value)}: only raw text is read so; remove it, or use stage = "pretrain"'
+                )
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -180,7 +185,7 @@ def _check_numbers(value: Any, key: str = "") -> None:
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return value
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -209,9 +214,16 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             value = text
     *sections, leaf = key.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
+        if isinstance(values, list):  # of [[data.sources]], by its place
+            if not section.isdecimal() or int(section) >= len(values):
+                raise RecipeError(f"{override}: there are {len(values)} sections of that name; count them from 0")
+            values = values[int(section)]
+        else:
+            values = values.setdefault(section, {})
+        if not isinstance(values, dict | list):
             raise RecipeError(f"{override}: {section} is not a section of the recipe")
+    if isinstance(values, list):
+        raise RecipeError(f"{override}: name a section by its place from 0, and a key of it")
     values[leaf] = value
 
 

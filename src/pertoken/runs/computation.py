@@ -12,7 +12,7 @@ import torch
 from pertoken.data.batch.order import Step, step_at
 from pertoken.data.batch.sample import as_count
 from pertoken.data.batch.share import Share, share_of
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
 from pertoken.errors import PertokenError
 from pertoken.kernels.memory import forget_blocks
 from pertoken.model.protocol import LanguageModel
@@ -33,7 +33,7 @@ class Computation:
     recipe: Recipe
     model: LanguageModel
     state: TrainState
-    store: Store  # of the training data
+    store: Dataset  # of the training data
     total_steps: int
     token_budget: int  # per micro-batch; halved when memory ends
     reporter: Reporter

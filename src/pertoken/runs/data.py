@@ -10,7 +10,9 @@ from typing import Any
 
 from pertoken.checkpoints.read import resolve_model_folder
 from pertoken.data.chat.template import end_of_turn_id
+from pertoken.data.store.dataset import Dataset, Part
 from pertoken.data.store.folder import Check
+from pertoken.data.store.mixture import Mixture, refuse_shared_files
 from pertoken.data.store.store import Store, build_store, open_store
 from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import DataError, RecipeError
@@ -27,8 +29,8 @@ __all__ = ["RunData", "load_data", "prepare"]
 class RunData:
     tokenizer: Any
     eos_token_id: int
-    train: Store
-    eval: Store | None
+    train: Dataset
+    eval: Dataset | None
     init_from: str | None = None  # the recipe's, as a path
     commits: dict[str, str] = field(default_factory=dict)  # of each name of the hub
 
@@ -50,7 +52,7 @@ class RunData:
 
 def prepare(
     recipe: Recipe, listener: Listener | None = None, *, verify_data: bool = False
-) -> tuple[Store, Store | None]:
+) -> tuple[Dataset, Dataset | None]:
     """Make the token store(s) of a recipe, or open them: (train, eval).
 
     `verify_data`: read all data and every byte of the stores again, trusting nothing that is remembered of them.
@@ -82,7 +84,11 @@ def load_data(
         init_from = hub.tokenizer(init_from, "init_from")
     source = init_from if data.tokenizer is None else hub.tokenizer(data.tokenizer, "data.tokenizer")
     assert source is not None, "the recipe requires one"
-    paths, eval_paths = hub.data(data.path, "data.path"), hub.data(data.eval_path, "data.eval_path")
+    if data.sources:
+        paths = [hub.data(source.path, "data.sources") for source in data.sources]
+    else:
+        paths = [hub.data(data.path, "data.path")]
+    eval_paths = hub.data(data.eval_path, "data.eval_path")
     folder = Path(source)
     if data.tokenizer is None or (folder / "checkpoints").is_dir():
         folder = resolve_model_folder(folder)
@@ -96,13 +102,13 @@ def load_data(
     else:
         eos_token_id = tokenizer.eos_token_id
 
-    def build(paths: tuple[str, ...], key: str = "data.path") -> Store:
+    def build(paths: tuple[str, ...], key: str, settings: DataConfig) -> Store:
         def here() -> Store:
             return build_store(
                 paths,
                 stage=recipe.stage,
                 tokenizer=tokenizer,
-                data=data,
+                data=settings,
                 paths_key=key,
                 verify_data=verify_data,
                 on_progress=listener.preparing,
@@ -111,12 +117,37 @@ def load_data(
 
         return _once_a_machine(here, data, listener, waiting, "full" if verify_data else "sample")
 
-    train_store, eval_store = build(paths), None
+    train_parts, eval_parts = [], []
+    for (name, settings, choice), source_paths in zip(_sources(data), paths, strict=True):
+        train_store = build(source_paths, "data.path" if not name else "data.sources", settings)
+        if choice:
+            train_store = train_store.subset(**choice)
+        if settings.eval_fraction:
+            train_store, eval_store = train_store.split(settings.eval_fraction, settings.eval_split)
+            eval_parts.append(Part(name, eval_store))
+        repeat = next((source.repeat for source in data.sources if source.name == name), 1)
+        train_parts.append(Part(name, train_store, repeat))
+    world.on_main(lambda: refuse_shared_files(train_parts))
     if eval_paths:
-        eval_store = build(eval_paths, "data.eval_path")
-    elif data.eval_fraction:
-        train_store, eval_store = train_store.split(data.eval_fraction, data.eval_split)
-    return RunData(tokenizer, eos_token_id, train_store, eval_store, init_from, hub.commits)
+        eval_parts = [Part("", build(eval_paths, "data.eval_path", data))]
+    eval_data = _together(eval_parts) if eval_parts else None
+    return RunData(tokenizer, eos_token_id, _together(train_parts), eval_data, init_from, hub.commits)
+
+
+def _sources(data: DataConfig) -> list[tuple[str, DataConfig, dict[str, Any]]]:
+    """(name, settings, how many of its rows are chosen) of each source; of `data.path` alone one without a name."""
+    if not data.sources:
+        return [("", data, {})]
+    found = []
+    for source in data.sources:
+        choice = {"max_rows": source.max_rows, "fraction": source.fraction}
+        found.append((source.name, data.of_source(source), {k: v for k, v in choice.items() if v is not None}))
+    return found
+
+
+def _together(parts: list[Part]) -> Dataset:
+    """One store is a dataset by itself."""
+    return parts[0].store if len(parts) == 1 and not parts[0].name else Mixture(parts)
 
 
 def _once_a_machine(

@@ -88,7 +88,7 @@ def _unwritable(out_dir: Path, error: OSError) -> CheckpointError:
 
 def refuse_changes(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Raises RecipeError, naming each key that cannot change on a resume."""
-    before, now = checkpoint.recipe.flat(), recipe.flat()
+    before, now = _without_source_paths(checkpoint.recipe.flat()), _without_source_paths(recipe.flat())
     changed = [
         f"{key}={now.get(key)!r}: was {before.get(key)!r} when {checkpoint.folder.name} was saved, and cannot change "
         "with resume=True; put it back, or start a new run from it with init_from"
@@ -97,6 +97,11 @@ def refuse_changes(recipe: Recipe, checkpoint: Checkpoint) -> None:
     ]
     if changed:
         raise RecipeError("\n".join(changed))
+
+
+def _without_source_paths(flat: dict[str, Any]) -> dict[str, Any]:
+    sources = [{key: value for key, value in source.items() if key != "path"} for source in flat["data.sources"]]
+    return {**flat, "data.sources": sources}
 
 
 def changed_data(checkpoint: Checkpoint, now: dict[str, tuple[str | None, ...]], files: dict[str, Any]) -> str | None:

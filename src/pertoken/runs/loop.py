@@ -8,7 +8,7 @@ from functools import partial
 
 from pertoken.checkpoints.saver import Progress
 from pertoken.data.batch.order import Step
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
 from pertoken.errors import CheckpointError, Interrupted, NonFiniteError, PertokenError, SpikeError
 from pertoken.runs.computation import rank_share, samples_of, update
 from pertoken.runs.policy import Requests, decide, is_due
@@ -18,7 +18,7 @@ from pertoken.runs.saving import keep_last_step, note_save_result, save
 from pertoken.runs.signals import StopRequest
 from pertoken.runs.spikes import SpikeStep
 from pertoken.tracking.rows import StepRow
-from pertoken.training.evaluate import evaluate
+from pertoken.training.evaluate import evaluate_sources
 from pertoken.training.gradient_stats import gradient_stats
 from pertoken.training.step import NonFiniteStep
 
@@ -167,12 +167,12 @@ def _watch_norm(run: Run, this: Step, row: StepRow) -> None:
         run.spikes.remember(row.grad_norm)
 
 
-def _evaluate(run: Run, store: Store, row: StepRow) -> bool:
+def _evaluate(run: Run, store: Dataset, row: StepRow) -> bool:
     """Add the evaluation to `row`; true if it is the best so far."""
     computation, reporter = run.computation, run.output.reporter
     reporter.evaluating(row.step)
     state = computation.state
-    result = evaluate(
+    result, of_sources = evaluate_sources(
         state.model,
         store,
         state.precision,
@@ -181,6 +181,7 @@ def _evaluate(run: Run, store: Store, row: StepRow) -> bool:
         execution=state.execution,
     )
     row.eval_loss = result.loss
+    row.eval_sources = {name: one.loss for name, one in of_sources.items()} or None
     row.eval_perplexity = result.perplexity
     row.eval_bits_per_byte = result.bits_per_byte
     best = run.best_eval_loss is None or result.loss < run.best_eval_loss

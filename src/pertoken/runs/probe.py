@@ -17,7 +17,7 @@ import torch
 from pertoken.checkpoints.state import ProbeLoss
 from pertoken.data.batch.order import permute
 from pertoken.data.batch.pack import collate
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
 from pertoken.errors import CheckpointError
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState
@@ -42,7 +42,7 @@ _OTHER = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
 class Probe:
     """One short sample of a run's training data."""
 
-    def __init__(self, store: Store, seed: int) -> None:
+    def __init__(self, store: Dataset, seed: int) -> None:
         first = np.arange(min(_CANDIDATES, len(store)))
         ids = permute(first, num_samples=len(store), seed=seed, epoch=0)
         self.sample_id = int(ids[np.argmin(store.lengths[ids])])

@@ -9,7 +9,7 @@ import numpy as np
 from pertoken.data.batch.order import Step
 from pertoken.data.batch.pack import collate
 from pertoken.data.batch.share import denominators_of
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
 from pertoken.errors import NonFiniteError, SpikeError
 from pertoken.model.protocol import LanguageModel
 from pertoken.objective.terms import LossOutput
@@ -29,7 +29,7 @@ def non_finite_error(
     suspects: np.ndarray,
     state: TrainState,
     model: LanguageModel,
-    store: Store,
+    store: Dataset,
     out_dir: Path,
     saved: str,
 ) -> NonFiniteError:
@@ -60,7 +60,7 @@ def non_finite_error(
     return NonFiniteError("\n".join(lines))
 
 
-def _where(problem: NonFiniteStep, ids: list[int], state: TrainState, model: LanguageModel, store: Store) -> str:
+def _where(problem: NonFiniteStep, ids: list[int], state: TrainState, model: LanguageModel, store: Dataset) -> str:
     if problem.parameter is not None:
         return f"the gradient of {problem.parameter}; the forward pass is finite"
     if problem.micro_batch is None:
@@ -70,7 +70,7 @@ def _where(problem: NonFiniteStep, ids: list[int], state: TrainState, model: Lan
     return first or "not seen again when the layers run one by one, without kernels"
 
 
-def spike_error(this: Step, problem: SpikeStep, store: Store, out_dir: Path, saved: str) -> SpikeError:
+def spike_error(this: Step, problem: SpikeStep, store: Dataset, out_dir: Path, saved: str) -> SpikeError:
     """`saved` says what became of the step before."""
     return SpikeError(
         f'step {this.step}: {problem}; train.on_spike="stop": the weights were not touched and {saved}'
@@ -80,7 +80,7 @@ def spike_error(this: Step, problem: SpikeStep, store: Store, out_dir: Path, sav
     )
 
 
-def spike_message(this: Step, spikes: Spikes, row: StepRow, store: Store, out_dir: Path) -> str:
+def spike_message(this: Step, spikes: Spikes, row: StepRow, store: Dataset, out_dir: Path) -> str:
     """Of a spike after which the run continues. `spikes` do not remember it yet."""
     what = "update skipped" if row.skipped else "updated all the same"
     return (

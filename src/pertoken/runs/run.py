@@ -8,7 +8,7 @@ from typing import Any
 
 from pertoken.checkpoints.saver import Saver
 from pertoken.checkpoints.state import TrainerState
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
 from pertoken.runs.computation import Computation
 from pertoken.runs.output import Output
 from pertoken.runs.probe import Probe
@@ -40,7 +40,7 @@ class Run:
     checkpoints: Checkpoints
     output: Output
     spikes: Spikes
-    eval_store: Store | None
+    eval_store: Dataset | None
     summary: Summary
     start_step: int  # the last step done before it
     best_eval_loss: float | None

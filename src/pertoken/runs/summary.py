@@ -7,7 +7,7 @@ from typing import Any
 
 from pertoken.data.batch.order import step_at, steps_per_epoch
 from pertoken.data.batch.share import Share, share_of
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
 from pertoken.data.view import supervised_pieces
 from pertoken.model.protocol import LanguageModel
 from pertoken.recipe.schema import Recipe
@@ -19,8 +19,8 @@ __all__ = ["summarize"]
 
 def summarize(
     recipe: Recipe,
-    store: Store,
-    eval_store: Store | None,
+    store: Dataset,
+    eval_store: Dataset | None,
     tokenizer: Any,
     model: LanguageModel,
     state: TrainState,
@@ -68,12 +68,12 @@ def summarize(
     )
 
 
-def _data_notes(recipe: Recipe, store: Store, eval_store: Store | None) -> list[str]:
+def _data_notes(recipe: Recipe, store: Dataset, eval_store: Dataset | None) -> list[str]:
     """What became of the rows of training and evaluation data, and whether any harm was done."""
-    notes, harmed = store.notes(), store.report.num_harmed
+    notes, harmed = store.notes(), store.num_harmed
     if eval_store is not None and recipe.data.eval_path:
         notes += [f"evaluation data: {note}" for note in eval_store.notes()]
-        harmed += eval_store.report.num_harmed
+        harmed += eval_store.num_harmed
     if harmed:
         notes.append(
             f"{harmed:,} times a sample is lost or trained otherwise than its row says; `pertoken audit` shows where"

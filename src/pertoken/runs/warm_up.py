@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pertoken.data.batch.pack import MicroBatch, Sample, collate
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
 from pertoken.training.memory import out_of_memory
 from pertoken.training.parallel import synchronized
 from pertoken.training.step import TrainState
@@ -19,7 +19,7 @@ __all__ = ["first_samples", "seconds_per_token", "warm_up_ddp"]
 _MOST_TOKENS = 1024
 
 
-def first_samples(state: TrainState, store: Store, sample_ids: np.ndarray) -> MicroBatch:
+def first_samples(state: TrainState, store: Dataset, sample_ids: np.ndarray) -> MicroBatch:
     """The first of `sample_ids`, up to 1,024 tokens but one at least, on the device."""
     chosen: list[Sample] = []
     tokens = 0

@@ -39,7 +39,7 @@ _COLUMNS = {  # name -> array's type code
 }
 _SKIPPED = {None: -1, False: 0, True: 1}
 _LOST = 2  # in `skipped`: nothing is known of the step
-_EXTRAS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "spike")  # few rows have them
+_EXTRAS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_sources", "spike")  # few rows have them
 _UNKNOWN = ("aux_loss", "tokens", "micro_batches", "padding_share", "step_s", "tokens_per_s")  # null once rebuilt
 
 

@@ -52,6 +52,7 @@ class StepRow:
     eval_loss: float | None = None  # nats per supervised token
     eval_perplexity: float | None = None
     eval_bits_per_byte: float | None = None
+    eval_sources: dict[str, float] | None = None  # the evaluation loss of each of [[data.sources]], by its name
     # By its own key in the file: the mean over supervised tokens of each term beside the cross entropy, before its
     # coefficient.
     row_terms: dict[str, float] = field(default_factory=dict)

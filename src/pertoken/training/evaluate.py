@@ -10,7 +10,7 @@ import torch
 
 from pertoken.data.batch.pack import collate, pack_micro_batches
 from pertoken.data.batch.sample import as_count
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
 from pertoken.errors import PertokenError
 from pertoken.kernels.memory import forget_blocks
 from pertoken.model.execution import PLAIN, Execution
@@ -19,7 +19,7 @@ from pertoken.training.memory import out_of_memory
 from pertoken.training.parallel import World
 from pertoken.training.precision import Precision
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "evaluate_sources"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: TorchModule,
-    store: Store,
+    store: Dataset,
     precision: Precision,
     *,
     token_budget: int,
@@ -82,9 +82,27 @@ def evaluate(
     return Evaluation(loss_sum, float(store.num_tokens.sum()), as_count(store.num_bytes.sum()))
 
 
+def evaluate_sources(
+    model: TorchModule,
+    data: Dataset,
+    precision: Precision,
+    *,
+    token_budget: int,
+    world: World,
+    execution: Execution = PLAIN,
+) -> tuple[Evaluation, dict[str, Evaluation]]:
+    """(of all samples, of each source by its name), as `evaluate`; no source where `data` is one store."""
+    found = {
+        part.name: evaluate(model, part.store, precision, token_budget=token_budget, world=world, execution=execution)
+        for part in data.parts
+    }
+    sums = [math.fsum(getattr(one, name) for one in found.values()) for name in ("loss_sum", "num_tokens", "num_bytes")]
+    return Evaluation(*sums), {name: one for name, one in found.items() if name}
+
+
 def _loss_sum(
     model: TorchModule,
-    store: Store,
+    store: Dataset,
     precision: Precision,
     execution: Execution,
     micro_batches: Sequence[Sequence[int]],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pertoken.data.batch.pack import MicroBatch
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.protocol import TorchModule
 from pertoken.objective.terms import CROSS_ENTROPY, Objective
@@ -26,7 +26,7 @@ __all__ = ["first_non_finite", "is_finite", "nearest_bad_gradient", "plain_name"
 _SHOWN = 20
 
 
-def shown_samples(store: Store, sample_ids: Sequence[int], limit: int = _SHOWN) -> str:
+def shown_samples(store: Dataset, sample_ids: Sequence[int], limit: int = _SHOWN) -> str:
     """`file:line` of the first `limit` samples, and how many more there are."""
     named = ", ".join(store.where(i) for i in sample_ids[:limit])
     return named + (f" and {len(sample_ids) - limit} more" if len(sample_ids) > limit else "")

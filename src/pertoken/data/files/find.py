@@ -36,8 +36,8 @@ def find_files(paths: Sequence[str], on_message: Tell = lambda text: None, *, ke
                 str(file).encode()
                 if (before := found.get(plain_file(file).resolve())) is not None:
                     again = f"{file}: named twice in {key}" + (f", also as {before}" if before != str(file) else "")
-                    once = "name it once, and raise train.epochs or copy the file to train on it more often"
-                    raise DataError(f"{again}; {once if key == 'data.path' else 'name it once'}")
+                    once = "name it once, and to train on it more often make it one of [[data.sources]] with repeat = 2"
+                    raise DataError(f"{again}; {'name it once' if key == 'data.eval_path' else once}")
                 found[file.resolve()] = str(file)
         except UnicodeEncodeError:
             raise DataError(f"{path}: a name there is not UTF-8, so no message could name it; rename it") from None

@@ -32,6 +32,7 @@ _VERSION = 4  # of how samples are made: raise it when the same data and setting
 
 DO_NOT_DECIDE = {  # the settings that do not decide the samples, and why
     "path": "the contents of the files are part of the key",
+    "sources": "each makes a store of its own",
     "eval_path": "makes a store of its own",
     "eval_fraction": "chooses among the samples; where it cuts documents, it is part of the key as `tail`",
     "eval_split": "as eval_fraction",

@@ -22,6 +22,7 @@ from pertoken.data.files.records import BadRow, TextReading, is_text
 from pertoken.data.outcome import Outcome
 from pertoken.data.samples import SampleBuilder
 from pertoken.data.store.columns import Columns
+from pertoken.data.store.dataset import Part
 from pertoken.data.store.folder import SKIPPED, Check, Damaged, open_folder, put_in_place, write_folder
 from pertoken.data.store.key import READ_OTHERWISE_BEFORE, StoreKey
 from pertoken.data.store.made_part import MadePart
@@ -55,6 +56,7 @@ class Store:
         contents: tuple[str, ...],
         report: StoreReport,
         ids: np.ndarray | None = None,
+        choice: tuple[str, ...] = (),
     ) -> None:
         self.name = name  # of the folder in the cache
         self.fingerprints = fingerprints  # hashes over contents of files, tokenizer and settings; see `StoreKey`
@@ -63,6 +65,7 @@ class Store:
         self.report = report  # of the whole build, in both halves of a split
         self._columns = columns
         self._ids = ids  # [len] int64, rows of `columns`; None: all of them
+        self.choice = choice  # what was chosen of the samples, step by step
 
     def __len__(self) -> int:
         return len(self._columns) if self._ids is None else len(self._ids)
@@ -74,6 +77,19 @@ class Store:
     def fingerprint(self) -> str:
         """The hash that says which samples these are."""
         return self.fingerprints[0]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (Part("", self),)
+
+    def locate(self, i: SupportsIndex) -> tuple[Part, int]:
+        """This store as the only part, and i."""
+        return self.parts[0], i.__index__()
+
+    @property
+    def num_harmed(self) -> int:
+        """How often a sample of the whole build is lost, or trained otherwise than its row says."""
+        return self.report.num_harmed
 
     @property
     def checksums(self) -> dict[str, str]:
@@ -128,12 +144,27 @@ class Store:
         ]
         if len(files) > _FILES_SHOWN:
             files[_FILES_SHOWN:] = [f"and {len(files) - _FILES_SHOWN:,} more files"]
-        return [*self.report.notes(), *(files if len(self.files) > 1 else [])]
+        chosen = [f"chosen: {how}" for how in self.choice if "rows" in how]
+        return [*self.report.notes(), *chosen, *(files if len(self.files) > 1 else [])]
 
     def where(self, i: SupportsIndex) -> str:
         """`file:line` of sample i."""
         row = self._row(i)
         return f"{self.files[self._columns.value('file', row)]}:{self._columns.value('line', row)}"
+
+    def subset(self, *, max_rows: int | None = None, fraction: float | None = None) -> Store:
+        """The samples of `max_rows` of the distinct rows, or of that fraction of them (rounded, at least one).
+
+        Rows are chosen by their content: the same in every run, and a larger subset contains the smaller ones.
+        Duplicates of a chosen row come with it.
+        """
+        rows = np.unique(self.row_digests)
+        if fraction is not None:
+            max_rows = max(1, round(fraction * len(rows)))
+        assert max_rows is not None
+        if max_rows >= len(rows):
+            return self
+        return self._select(self.row_digests <= rows[max_rows - 1], f"{max_rows:,} of {len(rows):,} distinct rows")
 
     def split(self, eval_fraction: float, eval_split: Literal["rows", "tail"]) -> tuple[Store, Store]:
         """(train, eval), together every sample once; the same in every run.
@@ -156,8 +187,8 @@ class Store:
                 f"data.eval_fraction={eval_fraction}: {seen}; change it, give data.eval_path instead, "
                 'or set data.eval_split="tail" for raw text'
             )
-        train, evaluation = self._select(~held_out), self._select(held_out)
-        return train, evaluation
+        what = f"eval_fraction={eval_fraction}"
+        return self._select(~held_out, f"trained, {what}"), self._select(held_out, f"held out, {what}")
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raise DataError, naming the first 20 samples, where a token id is not below `vocab_size`."""
@@ -184,7 +215,7 @@ class Store:
         column = self._columns.column(name)
         return column if self._ids is None else column[self._ids]
 
-    def _select(self, chosen: np.ndarray) -> Store:
+    def _select(self, chosen: np.ndarray, how: str) -> Store:
         ids = np.flatnonzero(chosen) if self._ids is None else self._ids[chosen]
         return Store(
             self._columns,
@@ -194,6 +225,7 @@ class Store:
             contents=self._contents,
             report=self.report,
             ids=ids,
+            choice=(*self.choice, how),
         )
 
 

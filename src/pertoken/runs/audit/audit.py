@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from pertoken.data.batch.sample import Sample
+from pertoken.data.batch.sample import Sample, as_count
 from pertoken.data.findings import KINDS, Findings
+from pertoken.data.formats_found import FormatsFound
+from pertoken.data.store.dataset import Dataset, Part
 from pertoken.data.store.store import Store
 from pertoken.data.tokens.tokenizer import special_ids
 from pertoken.data.view import supervised_pieces
@@ -27,6 +29,7 @@ __all__ = ["Audit", "Example", "FileAudit", "PartAudit", "Problem", "audit", "wr
 
 _PLACES = 20  # of a problem that are named
 _BINS = 16  # of the histogram, at least half of them used
+_LOST = ("skipped", "overlong", "truncated", "unsupervised", "too_short")
 _EXAMPLES = 5
 _EXAMPLE_TOKENS = 2000
 FORMAT_VERSION = 1
@@ -37,6 +40,8 @@ class FileAudit:
     """What one file gives."""
 
     file: str
+    source: str | None  # its name among [[data.sources]]
+    repeat: int  # how often each of its samples comes in an epoch
     rows: int | None  # None for held-out rows of the training files, which are counted there
     samples: int
     tokens: int  # inputs
@@ -171,44 +176,51 @@ def _load(recipe: Recipe, listener: Listener) -> RunData:
             raise error from None
 
 
-def _part(part: str, store: Store, *, held_out: bool) -> PartAudit:
-    sums = [store.sums_by_file(values) for values in (np.ones(len(store)), store.lengths, store.num_tokens)]
-    files = []
-    for file, count, samples, tokens, num_tokens in zip(store.files, store.report.by_file, *sums, strict=True):
-        lost = {} if held_out else asdict(count)
-        rows = lost.pop("rows", None)
-        names = ("skipped", "overlong", "truncated", "unsupervised", "too_short")
-        files.append(FileAudit(file, rows, int(samples), int(tokens), num_tokens, **dict.fromkeys(names, 0) | lost))
-    most = int(store.lengths.max())
-    width = max(1, 2 ** int(np.ceil(np.log2(most / _BINS))))
-    edges = np.arange(0, most + width, width)
-    histogram = np.histogram(store.lengths, edges + 1)[0]  # a sample of as many inputs as an edge says is below it
+def _part(name: str, data: Dataset, *, held_out: bool) -> PartAudit:
+    files, formats = [file for part in data.parts for file in _files(part, held_out=held_out)], FormatsFound()
+    for part in data.parts if not held_out else ():
+        formats.extend(part.store.report.formats)
+    lengths = np.concatenate([part.store.lengths for part in data.parts])
+    width = max(1, 2 ** int(np.ceil(np.log2(lengths.max() / _BINS))))
+    edges = np.arange(0, lengths.max() + width, width)
+    histogram = np.histogram(lengths, edges + 1)[0]  # a sample of as many inputs as an edge says is below it
     return PartAudit(
-        part=part,
+        part=name,
         held_out=held_out,
         files=tuple(files),
-        formats={} if held_out else dict(store.report.formats.rows),
-        samples=len(store),
-        tokens=int(store.lengths.sum()),
-        num_tokens=store.count(),
+        formats=formats.rows,
+        samples=len(lengths),
+        tokens=int(lengths.sum()),
+        num_tokens=as_count(sum(part.store.count() for part in data.parts)),
         lengths={"edges": edges.tolist(), "counts": histogram.tolist()},
     )
+
+
+def _files(part: Part, *, held_out: bool) -> Iterator[FileAudit]:
+    store = part.store
+    sums = [store.sums_by_file(values) for values in (np.ones(len(store)), store.lengths, store.num_tokens)]
+    for file, count, samples, tokens, num_tokens in zip(store.files, store.report.by_file, *sums, strict=True):
+        lost = dict.fromkeys(_LOST, 0) if held_out else {key: getattr(count, key) for key in _LOST}
+        rows = None if held_out else count.rows
+        counts = (rows, int(samples), int(tokens), num_tokens)
+        yield FileAudit(file, part.name or None, part.repeat, *counts, **lost)
 
 
 def _problems(recipe: Recipe, data: RunData, *, held_out: bool) -> list[Problem]:
     """Of training and evaluation data together, what harms first, then in the order of KINDS."""
     ends = special_ids(data.tokenizer) | {data.eos_token_id}
     found: dict[str, Problem] = {}
-    stores = [data.train] if data.eval is None else [data.train, data.eval]
-    for store in stores:
+    train = [part.store for part in data.train.parts]
+    evaluation = [] if data.eval is None else [part.store for part in data.eval.parts]
+    for store in (*train, *evaluation):
         findings = Findings()
-        if not (held_out and store is data.eval):  # the report is of both
+        if store in train or not held_out:  # the report is of both
             findings.extend(store.report.findings)
         if recipe.stage == "sft":
             find_answers(store, ends, recipe.data.max_seq_len, findings)
         find_duplicates(store, findings)
-        if store is data.eval and not held_out:
-            find_in_both(data.train, store, findings)
+        if store in evaluation and not held_out:
+            find_in_both(train, store, findings)
         for kind in findings.kinds():
             places = [f"{store.files[file]}:{line}" for file, line in findings.places(kind)]
             _merge(found, kind, KINDS[kind].harms, KINDS[kind].what, findings.count(kind), places)
@@ -218,7 +230,7 @@ def _problems(recipe: Recipe, data: RunData, *, held_out: bool) -> list[Problem]
     found.pop("skipped", None)  # its causes say more
     order = {kind: i for i, kind in enumerate(KINDS)}
     known = sorted(found.values(), key=lambda problem: (not problem.harms, order[problem.kind]))
-    reports = [data.train.report] if data.eval is None or held_out else [data.train.report, data.eval.report]
+    reports = [store.report for store in (train if held_out else [*train, *evaluation])]
     bad = [
         Problem(
             "bad_row",
@@ -257,37 +269,40 @@ def _merge(found: dict[str, Problem], kind: str, harms: bool, what: str, count: 
 
 def _examples(data: RunData, problems: list[Problem]) -> Iterator[Example]:
     """The first sample of the training data, and one for each kind of problem that has samples."""
-    store, shown = data.train, set[int]()
-    wanted: list[tuple[str, int | None]] = [("the first sample", 0)]
-    wanted += [(problem.what, _sample_of(store, place)) for problem in problems for place in problem.places[:1]]
-    for why, i in wanted:
-        if i is not None and i not in shown and len(shown) < _EXAMPLES:
-            shown.add(i)
-            tokens, mask = store[i].tokens[: _EXAMPLE_TOKENS + 1], store[i].loss_mask[:_EXAMPLE_TOKENS]
-            yield Example(store.where(i), why, tuple(supervised_pieces(Sample(tokens, mask), data.tokenizer)))
+    first, shown = data.train.parts[0].store, set[str]()
+    wanted: list[tuple[str, tuple[Store, int] | None]] = [("the first sample", (first, 0))]
+    wanted += [(problem.what, _sample_of(data.train, place)) for problem in problems for place in problem.places[:1]]
+    for why, found in wanted:
+        if found is None or len(shown) == _EXAMPLES or (source := found[0].where(found[1])) in shown:
+            continue
+        shown.add(source)
+        sample = found[0][found[1]]
+        cut = Sample(sample.tokens[: _EXAMPLE_TOKENS + 1], sample.loss_mask[:_EXAMPLE_TOKENS])
+        yield Example(source, why, tuple(supervised_pieces(cut, data.tokenizer)))
 
 
-def _sample_of(store: Store, place: str) -> int | None:
+def _sample_of(data: Dataset, place: str) -> tuple[Store, int] | None:
     """The first sample of a row, by its `file:line`; None where it has none."""
     file, _, line = place.rpartition(":")
-    if file not in store.files:
-        return None
-    found = np.flatnonzero((store.file_ids == store.files.index(file)) & (store.lines == int(line)))
-    return int(found[0]) if len(found) else None
+    for part in data.parts:
+        if file in (store := part.store).files:
+            found = np.flatnonzero((store.file_ids == store.files.index(file)) & (store.lines == int(line)))
+            return (store, int(found[0])) if len(found) else None
+    return None
 
 
 def write_samples(audit: Audit, path: Path) -> None:
     """Write every training sample as a line of JSON (docs/audit.md). Raises OSError."""
-    store, tokenizer = audit.data.train, audit.data.tokenizer
     with path.open("w", encoding="utf-8") as file:
-        for i in range(len(store)):
-            sample = store[i]
-            mask = sample.loss_mask
-            row = {
-                "source": store.where(i),
-                "epoch_repeat": 1,
-                "input_ids": sample.tokens.tolist(),
-                "loss_mask": mask.tolist() if mask.dtype.kind == "f" else mask.astype(int).tolist(),
-                "pieces": supervised_pieces(sample, tokenizer),
-            }
-            file.write(json.dumps(row, ensure_ascii=True) + "\n")
+        for part in audit.data.train.parts:
+            for i in range(len(part.store)):
+                sample = part.store[i]
+                mask = sample.loss_mask
+                row = {
+                    "source": part.store.where(i),
+                    "epoch_repeat": part.repeat,
+                    "input_ids": sample.tokens.tolist(),
+                    "loss_mask": mask.tolist() if mask.dtype.kind == "f" else mask.astype(int).tolist(),
+                    "pieces": supervised_pieces(sample, audit.data.tokenizer),
+                }
+                file.write(json.dumps(row) + "\n")

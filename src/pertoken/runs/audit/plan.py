@@ -10,7 +10,7 @@ import numpy as np
 from pertoken.checkpoints.read import resolve_model_folder
 from pertoken.data.batch.order import step_at, steps_per_epoch
 from pertoken.data.batch.share import share_of
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
 from pertoken.folders.config import NotCovered, config_from_hf
 from pertoken.folders.files import read_json
 from pertoken.model.attention import AttentionLayout
@@ -57,7 +57,7 @@ def architecture(recipe: Recipe, init_from: str | None, num_tokens: int) -> Reso
         return None
 
 
-def plan(recipe: Recipe, store: Store, config: ResolvedModelConfig | None) -> Plan:
+def plan(recipe: Recipe, store: Dataset, config: ResolvedModelConfig | None) -> Plan:
     """Raises RecipeError for what `train` would refuse."""
     train, total = recipe.train, count_steps(recipe, len(store))
     per_epoch = steps_per_epoch(len(store), train.batch_size)

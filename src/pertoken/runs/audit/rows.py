@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -46,10 +46,10 @@ def find_duplicates(store: Store, findings: Findings) -> None:
     _add(store, first[again], "duplicate", findings)
 
 
-def find_in_both(train: Store, evaluation: Store, findings: Findings) -> None:
+def find_in_both(train: Sequence[Store], evaluation: Store, findings: Findings) -> None:
     """Add every row of the evaluation data that is, byte for byte, a row of the training data."""
     first = _first_samples(evaluation)
-    both = np.isin(evaluation.row_digests[first], train.row_digests)
+    both = np.isin(evaluation.row_digests[first], np.concatenate([store.row_digests for store in train]))
     _add(evaluation, first[both], "in_both", findings)
 
 

@@ -1,7 +1,7 @@
 """CSV: `out_dir/metrics.csv`, a line per step for spreadsheets.
 
 Columns are the figures of a row that are one number: a figure that a step does not have, or that is not finite, is
-empty. Lists (positions, shares of experts) are in `metrics.jsonl` alone.
+empty. Lists (positions, shares of experts) and the losses of sources are in `metrics.jsonl` alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pertoken.tracking.trackers.tracker import Opening, Tracker, TrackerKind
 __all__ = ["CSV"]
 
 _NAME = "metrics.csv"
-_NO_NUMBERS = ("positions", "expert_load", "expert_max_share", "row_terms", "rebuilt")
+_NO_NUMBERS = ("positions", "expert_load", "expert_max_share", "row_terms", "rebuilt", "eval_sources")
 _COLUMNS = (*(field.name for field in fields(StepRow) if field.name not in _NO_NUMBERS), *ROW_TERMS)
 
 

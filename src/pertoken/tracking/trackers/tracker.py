@@ -49,4 +49,5 @@ def finite_figures(row: StepRow) -> dict[str, float]:
     """The row's numbers that a curve can be drawn of."""
     skip = ("step", "positions", "skipped")
     values = row.to_json()
+    values |= {f"eval/{name}/loss": loss for name, loss in (row.eval_sources or {}).items()}
     return {k: v for k, v in values.items() if k not in skip and isinstance(v, int | float) and math.isfinite(v)}
