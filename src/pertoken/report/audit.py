@@ -9,7 +9,7 @@ from typing import Any
 
 from pertoken.report.charts import histogram, stack
 from pertoken.report.page import page
-from pertoken.report.visible import shortened
+from pertoken.report.visible import drawn_text, shortened
 from pertoken.report.words import say
 
 __all__ = ["audit_page"]
@@ -17,6 +17,8 @@ __all__ = ["audit_page"]
 _FORMAT_VERSION = 1
 _MOST_FILES, _MOST_LISTED, _MOST_EXAMPLES, _MOST_PIECES = 500, 200, 50, 400
 _PIECE_CHARS, _EXAMPLE_CHARS = 4000, 20_000
+_PLAN = ("batch_size", "steps_per_epoch", "total_steps", "epochs", "padding_share", "micro_batches")
+_ESTIMATE = ("parameters", "memory_total_bytes", "memory_available_bytes", "seconds")
 _LOST = ("bad", "overlong", "truncated", "unsupervised", "too_short")
 
 
@@ -37,22 +39,25 @@ def audit_page(audit: dict[str, Any]) -> str:
     if audit["format_version"] != _FORMAT_VERSION:
         raise ValueError(f"format_version={audit['format_version']!r}: this page is made of {_FORMAT_VERSION}")
     parts = [_part(part) for part in audit["parts"]]
-    estimate = audit["estimate"]
-    total = estimate["memory_total_bytes"] or 0
-    available = estimate["memory_available_bytes"] or 0
+    estimate = audit["estimate"] or dict.fromkeys(_ESTIMATE) | {"memory_bytes": {}, "how": say("unknown")}
+    total, available = estimate["memory_total_bytes"] or 0, estimate["memory_available_bytes"]
+    whole = max(total, available or 0)
     harmed = [problem["count"] for problem in audit["problems"] if problem["harms"]]
     examples = [_example(example) for example in audit["examples"][:_MOST_EXAMPLES]]
     return page(
         "audit.html",
         audit=audit,
+        plan=audit["plan"] or dict.fromkeys(_PLAN),
+        estimate=estimate,
         harmed=None if None in harmed else sum(harmed),
         parts=parts,
         trained=next((part for part in parts if part["part"] == "train"), None),
         evaluated=next((part for part in parts if part["part"] == "eval"), None),
         problems=audit["problems"],
         examples=examples,
-        memory=stack(estimate["memory_bytes"], max(total, available)),
-        memory_whole=max(total, available),
+        memory=stack(estimate["memory_bytes"] or {}, whole),
+        memory_whole=whole,
+        too_much=available is not None and total > available,
         most_listed=_MOST_LISTED,
     )
 
@@ -62,6 +67,7 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
     files = sorted(part["files"], key=_lost, reverse=True)
     lengths = part["lengths"] or {"edges": [], "counts": []}
     return part | {
+        "title": say(part["part"]) if part["part"] in ("train", "eval") else drawn_text(str(part["part"])),
         "files": files[:_MOST_FILES],
         "num_files": len(files),
         "columns": [name for name in _LOST if any(file[name] for file in files)],

@@ -58,7 +58,9 @@ def histogram(edges: Sequence[float], counts: Sequence[float]) -> Histogram | No
         Bar(low, high, n, i * width, width, 100 * n / top)
         for i, ((low, high), n) in enumerate(zip(bins, counts, strict=True))
     ]
-    every = ceil(len(edges) / _MOST_X_TICKS)
+    every = 1  # doubled, since edges are multiples of powers of two: 0, 512, 1024
+    while len(edges) / every > _MOST_X_TICKS:
+        every *= 2
     x_ticks = [Tick(edge, i * width) for i, edge in enumerate(edges) if i % every == 0]
     y_ticks = [Tick(step * i, 100 * step * i / top) for i in range(round(top / step) + 1)]
     return Histogram(bars, x_ticks, y_ticks, sum(counts), max(bars, key=lambda bar: bar.count))

@@ -42,10 +42,10 @@ _ENGLISH = {
     "time_how": "estimated",
     "problems": "Problems",
     "problems_none": "None found.",
-    "harms": "Harms",
+    "harms": "Harmful",
     "harms_not": "Note",
-    "places": "{count} place|{count} places",
-    "places_some": "{count} place, the first {shown} shown|{count} places, the first {shown} shown",
+    "places": "{count} more place|{count} more places",
+    "places_some": "{count} more places, of {total} in all",
     "examples": "Examples",
     "examples_how": "Each sample as the model gets it. The loss counts the marked tokens only.",
     "examples_none": "None to show.",
@@ -75,6 +75,7 @@ _ENGLISH = {
     "format": "Format",
     "share": "Share",
     "lengths": "Lengths of samples",
+    "lengths_short": "Lengths",
     "lengths_none": "No samples.",
     "lengths_title": "Number of samples by length in input tokens",
     "lengths_desc": "{total} samples; most of them, {most}, have {low} to {high} input tokens.",
@@ -100,7 +101,7 @@ _ENGLISH = {
 def say(key: str, n: float | None = None, **values: object) -> str:
     """The text of `key`; of two forms, the first where `n` is 1."""
     text = _ENGLISH[key]
-    if n is not None and "|" in text:
+    if "|" in text:
         one, many = text.split("|")
         text = one if n == 1 else many
     return text.format(**values)
