@@ -160,6 +160,11 @@ def test_supervised_text_alone_is_marked(audit: dict[str, Any]) -> None:
     assert '<bdi>user: hi<i class="ctl">↵\n</i></bdi>' in sample
 
 
+def test_special_tokens_stay_whole_within_right_to_left_text(audit: dict[str, Any]) -> None:
+    audit["examples"][0]["pieces"] = [["متى تصل؟<|im_end|>", True]]
+    assert '<bdi>متى تصل؟<bdi dir="ltr">&lt;|im_end|&gt;</bdi></bdi>' in audit_page(audit)
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_shown_and_changes_nothing_else(audit: dict[str, Any], text: str) -> None:
     def with_text(value: str) -> Page:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -16,6 +17,7 @@ from pertoken.report.words import say
 __all__ = ["page"]
 
 _NAME_CHARS, _PROSE_CHARS = 240, 1500
+_SPECIAL_TOKEN = re.compile(r"(<[|｜][^<>\s]{1,60}[|｜]>)")
 
 
 def page(template: str, **values: object) -> str:
@@ -63,5 +65,10 @@ def _prose(value: object) -> Markup:
 
 
 def _piece(value: object) -> Markup:
-    """Text of an example, shortened already, with its lines."""
-    return drawn(str(value), lines=True)
+    """Text of an example, shortened already, with its lines. Within right-to-left text a special token would fall apart
+    into its signs, so each is set apart."""
+    out = [
+        Markup('<bdi dir="ltr">{}</bdi>').format(drawn(text, lines=True)) if i % 2 else drawn(text, lines=True)
+        for i, text in enumerate(_SPECIAL_TOKEN.split(str(value)))
+    ]
+    return Markup("").join(out)
