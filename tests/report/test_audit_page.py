@@ -262,12 +262,14 @@ def test_a_page_stays_small_and_says_what_it_leaves_out(audit: dict[str, Any]) -
     audit["parts"][0]["files"] = files
     audit["examples"][0]["pieces"] = [["x" * 3_000_000, False], ["y" * 3_000_000, True]]
     audit["problems"][0]["what"] = "z" * 1_000_000
+    audit["problems"] += [audit["problems"][1]] * 4998
     html = audit_page(audit)
     assert len(html.encode()) < 500_000
     text = Page(html).text
     assert "10,000 files" in text
     assert "the first 500 are shown" in text
     assert text.index("part-09876") < text.index("part-00000")
+    assert "The first 200 of 5,000 are shown" in text
     assert "2,996,000 characters not shown" in text
 
 
