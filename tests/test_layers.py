@@ -36,6 +36,7 @@ LAYERS = [
     {"tracking"},
     {"runs"},
     {"inference", "prove", "adapters"},
+    {"report"},
     {"console"},
     {"demo"},
     {"cli", "__main__"},
