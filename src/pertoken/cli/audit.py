@@ -73,7 +73,7 @@ def show_audit(console: Console, audit: Audit) -> None:
     """Files, figures, problems with their places, and samples with their supervised tokens in color."""
     from rich.text import Text
 
-    from pertoken.console import pieces_text
+    from pertoken.console import duration, pieces_text
     from pertoken.text import plain
 
     for part in audit.parts:
@@ -96,6 +96,8 @@ def show_audit(console: Console, audit: Audit) -> None:
     else:
         parts = ", ".join(f"{name} {_size(size)}" for name, size in needs.memory_bytes.items())
         there = "" if needs.memory_available_bytes is None else f" of {_size(needs.memory_available_bytes)}"
+        if needs.seconds is not None:
+            say(console, f"time: about {duration(needs.seconds)}, by two passes with random weights on this machine")
         say(console, f"memory: about {_size(needs.memory_total_bytes)}{there} ({parts}; {needs.how})")
     console.print()
     for problem in audit.problems:
@@ -122,11 +124,11 @@ def _files_table(part: PartAudit) -> Table:
     from pertoken.text import one_line
 
     lost = [name for name in _LOST if any(getattr(file, name) for file in part.files)]
-    table = Table("file", "rows", "samples", "tokens", "supervised", *(name.replace("_", " ") for name in lost))
+    table = Table("file", "kind", "rows", "samples", "tokens", "supervised", *(name.replace("_", " ") for name in lost))
     for file in part.files[:_FILES]:
         rows = "" if file.rows is None else f"{file.rows:,}"
         counts = (rows, f"{file.samples:,}", f"{file.tokens:,}", f"{file.num_tokens:,}")
-        table.add_row(Text(one_line(file.file)), *counts, *(f"{getattr(file, name):,}" for name in lost))
+        table.add_row(Text(one_line(file.file)), file.kind, *counts, *(f"{getattr(file, name):,}" for name in lost))
     if len(part.files) > _FILES:
         table.add_row(f"and {len(part.files) - _FILES:,} more")
     return table

@@ -19,7 +19,7 @@ _MOST_FILES, _MOST_LISTED, _MOST_EXAMPLES, _MOST_PIECES = 500, 200, 50, 400
 _PIECE_CHARS, _EXAMPLE_CHARS = 4000, 20_000
 _PLAN = ("batch_size", "steps_per_epoch", "total_steps", "epochs", "padding_share", "micro_batches")
 _ESTIMATE = ("parameters", "memory_total_bytes", "memory_available_bytes", "seconds")
-_LOST = ("bad", "overlong", "truncated", "unsupervised", "too_short")
+_LOST = ("skipped", "overlong", "truncated", "unsupervised", "too_short")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Example:
 
 
 def audit_page(audit: dict[str, Any]) -> str:
-    """A self-contained HTML page of what `pertoken audit --json` writes (`format_version` 1). Texts in it may be
+    """A self-contained HTML page of what `Audit.to_dict` gives (`format_version` 1). Texts in it may be
     hostile. Long texts and long lists are shortened, and the page says where.
 
     Raises ValueError for another `format_version`, jinja2.UndefinedError or KeyError where a key is missing.

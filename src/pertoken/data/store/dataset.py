@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, SupportsIndex
+from typing import Protocol, SupportsIndex
 
 import numpy as np
 
 from pertoken.data.batch.sample import Sample
+from pertoken.data.store.store import Part
 
-if TYPE_CHECKING:
-    from pertoken.data.store.store import Store
-
-__all__ = ["Dataset", "Part"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """The samples of one source."""
-
-    name: str  # "" where there is only one source, and it has none
-    store: Store
-    repeat: int = 1  # how often each sample comes in an epoch
+__all__ = ["Dataset"]
 
 
 class Dataset(Protocol):

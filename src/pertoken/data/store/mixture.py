@@ -12,7 +12,7 @@ from typing import SupportsIndex
 import numpy as np
 
 from pertoken.data.batch.sample import Sample, as_count
-from pertoken.data.store.dataset import Part
+from pertoken.data.store.store import Part
 from pertoken.errors import DataError
 
 __all__ = ["Mixture", "refuse_shared_files"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, SupportsIndex
@@ -22,7 +22,6 @@ from pertoken.data.files.records import BadRow, TextReading, is_text
 from pertoken.data.outcome import Outcome
 from pertoken.data.samples import SampleBuilder
 from pertoken.data.store.columns import Columns
-from pertoken.data.store.dataset import Part
 from pertoken.data.store.folder import SKIPPED, Check, Damaged, open_folder, put_in_place, write_folder
 from pertoken.data.store.key import READ_OTHERWISE_BEFORE, StoreKey
 from pertoken.data.store.made_part import MadePart
@@ -38,7 +37,7 @@ from pertoken.text import one_line, reason
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Store", "build_store", "open_store"]
+__all__ = ["Part", "Store", "build_store", "open_store"]
 
 _FILES_SHOWN = 20
 
@@ -227,6 +226,15 @@ class Store:
             ids=ids,
             choice=(*self.choice, how),
         )
+
+
+@dataclass(frozen=True)
+class Part:
+    """The samples of one source."""
+
+    name: str  # "" where there is only one source, and it has none
+    store: Store
+    repeat: int = 1  # how often each sample comes in an epoch
 
 
 def build_store(

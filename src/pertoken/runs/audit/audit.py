@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from pertoken.data.batch.sample import Sample, as_count
+from pertoken.data.files.kinds import kind_of
 from pertoken.data.findings import KINDS, Findings
 from pertoken.data.formats_found import FormatsFound
-from pertoken.data.store.dataset import Dataset, Part
-from pertoken.data.store.store import Store
+from pertoken.data.store.dataset import Dataset
+from pertoken.data.store.store import Part, Store
 from pertoken.data.tokens.tokenizer import special_ids
 from pertoken.data.view import supervised_pieces
 from pertoken.errors import DataError
@@ -40,6 +41,7 @@ class FileAudit:
     """What one file gives."""
 
     file: str
+    kind: str  # what its content is
     source: str | None  # its name among [[data.sources]]
     repeat: int  # how often each of its samples comes in an epoch
     rows: int | None  # None for held-out rows of the training files, which are counted there
@@ -61,6 +63,7 @@ class PartAudit:
     held_out: bool  # from the training files
     files: tuple[FileAudit, ...]
     formats: dict[str, int]  # rows of each
+    rows: int | None
     samples: int
     tokens: int
     num_tokens: int | float
@@ -141,6 +144,7 @@ def audit(recipe: Recipe, listener: Listener | None = None, *, name: str = "") -
     remarks = _Remarks(listener or Listener())
     data = _load(recipe, remarks)
     config = architecture(recipe, data.init_from, len(data.tokenizer))
+    steps = plan(recipe, data.train, config)
     held_out = data.eval is not None and not recipe.data.eval_path
     parts = [_part("train", data.train, held_out=False)]
     if data.eval is not None:
@@ -152,8 +156,8 @@ def audit(recipe: Recipe, listener: Listener | None = None, *, name: str = "") -
         tokenizer=recipe.data.tokenizer or recipe.init_from or "",
         max_seq_len=recipe.data.max_seq_len,
         parts=tuple(parts),
-        plan=plan(recipe, data.train, config),
-        estimate=estimate(recipe, config),
+        plan=steps,
+        estimate=estimate(recipe, data, config, steps),
         problems=tuple(problems),
         remarks=tuple(remarks.kept),
         examples=tuple(_examples(data, problems)),
@@ -189,6 +193,7 @@ def _part(name: str, data: Dataset, *, held_out: bool) -> PartAudit:
         held_out=held_out,
         files=tuple(files),
         formats=formats.rows,
+        rows=None if held_out else sum(part.store.report.rows for part in data.parts),
         samples=len(lengths),
         tokens=int(lengths.sum()),
         num_tokens=as_count(sum(part.store.count() for part in data.parts)),
@@ -203,7 +208,7 @@ def _files(part: Part, *, held_out: bool) -> Iterator[FileAudit]:
         lost = dict.fromkeys(_LOST, 0) if held_out else {key: getattr(count, key) for key in _LOST}
         rows = None if held_out else count.rows
         counts = (rows, int(samples), int(tokens), num_tokens)
-        yield FileAudit(file, part.name or None, part.repeat, *counts, **lost)
+        yield FileAudit(file, str(kind_of(Path(file))), part.name or None, part.repeat, *counts, **lost)
 
 
 def _problems(recipe: Recipe, data: RunData, *, held_out: bool) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,18 +12,29 @@ from pertoken.checkpoints.read import resolve_model_folder
 from pertoken.data.batch.order import step_at, steps_per_epoch
 from pertoken.data.batch.share import share_of
 from pertoken.data.store.dataset import Dataset
+from pertoken.errors import RecipeError
 from pertoken.folders.config import NotCovered, config_from_hf
 from pertoken.folders.files import read_json
 from pertoken.model.attention import AttentionLayout
+from pertoken.model.decoder import CausalLM
 from pertoken.model.operations import padding_of
 from pertoken.recipe.model import ResolvedModelConfig
 from pertoken.recipe.schema import Recipe
-from pertoken.runs.assemble import count_steps
+from pertoken.runs.assemble import count_steps, set_up_computation
+from pertoken.runs.computation import samples_of
+from pertoken.runs.data import RunData
+from pertoken.runs.model import prepare_model
+from pertoken.runs.warm_up import first_samples, seconds_per_token, warm_up_ddp
+from pertoken.tracking.listener import Listener
+from pertoken.tracking.reporter import Reporter
 from pertoken.training.memory import machine_bytes, training_bytes
+from pertoken.training.parallel import World
+from pertoken.training.precision import Precision, resolve_device
 
 __all__ = ["Estimate", "Plan", "architecture", "estimate", "plan"]
 
 _STEPS = 20  # whose padding is looked at
+_MOST_TIMED = 150_000_000  # parameters: of larger models, making them takes longer than an answer should
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,7 @@ class Estimate:
     memory_bytes: dict[str, int]  # weights, gradients, optimizer, activations
     memory_total_bytes: int
     memory_available_bytes: int | None
+    seconds: float | None  # all steps, as two passes with random weights took on this machine; None: not timed
     how: str
 
 
@@ -83,7 +96,7 @@ def plan(recipe: Recipe, store: Dataset, config: ResolvedModelConfig | None) -> 
     )
 
 
-def estimate(recipe: Recipe, config: ResolvedModelConfig | None) -> Estimate | None:
+def estimate(recipe: Recipe, data: RunData, config: ResolvedModelConfig | None, steps: Plan) -> Estimate | None:
     """None where the number of parameters is not known from a configuration."""
     if config is None:
         return None
@@ -93,5 +106,26 @@ def estimate(recipe: Recipe, config: ResolvedModelConfig | None) -> Estimate | N
         memory_bytes=memory,
         memory_total_bytes=sum(memory.values()),
         memory_available_bytes=machine_bytes(),
-        how="computed from the recipe, not measured; one process, activations to about a third",
+        seconds=_seconds(recipe, data, config, steps),
+        how="memory of one process, computed and not measured, its activations to about a third",
     )
+
+
+def _seconds(recipe: Recipe, data: RunData, config: ResolvedModelConfig, steps: Plan) -> float | None:
+    """Of all steps on this machine, by a forward and backward pass of the first samples through random weights."""
+    if config.num_parameters > _MOST_TIMED or recipe.train.dtype == "float16":
+        return None
+    try:
+        precision = Precision(recipe.train.dtype, resolve_device(recipe.train.device))
+    except RecipeError:  # that device is elsewhere
+        return None
+    model = CausalLM(config, dtype=precision.parameter_dtype).to(precision.device)
+    choice = prepare_model(model, recipe, None, precision, steps.total_steps, Listener())
+    computation = set_up_computation(
+        *(recipe, data, model, None, steps.total_steps, precision, World(), Reporter(())), choice=choice
+    )
+    micro_batch = first_samples(computation.state, data.train, samples_of(computation, 1).sample_ids)
+    if not warm_up_ddp(computation.state, micro_batch):
+        return None
+    seconds = seconds_per_token(computation.state, micro_batch) * float(data.train.lengths.sum()) * steps.epochs
+    return None if math.isnan(seconds) else seconds
