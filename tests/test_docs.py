@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pertoken.folders.config import NotCovered, config_from_hf
 from pertoken.folders.weights import load_folder, save_folder
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.model import ModelConfig
+from pertoken.recipe.sources import READING_KEYS, SourceConfig
 
 pytestmark = pytest.mark.numeric
 
@@ -147,6 +149,21 @@ def test_the_commonest_mistakes_have_the_messages_of_the_page():
     assert len(found) >= 20
     for _, row, text in found:
         assert str(read_row(Record("a", 1, row, 0, 0), "conversation")) == f"a:1: {text}"
+
+
+def test_the_sources_of_the_page_are_a_recipe_and_it_names_every_key_that_they_may_have() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (part,) = re.findall(r"^## Several sources$(.*?)(?=^## )", page, re.M | re.S)
+    (text,) = re.findall(r"^```toml\n(.*?)\n```$", part, re.M | re.S)
+    values = tomllib.loads(text)
+    values["data"]["tokenizer"] = "t"
+    recipe = Recipe.parse({"stage": "sft", "out_dir": "r", **values})
+    assert [(s.name, s.repeat, s.fraction) for s in recipe.data.sources] == [
+        ("chats", 1, None),
+        ("questions", 3, None),
+        ("gsm8k", 1, 0.5),
+    ]
+    assert all(f"`{key}`" in part for key in (*READING_KEYS, *SourceConfig.model_fields.keys() - {"path", "name"}))
 
 
 PAGES = [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
