@@ -120,6 +120,11 @@ class Recipe(Section):
                 raise ValueError(
                     f'data.{key}={shown(value)}: only raw text is read so; remove it, or use stage = "pretrain"'
                 )
+        if self.train.early_stopping is not None and not (self.data.eval_path or self.data.eval_fraction):
+            raise ValueError(
+                f"train.early_stopping={self.train.early_stopping}: there is no evaluation data; set data.eval_path or "
+                "data.eval_fraction, or leave the key out"
+            )
         if self.data.eval_split == "tail" and self.stage != "pretrain":
             raise ValueError('data.eval_split="tail": only raw text has a tail; use "rows" for conversations')
         return self

@@ -19,7 +19,7 @@ __all__ = ["changed_data", "earlier_run", "keep_others_out", "make_room", "refus
 # What may differ from the checkpoint on a resume. Paths of data and tokenizer may, since their contents are compared.
 _MAY_CHANGE = {
     *("out_dir", "data.path", "data.eval_path", "data.tokenizer", "data.store", "data.workers"),
-    *("train.epochs", "train.max_steps", "train.max_minutes", "train.eval_interval"),
+    *("train.epochs", "train.max_steps", "train.max_minutes", "train.eval_interval", "train.early_stopping"),
     *("train.micro_batch_tokens", "train.device", "train.engine", "train.activation_checkpointing", "train.parallel"),
     *("train.loss_impl", "train.on_spike", "train.spike_factor"),
 }

@@ -44,5 +44,6 @@ class Run:
     summary: Summary
     start_step: int  # the last step done before it
     best_eval_loss: float | None
+    evals_without_best: int  # in a row, up to the last one
     started_s: float  # time.monotonic()
     whole_step: int  # the last one with weights, optimizer and row in place, unless the state has changed since

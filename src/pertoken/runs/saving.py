@@ -58,6 +58,7 @@ def _state_after(run: Run, step: int) -> TrainerState:
         grad_norms=run.spikes.norms,
         micro_batch_tokens=run.computation.token_budget,
         best_eval_loss=run.best_eval_loss,
+        evals_without_best=run.evals_without_best,
         tracker_run_ids=run.output.tracker_run_ids,
         probe=run.checkpoints.probe.measure(run.computation.state),
     )
