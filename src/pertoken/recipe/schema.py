@@ -43,6 +43,7 @@ class CheckpointConfig(Section):
     keep_last: int = Field(default=2, ge=1)
     keep_best: bool = True
     async_save: bool = True
+    save_optimizer: bool = True  # false: smaller checkpoints, which are models that no run can be resumed from
 
 
 class LogConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pertoken.checkpoints.read import Checkpoint, newest_checkpoint, remove_unfinished
+from pertoken.checkpoints.read import Checkpoint, has_optimizer, newest_checkpoint, remove_unfinished
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.files import FolderLock, write_whole
 from pertoken.recipe.schema import Recipe
@@ -50,6 +50,11 @@ def earlier_run(out_dir: Path, *, resume: bool, overwrite: bool, listener: Liste
             listener.message(line)
         if checkpoint is None and damaged:
             raise CheckpointError(f"{out_dir}: no checkpoint is valid, so there is nothing to resume; see above")
+        if checkpoint is not None and not has_optimizer(checkpoint.folder):
+            raise CheckpointError(
+                f"{checkpoint.folder}: saved with checkpoint.save_optimizer=false, so no run can be resumed from it; "
+                f"start a new one from its weights, with init_from={checkpoint.folder}"
+            )
         return checkpoint.folder if checkpoint is not None else None
     if not overwrite and holds_a_run(out_dir):
         raise CheckpointError(f"{out_dir}: holds a run already; resume=True continues it, overwrite=True replaces it")

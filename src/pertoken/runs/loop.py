@@ -76,7 +76,7 @@ def _fit(run: Run, stop: StopRequest) -> int:
             out_of_patience=is_out_of_patience(patience, run.evals_without_best),
         )
         if decision.save:
-            save(run, step, is_best=is_best, last=decision.stops is not None)
+            save(run, step, is_best=is_best, last=decision.stops is not None, unfinished=decision.is_unfinished)
         if decision.stops is not None:
             _stop(run, step, decision.stops, requests)
             return step
@@ -154,9 +154,9 @@ def _given_up(run: Run, this: Step, problem: NonFiniteStep | SpikeStep) -> Perto
     computation, checkpoints = run.computation, run.checkpoints
     note_save_result(run, checkpoints.saver.wait())
     saved = f"step {this.step - 1} is saved"
-    if checkpoints.last_saved != this.step - 1:
+    if not run.can_resume_at(this.step - 1):
         try:
-            save(run, this.step - 1, last=True)
+            save(run, this.step - 1, last=True, unfinished=True)
         except CheckpointError as error:
             saved = str(error)
     if isinstance(problem, SpikeStep):

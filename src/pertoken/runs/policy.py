@@ -30,6 +30,11 @@ class Decision:
     save: bool
     stops: Stop | None  # why
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the run ends here before its end, to be resumed."""
+        return self.stops not in (None, "done", "early")
+
 
 def is_due(this: Step, interval: int | None) -> bool:
     """Every `interval` steps, or at the end of each epoch where no interval is given."""

@@ -194,6 +194,11 @@ def _why_ended(run: Run, step: int) -> Stop:
 
 
 def _say_what_cannot_happen(computation: Computation) -> None:
+    if not computation.recipe.checkpoint.save_optimizer:
+        computation.reporter.message(
+            "checkpoint.save_optimizer=false: a run that is killed cannot be resumed; one that a signal, "
+            "train.max_minutes or an error stops is saved with its optimizer, and can be"
+        )
     train, total = computation.recipe.train, computation.total_steps
     per_epoch = steps_per_epoch(len(computation.store), train.batch_size)
     evaluations = count_evaluations(total, train.eval_interval, steps_per_epoch=per_epoch)
