@@ -26,8 +26,8 @@ def parse(*overrides: str) -> Recipe:
 REFUSED = {
     "train.batch_size=0": "train.batch_size=0: must be at least 1",
     "train.batchsize=3": "train.batchsize: unknown key; did you mean train.batch_size?",
-    "batch_size=3": "batch_size: unknown key; did you mean train.batch_size?",
-    "lr=3": "lr: unknown key; see the README",
+    "data.batch_size=3": "data.batch_size: unknown key; did you mean train.batch_size?",
+    "zzz=3": "zzz: unknown key; see the README",
     "train.batch_size=1.5": "train.batch_size=1.5: must be a whole number",
     'train.batch_size="8"': "train.batch_size='8': must be a whole number, written without quotes",
     "train.learning_rate=fast": "train.learning_rate='fast': must be a finite number",
