@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
+import tomllib
 from typing import Any
 
 import pytest
+from coming_from import DOCUMENT, HEADING, options
 from pydantic import BaseModel
 
 from pertoken import Recipe
@@ -53,10 +56,10 @@ def test_the_installed_peers_have_the_options_that_are_said_to_be_theirs():
     configs = (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments)
     theirs["TRL"] = {name for config in configs for name in config.__dataclass_fields__}
     theirs["TRL"] |= set(inspect.signature(trl.SFTTrainer.__init__).parameters)
-    for peer, options in theirs.items():
+    for peer, names in theirs.items():
         said = {name for name, option in PEERS.items() if peer in option.peers}
         assert len(said) > 20
-        assert said <= options, peer
+        assert said <= names, peer
 
 
 @pytest.mark.parametrize("name", [n for n in PEERS if n not in ("model", "data")])
@@ -90,3 +93,32 @@ def test_each_is_answered_wherever_it_is_written(name):
 )
 def test_the_answer_names_whose_it_is_and_ours_in_another_section_keeps_its_own(override, said):
     assert said in refusal(override)
+
+
+def test_the_page_lists_the_options():
+    _, heading, listed = DOCUMENT.read_text(encoding="utf-8").partition(HEADING)
+    assert heading + listed == options(), "run python tests/coming_from.py"
+
+
+@pytest.mark.parametrize("peer", ["MiniMind", "TRL", "LLaMA-Factory", "axolotl", "ms-swift"])
+def test_the_recipes_of_the_page_are_valid_and_use_names_that_are_answered(peer):
+    page = DOCUMENT.read_text(encoding="utf-8")
+    (part,) = re.findall(rf"^## {peer}$(.*?)(?=^## )", page, re.M | re.S)
+    (theirs,) = re.findall(r"^```(?:sh|python|yaml)$(.*?)^```$", part, re.M | re.S)
+    (ours,) = re.findall(r"^```toml$(.*?)^```$", part, re.M | re.S)
+    names = set(re.findall(r"--(\w+)|(?<=[ (])(\w+)=|^(\w+):", theirs, re.M))
+    used = {name for found in names for name in found if name}
+    assert len(used) > 8
+    assert used <= PEERS.keys()
+    recipe, written = Recipe.parse(tomllib.loads(ours)), recipe_keys(tomllib.loads(ours))
+    assert recipe.out_dir == "runs/sft"
+    needed = {PEERS[name].key for name in used} - {"", "train.schedule", "train.dtype", "data.chat_template"}
+    if "warmup_steps=0." in theirs:
+        needed = needed - {"train.warmup_steps"} | {"train.warmup_ratio"}
+    for key in needed:
+        assert key in written or key.startswith(("model.", "log.")), f"{key}: not in our recipe"
+
+
+def recipe_keys(values: dict[str, Any]) -> set[str]:
+    inner = {f"{name}.{key}" for name, value in values.items() if isinstance(value, dict) for key in value}
+    return {name for name, value in values.items() if not isinstance(value, dict)} | inner

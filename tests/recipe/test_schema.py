@@ -40,6 +40,7 @@ REFUSED = {
     "train.device=tpu": "train.device='tpu': must be",
     "train.epochs=0": "train.epochs=0: must be more than 0",
     "train.epochs=many": "train.epochs='many': must be a finite number, written without quotes",
+    "train.warmup_steps=0.03": "train.warmup_steps=0.03: must be a whole number; a share of all steps is",
     "train.warmup_ratio=1.0": "train.warmup_ratio=1.0: must be less than 1",
     "train.min_lr_ratio=2": "train.min_lr_ratio=2: must be at most 1",
     "model.num_attention_heads=7": "model.num_attention_heads=7: does not divide model.hidden_size=512",

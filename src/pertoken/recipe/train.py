@@ -59,6 +59,13 @@ class TrainConfig(Section):
             raise ValueError("must be more than 0" if value <= 0 else "must be a number of 64 bits")
         return int(value) if value == int(value) else value
 
+    @field_validator("warmup_steps", mode="before")
+    @classmethod
+    def _not_a_share(cls, value: Any) -> Any:
+        if isinstance(value, float) and 0 < value < 1:
+            raise ValueError("must be a whole number; a share of all steps is train.warmup_ratio")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if self.warmup_ratio is not None and self.warmup_steps:
