@@ -86,6 +86,9 @@ def explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
                 yield f"{what}: must not be empty"
             case "model_type" | "model_attributes_type":
                 theirs = said_of(key) if isinstance(value, str) else None  # such as model = "name"
-                yield f"{what}: must be a section, [{key}]" + (f"; {theirs}" if theirs else "")
+                if theirs is not None:
+                    yield f"[{key}] is a section, not {shown(value)}; {theirs}"
+                else:
+                    yield f"{what}: must be a section, [{key}]"
             case _:
                 yield f"{what}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -54,7 +54,7 @@ PEERS: dict[str, Option] = {
     "num_epochs": _key("train.epochs", _AXOLOTL),
     "max_epochs": _key("train.epochs", _SWIFT),
     "epochs": _key("train.epochs", _MINIMIND, _LITGPT, _TORCHTUNE),
-    "max_steps": _key("train.max_steps", _HF, _AXOLOTL, remark="left out, not -1, to go by epochs"),
+    "max_steps": _key("train.max_steps", _HF, _AXOLOTL, remark="leave it out, rather than -1, to go by epochs"),
     "num_iterations": _key("train.max_steps", _NANOCHAT),
     "train_iters": _key("train.max_steps", _SWIFT),
     "lr": _key("train.learning_rate", _SWIFT, _TORCHTUNE),
@@ -141,7 +141,7 @@ PEERS: dict[str, Option] = {
     "loss_scale": _absent("a message's weight in the data scales its loss", _SWIFT),
     # the model
     "model_name_or_path": _key("init_from", _TRL, _FACTORY),
-    "model": _key("init_from", _TRL, _SWIFT, remark="[model] is a section, of a model from scratch"),
+    "model": _key("init_from", _TRL, _SWIFT, remark="[model] is for a model from scratch"),
     "base_model": _key("init_from", _AXOLOTL),
     "checkpoint_dir": _key("init_from", _LITGPT),
     "from_weight": _key("init_from", _MINIMIND),
