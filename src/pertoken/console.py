@@ -169,7 +169,7 @@ def _count(num_tokens: float) -> str:
 def _summary_text(s: Summary) -> Text:
     share = s.num_tokens / s.total_tokens
     per_step = min(1.0, s.batch_size / s.num_samples)
-    steps = f"{s.total_steps:,} over {s.epochs} epoch{'s' if s.epochs > 1 else ''}"
+    steps = f"{s.total_steps:,} over {s.epochs} epoch{'' if s.epochs == 1 else 's'}"
     if s.start_step:
         steps += f", going on after step {s.start_step:,}"
     is_mixture = s.num_active_parameters < s.num_parameters

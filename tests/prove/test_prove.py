@@ -200,10 +200,11 @@ def test_the_head_has_several_chunks_and_long_documents_several_blocks():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
-@pytest.mark.parametrize("warmup_steps", [0, 7])
+@pytest.mark.parametrize("warm_up", [{"warmup_steps": 0}, {"warmup_steps": 7}, {"warmup_ratio": 0.07}], ids=str)
 @pytest.mark.parametrize("min_lr_ratio", [0.25, 0.0])
-def test_the_two_formulas_of_every_schedule_agree(world, tmp_path, schedule, warmup_steps, min_lr_ratio):
-    keys = {"train__schedule": schedule, "train__warmup_steps": warmup_steps, "train__min_lr_ratio": min_lr_ratio}
+def test_the_two_formulas_of_every_schedule_agree(world, tmp_path, schedule, warm_up, min_lr_ratio):
+    keys = {"train__schedule": schedule, "train__max_steps": None, "train__epochs": 1.5, "train__batch_size": 2}
+    keys |= {"train__min_lr_ratio": min_lr_ratio, **{f"train__{key}": value for key, value in warm_up.items()}}
     proof = prove(world.recipe(tmp_path / "run", **keys), only=["learning rate"])
     assert [r.verdict for r in proof.results] == ["passed"], proof.results
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 
 import pytest
@@ -25,8 +26,8 @@ def parse(*overrides: str) -> Recipe:
 REFUSED = {
     "train.batch_size=0": "train.batch_size=0: must be at least 1",
     "train.batchsize=3": "train.batchsize: unknown key; did you mean train.batch_size?",
-    "batch_size=3": "batch_size: unknown key; did you mean train.batch_size?",
-    "lr=3": "lr: unknown key; see the README",
+    "data.batch_size=3": "data.batch_size: unknown key; did you mean train.batch_size?",
+    "zzz=3": "zzz: unknown key; see the README",
     "train.batch_size=1.5": "train.batch_size=1.5: must be a whole number",
     'train.batch_size="8"': "train.batch_size='8': must be a whole number, written without quotes",
     "train.learning_rate=fast": "train.learning_rate='fast': must be a finite number",
@@ -37,6 +38,10 @@ REFUSED = {
     "train.muon_learning_rate=0.01": 'train.muon_learning_rate=0.01: train.optimizer="adamw" does not use it; set',
     "train.dtype=fp16": "train.dtype='fp16': must be one of",
     "train.device=tpu": "train.device='tpu': must be",
+    "train.epochs=0": "train.epochs=0: must be more than 0",
+    "train.epochs=many": "train.epochs='many': must be a finite number, written without quotes",
+    "train.warmup_steps=0.03": "train.warmup_steps=0.03: must be a whole number; a share of all steps is",
+    "train.warmup_ratio=1.0": "train.warmup_ratio=1.0: must be less than 1",
     "train.min_lr_ratio=2": "train.min_lr_ratio=2: must be at most 1",
     "model.num_attention_heads=7": "model.num_attention_heads=7: does not divide model.hidden_size=512",
     "model.num_key_value_heads=3": "model.num_key_value_heads=3: does not divide model.num_attention_heads=8",
@@ -126,6 +131,21 @@ def test_overrides_are_toml_and_text_keys_take_text():
     assert recipe.model.tie_word_embeddings is False
     assert recipe.data.template_kwargs == {"enable_thinking": False}
     assert recipe.train.max_steps == 7
+
+
+def test_warm_up_is_given_once():
+    with pytest.raises(RecipeError, match=r"^train\.warmup_ratio=0\.1: train\.warmup_steps=5 is given too; keep one"):
+        parse("train.warmup_ratio=0.1", "train.warmup_steps=5")
+    assert Recipe.parse(parse("train.warmup_ratio=0.1").model_dump()).train.warmup_ratio == 0.1, (
+        "resolved: with 0 steps"
+    )
+
+
+@pytest.mark.parametrize(("written", "kept"), [("2", "2"), ("2.0", "2"), ("0.5", "0.5")])
+def test_epochs_are_kept_as_whole_numbers_where_they_are(written, kept):
+    recipe = parse(f"train.epochs={written}")
+    assert f"epochs = {kept}\n" in recipe.to_toml()
+    assert json.dumps(recipe.model_dump(mode="json")["train"]["epochs"]) == kept
 
 
 def test_a_recipe_is_frozen():

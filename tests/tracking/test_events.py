@@ -74,7 +74,7 @@ def test_a_run_and_its_resume_are_one_history_with_times_and_steps(world, tmp_pa
     assert [e["time"] for e in events] == sorted(e["time"] for e in events)
     assert (events[4]["step"], events[4]["fields"]) == (4, {"checkpoint": "step-00000004"})
     assert (events[0]["step"], events[0]["fields"]["total_steps"], events[-1]["step"]) == (0, 4, 6)
-    assert events[-1]["fields"] == {"error": None}
+    assert events[-1]["fields"] == {"error": None, "why": "done"}
 
 
 def test_each_message_is_an_event_and_a_listener_gets_both(world, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from pertoken.training.optimizers import build_optimizer
 from pertoken.training.optimizers import muon as muon_module
 from pertoken.training.optimizers.adamw import build_adamw
 from pertoken.training.optimizers.muon import build_muon, orthogonalized
-from pertoken.training.schedule import lr_at, set_lr
+from pertoken.training.schedule import count_total_steps, count_warmup_steps, lr_at, set_lr
 
 pytestmark = pytest.mark.numeric
 
@@ -187,3 +187,14 @@ def test_adamw_is_torchs_to_the_bit(dtype):
         for key, value in theirs.state[b].items():
             assert torch.equal(ours.state[a][key], value), (name, key)
             assert ours.state[a][key].dtype == value.dtype
+
+
+@pytest.mark.parametrize(
+    ("epochs", "per_epoch", "total"),
+    [(2, 7, 14), (0.5, 7, 4), (1.5, 3, 5), (0.1, 30, 3), (1.1, 10, 11), (0.07, 100, 7), (1e-9, 30, 1)],
+)
+def test_a_fraction_of_the_steps_is_that_of_its_decimal_and_is_rounded_up(epochs, per_epoch, total):
+    assert count_total_steps(epochs, per_epoch) == total
+    if epochs < 1:
+        assert count_warmup_steps(per_epoch, warmup_steps=0, warmup_ratio=epochs) == total
+    assert count_warmup_steps(per_epoch, warmup_steps=3, warmup_ratio=None) == 3

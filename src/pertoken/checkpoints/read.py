@@ -4,7 +4,8 @@
       config.json generation_config.json model.safetensors tokenizer files   what AutoModelForCausalLM opens
       optimizer.safetensors                                                  optimizer tensors by parameter name; where
                                                                              FSDP2 shards them, a file for each rank
-                                                                             and optimizer.index.json
+                                                                             and optimizer.index.json; none with
+                                                                             checkpoint.save_optimizer=false
       metrics.ledger                                                         the figures of every step so far
       trainer_state.json                                                     step, recipe, data fingerprint, scaler, ...
       manifest.json                                                          sizes and checksums, written last
@@ -49,6 +50,7 @@ __all__ = [
     "WRITING",
     "Checkpoint",
     "checkpoint_folder",
+    "has_optimizer",
     "load_model",
     "load_optimizer",
     "newest_checkpoint",
@@ -106,6 +108,11 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 def optimizer_part(rank: int, size: int) -> str:
     """The name of a rank's file where the optimizer's state is sharded."""
     return f"optimizer-{rank + 1:05d}-of-{size:05d}.safetensors"
+
+
+def has_optimizer(folder: Path) -> bool:
+    """Whether a run can be resumed from a whole checkpoint: not with `checkpoint.save_optimizer=false`."""
+    return (folder / OPTIMIZER).exists() or (folder / OPTIMIZER_INDEX).exists()
 
 
 def load_optimizer(checkpoint: Checkpoint, model: TorchModule, optimizer: Optimizer) -> None:
@@ -184,29 +191,37 @@ def _steps(run_dir: Path) -> Iterator[tuple[int, Path]]:
     yield from sorted(found, reverse=True)
 
 
-def newest_checkpoint(run_dir: Path, *, at_most: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+def newest_checkpoint(
+    run_dir: Path, *, at_most: int | None = None, with_optimizer: bool = False
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint of a run, and a line for each newer one that is damaged and left for inspection.
 
-    With `at_most`, checkpoints of later steps are not looked at.
+    With `at_most`, checkpoints of later steps are not looked at; `with_optimizer`, nor are those without.
     """
     damaged: list[str] = []
     for step, folder in _steps(run_dir):
         if at_most is not None and step > at_most:
             continue
         problem = problem_with(folder)
+        if problem is None and with_optimizer and not has_optimizer(folder):
+            continue
         if problem is None:
             return Checkpoint(folder), damaged
         damaged.append(f"{folder}: not used, {problem}")
     return None, damaged
 
 
-def put_damaged_aside(folder: Path) -> None:
-    """Give way to a new checkpoint of the same step: what is damaged is kept for inspection, as `damaged-NAME`."""
+def put_damaged_aside(folder: Path) -> Path:
+    """Give way to a new checkpoint of the same step: what is damaged is kept for inspection, as `damaged-NAME`.
+
+    Returns where.
+    """
     aside, number = folder.with_name(f"damaged-{folder.name}"), 1
     while aside.exists():
         number += 1
         aside = folder.with_name(f"damaged-{folder.name}-{number}")
     os.replace(folder, aside)
+    return aside
 
 
 def set_best(run_dir: Path, folder: Path) -> None:

@@ -36,7 +36,7 @@ class Snapshot:
     folder: Path
     step: int
     aside: Path  # where it is written until it is whole
-    tensors: dict[str, Tensor]  # of the optimizer: this rank's rows where sharded, else all of it
+    tensors: dict[str, Tensor] | None  # of the optimizer: this rank's rows where sharded, else all; None: not saved
     index: dict[str, Any] | None  # where the rows of which rank are; None if not sharded
     world: World
     write_model: Callable[[], None]  # weights and all that is not the optimizer's; rank 0's
@@ -53,15 +53,17 @@ def take_snapshot(
     world: World,
     copy: bool,
     ledger: dict[str, Tensor] | None = None,
+    with_optimizer: bool = True,
 ) -> Snapshot:
     """All that the checkpoint of `state.step` needs, once every rank has called it; `ledger` are the figures of all
-    steps so far, on rank 0.
+    steps so far, on rank 0. Without the optimizer it is a model that no run can be resumed from.
 
     With `copy` the model may be trained on at once. Raises CheckpointError, on every rank, where there is no room.
     """
     folder = checkpoint_folder(run_dir, state.step)
     aside = folder.with_name(f"{WRITING}{folder.name}-{world.gather(os.getpid())[0]}")
-    needed = sum(world.gather(_optimizer_bytes(optimizer))) + sum(_bytes(t) for t in model.state_dict().values())
+    needed = sum(world.gather(_optimizer_bytes(optimizer))) if with_optimizer else 0
+    needed += sum(_bytes(t) for t in model.state_dict().values())
     needed += sum(_bytes(column) for column in (ledger or {}).values())
 
     def make_room() -> None:
@@ -79,7 +81,7 @@ def take_snapshot(
     world.on_main(lambda: or_say_why(folder, make_room))
     try:
         weights = _whole_weights(model, world, copy=copy)
-        tensors, index = _optimizer_tensors(model, optimizer, world, copy=copy)
+        tensors, index = _optimizer_tensors(model, optimizer, world, copy=copy) if with_optimizer else (None, None)
     except Exception as error:
         if not out_of_memory(error) or world.size > 1:
             raise

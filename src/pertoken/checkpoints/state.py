@@ -17,8 +17,11 @@ from pertoken.text import one_line, reason, shown
 
 __all__ = ["GONE_KEYS", "STATE_VERSION", "ProbeLoss", "TrainerState", "read_state", "refuse_newer"]
 
-STATE_VERSION = 2
-"""1: states without a number, whose recipes may have the keys of `recipe/old_keys.py` and of `GONE_KEYS`."""
+STATE_VERSION = 3
+"""1: states without a number, whose recipes may have the keys of `recipe/old_keys.py` and of `GONE_KEYS`.
+
+2: states that do not count the evaluations without a better loss; no run of theirs could stop early.
+"""
 
 GONE_KEYS: dict[str, str] = {}
 """Recipe keys that earlier versions had and nothing replaces: dotted key -> what a resume says of it."""
@@ -53,6 +56,7 @@ class TrainerState:
     grad_norms: list[float] = field(default_factory=list)  # of the last steps, oldest first
     micro_batch_tokens: int  # the budget, lower than the recipe's where memory ran out
     best_eval_loss: float | None = None
+    evals_without_best: Annotated[int, Field(ge=0)] = 0  # in a row, up to the last one
     tracker_run_ids: dict[str, str] = field(default_factory=dict)
     probe: ProbeLoss | None = None
 

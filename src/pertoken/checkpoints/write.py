@@ -12,7 +12,16 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pertoken.checkpoints.read import LEDGER, MANIFEST, OPTIMIZER, optimizer_part, put_damaged_aside
+from pertoken.checkpoints.read import (
+    LEDGER,
+    MANIFEST,
+    OPTIMIZER,
+    has_optimizer,
+    optimizer_part,
+    problem_with,
+    put_damaged_aside,
+    remove_checkpoint,
+)
 from pertoken.checkpoints.snapshot import Snapshot
 from pertoken.files import sha256, sync
 
@@ -24,6 +33,8 @@ def write_part(snapshot: Snapshot) -> None:
     world, aside = snapshot.world, snapshot.aside
     if world.is_main:
         snapshot.write_model()
+    if snapshot.tensors is None:
+        return
     name = OPTIMIZER if snapshot.index is None else optimizer_part(world.rank, world.size)
     save_file(snapshot.tensors, aside / name)
 
@@ -39,10 +50,15 @@ def finish(snapshot: Snapshot) -> None:
     (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
     sync(aside / MANIFEST)
     sync(aside)
+    before = None
     if folder.exists():  # the same step again, after a resume that passed over a damaged checkpoint
-        put_damaged_aside(folder)
+        weights_only = problem_with(folder, contents=False) is None and not has_optimizer(folder)
+        before = put_damaged_aside(folder)
+        before = before if weights_only else None
     os.replace(aside, folder)
     sync(folder.parent)
+    if before is not None:  # or for the sake of its optimizer, when the run ended there
+        remove_checkpoint(before)
 
 
 def _read_back(path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import ROUND_CEILING, Decimal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ __all__ = [
     "scheduled_lr",
     "total_steps_of",
     "update_error",
+    "warm_steps_of",
     "why_not_proved",
 ]
 
@@ -42,13 +44,24 @@ _WEIGHT_ROUNDING = 2 * torch.finfo(torch.float64).eps
 
 def total_steps_of(train: TrainConfig, num_samples: int) -> int:
     """Of a run over `num_samples` samples an epoch; each epoch's last step takes what is left."""
-    return train.max_steps or train.epochs * math.ceil(num_samples / train.batch_size)
+    return train.max_steps or _rounded_up(Decimal(str(train.epochs)) * math.ceil(num_samples / train.batch_size))
+
+
+def warm_steps_of(train: TrainConfig, total_steps: int) -> int:
+    """How many steps warm up."""
+    if train.warmup_ratio is None:
+        return train.warmup_steps
+    return _rounded_up(Decimal(str(train.warmup_ratio)) * total_steps)
+
+
+def _rounded_up(number: Decimal) -> int:
+    return int(number.to_integral_value(ROUND_CEILING))
 
 
 def scheduled_lr(step: int, train: TrainConfig, total_steps: int) -> float:
     """The learning rate of step `step`, which counts from 1."""
     assert train.learning_rate is not None, "the recipe fills it in"
-    peak, warm = train.learning_rate, train.warmup_steps
+    peak, warm = train.learning_rate, warm_steps_of(train, total_steps)
     if step <= warm:
         return peak * (step / warm)
     lowest = train.min_lr_ratio * peak

@@ -27,6 +27,7 @@ from pertoken.prove.plain_update import (
     roles_of,
     scheduled_lr,
     update_error,
+    warm_steps_of,
     why_not_proved,
 )
 from pertoken.prove.report import Result, Verdict
@@ -36,7 +37,7 @@ from pertoken.runs.computation import Computation, update
 from pertoken.tracking.reporter import Reporter
 from pertoken.training.optimizers import build_optimizer
 from pertoken.training.parallel import whole
-from pertoken.training.schedule import lr_at
+from pertoken.training.schedule import count_warmup_steps, lr_at
 from pertoken.training.step import TrainState
 
 __all__ = ["UPDATE_CLASSES", "Planned", "judge_updates", "plan_updates", "updates_of", "with_settings"]
@@ -75,7 +76,7 @@ class Taken:
 def plan_updates(case: Case, *, clipped: bool) -> list[Planned]:
     """Both steps. The recipe's own `grad_clip` is used where it clips, or does not, as asked."""
     max_norm = _max_norm(case, clipped=clipped)
-    count, warm = len(case.chosen.samples), max(1, case.train.warmup_steps)
+    count, warm = len(case.chosen.samples), max(1, warm_steps_of(case.train, case.total_steps))
     numbers = (warm, warm + 1) if warm < case.total_steps else (1, case.total_steps)
     optimizer = PlainOptimizer(case.train, roles_of(case.model, case.train))
     start = {name: p.detach().clone() for name, p in case.model.named_parameters()}
@@ -204,12 +205,13 @@ def learning_rates(name: str, case: Case) -> Result:
     """The schedule of the whole run."""
     train, total = case.train, case.total_steps
     steps = np.unique(np.linspace(1, total, min(total, _MOST_STEPS)).astype(int)).tolist()
+    warm = count_warmup_steps(total, warmup_steps=train.warmup_steps, warmup_ratio=train.warmup_ratio)
     worst, at = 0.0, 1
     for step in steps:
         got = lr_at(
             step,
             peak=train.learning_rate or 0.0,
-            warmup_steps=train.warmup_steps,
+            warmup_steps=warm,
             total_steps=total,
             schedule=train.schedule,
             min_lr_ratio=train.min_lr_ratio,

@@ -149,6 +149,11 @@ class DataConfig(Section):
         return tuple(map(self.of_source, self.sources)) or (self,)
 
     @property
+    def holds_out(self) -> bool:
+        """Whether there are evaluation data."""
+        return bool(self.eval_path) or any(settings.eval_fraction for settings in self.all_settings)
+
+    @property
     def text_reading(self) -> TextReading:
         """How files of plain text are read."""
         return TextReading(self.document, self.newlines)

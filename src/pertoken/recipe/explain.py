@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel, ValidationError
 
+from pertoken.recipe.peers import PEERS, said_of
 from pertoken.text import one_line, shown
 
 __all__ = ["explain"]
@@ -25,8 +26,25 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
+def _peer_name(key: str) -> str:
+    return key.rpartition(".")[2].replace("-", "_")
+
+
+def _hint(key: str, keys: list[str]) -> str:
+    """What an unknown key may have been meant for: what other trainers call so, else the nearest of ours."""
+    leaf = {k.rpartition(".")[2]: k for k in keys}
+    in_wrong_section = "." in key and key.rpartition(".")[2] in leaf
+    if not in_wrong_section and (said := said_of(_peer_name(key))) is not None:
+        return said
+    near = difflib.get_close_matches(key, keys, 1, 0.75) or [
+        leaf[k] for k in difflib.get_close_matches(key.rpartition(".")[2], leaf, 1, 0.6)
+    ]
+    return f"did you mean {near[0]}?" if near else "see the README for the keys there are"
+
+
 def explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
-    """One line per problem of validating a `root`: dotted key, value, remedy; for an unknown key the nearest known."""
+    """One line per problem of validating a `root`: dotted key, value, remedy; for an unknown key
+    what it is called here, or the nearest known."""
     keys = _all_keys(root)
     sections = [name for name in root.model_fields if any(key.startswith(f"{name}.") for key in keys)]
     for problem in error.errors():
@@ -36,12 +54,11 @@ def explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
         what = f"{key}={shown(value)}"
         match kind:
             case "extra_forbidden":
-                leaf = {k.rpartition(".")[2]: k for k in keys}
-                near = difflib.get_close_matches(key, keys, 1, 0.75) or [
-                    leaf[k] for k in difflib.get_close_matches(key.rpartition(".")[2], leaf, 1, 0.6)
-                ]
-                hint = f"did you mean {near[0]}?" if near else "see the README for the keys there are"
-                yield f"{key}: unknown key; {hint}"
+                inside = value if isinstance(value, dict) and key not in PEERS else {}  # a section that there is not
+                if any(_peer_name(k) in PEERS for k in inside):
+                    yield from (f"{key}.{k}: unknown key; {_hint(f'{key}.{k}', keys)}" for k in inside)
+                else:
+                    yield f"{key}: unknown key; {_hint(key, keys)}"
             case "missing":
                 yield f"{key}: missing; add it to the recipe or pass {key}=..."
             case "value_error":
@@ -68,6 +85,10 @@ def explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
             case "too_short" | "string_too_short":
                 yield f"{what}: must not be empty"
             case "model_type" | "model_attributes_type":
-                yield f"{what}: must be a section, [{key}]"
+                theirs = said_of(key) if isinstance(value, str) else None  # such as model = "name"
+                if theirs is not None:
+                    yield f"[{key}] is a section, not {shown(value)}; {theirs}"
+                else:
+                    yield f"{what}: must be a section, [{key}]"
             case _:
                 yield f"{what}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

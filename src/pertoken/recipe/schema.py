@@ -43,6 +43,7 @@ class CheckpointConfig(Section):
     keep_last: int = Field(default=2, ge=1)
     keep_best: bool = True
     async_save: bool = True
+    save_optimizer: bool = True  # false: smaller checkpoints, which are models that no run can be resumed from
 
 
 class LogConfig(Section):
@@ -108,6 +109,11 @@ class Recipe(Section):
             self.model.check_without_a_model()
         for data in self.data.all_settings:
             self._check_reading(data)
+        if self.train.early_stopping is not None and not self.data.holds_out:
+            raise ValueError(
+                f"train.early_stopping={self.train.early_stopping}: there is no evaluation data; set data.eval_path or "
+                "data.eval_fraction, or leave the key out"
+            )
         if self.data.eval_split == "tail" and self.stage != "pretrain":
             raise ValueError('data.eval_split="tail": only raw text has a tail; use "rows" for conversations')
         return self

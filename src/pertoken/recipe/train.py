@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -16,11 +17,12 @@ __all__ = ["TrainConfig"]
 class TrainConfig(Section):
     """The objective's optimization, and the plan it is computed by."""
 
-    epochs: int = Field(default=1, ge=1)
+    epochs: int | float = 1  # a whole number is kept as one
     max_steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=16, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
     warmup_steps: int = Field(default=0, ge=0)
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)  # of all steps, instead of a number of them
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     decay_ratio: float = Field(default=0.2, gt=0, le=1)
@@ -45,9 +47,32 @@ class TrainConfig(Section):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     eval_interval: int | None = Field(default=None, ge=1)
     max_minutes: float | None = Field(default=None, gt=0)
+    # Evaluations in a row without a better loss, after which the run ends. The schedule stays that of the whole run.
+    early_stopping: int | None = Field(default=None, ge=1)
+
+    @field_validator("epochs", mode="plain")
+    @classmethod
+    def _some_epochs(cls, value: Any) -> int | float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError("must be a finite number, written without quotes")
+        if not 0 < value < 2**63:
+            raise ValueError("must be more than 0" if value <= 0 else "must be a number of 64 bits")
+        return int(value) if value == int(value) else value
+
+    @field_validator("warmup_steps", mode="before")
+    @classmethod
+    def _not_a_share(cls, value: Any) -> Any:
+        if isinstance(value, float) and 0 < value < 1:
+            raise ValueError("must be a whole number; a share of all steps is train.warmup_ratio")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
+        if self.warmup_ratio is not None and self.warmup_steps:
+            raise ValueError(
+                f"train.warmup_ratio={self.warmup_ratio}: train.warmup_steps={self.warmup_steps} is given too; "
+                "keep one of the two"
+            )
         home = OPTIMIZERS[self.optimizer]
         for key in OPTIMIZER_KEYS:
             value = getattr(self, key)

@@ -38,6 +38,7 @@ from pertoken.tracking.trackers import open_trackers
 from pertoken.training.optimizers import build_optimizer
 from pertoken.training.parallel import World, parallelize
 from pertoken.training.precision import Precision, resolve_device
+from pertoken.training.schedule import count_total_steps
 from pertoken.training.step import TrainState
 
 __all__ = [
@@ -53,8 +54,9 @@ __all__ = [
 
 
 def count_steps(recipe: Recipe, num_samples: int) -> int:
+    """Of the whole run. Raises RecipeError where it has no step after its warm-up."""
     train = recipe.train
-    total = train.max_steps or train.epochs * steps_per_epoch(num_samples, train.batch_size)
+    total = train.max_steps or count_total_steps(train.epochs, steps_per_epoch(num_samples, train.batch_size))
     if train.warmup_steps >= total and train.warmup_steps > 0:
         raise RecipeError(f"train.warmup_steps={train.warmup_steps}: the run has only {total} steps; warm up for fewer")
     return total
@@ -200,6 +202,7 @@ def run_from(
         summary=summary,
         start_step=start_step,
         best_eval_loss=saved.best_eval_loss if saved is not None else None,
+        evals_without_best=saved.evals_without_best if saved is not None else 0,
         started_s=started_s,
         whole_step=start_step,
     )

@@ -20,7 +20,7 @@ from pertoken.recipe.schema import Recipe
 from pertoken.tracking.reporter import Reporter
 from pertoken.tracking.rows import StepRow
 from pertoken.training.memory import memory_problem, out_of_memory
-from pertoken.training.schedule import lr_at
+from pertoken.training.schedule import count_warmup_steps, lr_at
 from pertoken.training.step import StepMetrics, TrainState, train_step
 
 __all__ = ["Computation", "rank_share", "samples_of", "update"]
@@ -110,12 +110,13 @@ def update(
 
 
 def _scheduled_lr(computation: Computation, step: int) -> float:
-    train = computation.recipe.train
+    train, total_steps = computation.recipe.train, computation.total_steps
+    warm = count_warmup_steps(total_steps, warmup_steps=train.warmup_steps, warmup_ratio=train.warmup_ratio)
     return lr_at(
         step,
         peak=train.learning_rate or 0.0,
-        warmup_steps=train.warmup_steps,
-        total_steps=computation.total_steps,
+        warmup_steps=warm,
+        total_steps=total_steps,
         schedule=train.schedule,
         min_lr_ratio=train.min_lr_ratio,
         decay_ratio=train.decay_ratio,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pertoken.checkpoints.read import Checkpoint, newest_checkpoint, remove_unfinished
+from pertoken.checkpoints.read import Checkpoint, has_optimizer, newest_checkpoint, remove_unfinished
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.files import FolderLock, write_whole
 from pertoken.recipe.schema import Recipe
@@ -19,7 +19,7 @@ __all__ = ["changed_data", "earlier_run", "keep_others_out", "make_room", "refus
 # What may differ from the checkpoint on a resume. Paths of data and tokenizer may, since their contents are compared.
 _MAY_CHANGE = {
     *("out_dir", "data.path", "data.eval_path", "data.tokenizer", "data.store", "data.workers"),
-    *("train.epochs", "train.max_steps", "train.max_minutes", "train.eval_interval"),
+    *("train.epochs", "train.max_steps", "train.max_minutes", "train.eval_interval", "train.early_stopping"),
     *("train.micro_batch_tokens", "train.device", "train.engine", "train.activation_checkpointing", "train.parallel"),
     *("train.loss_impl", "train.on_spike", "train.spike_factor"),
 }
@@ -50,6 +50,11 @@ def earlier_run(out_dir: Path, *, resume: bool, overwrite: bool, listener: Liste
             listener.message(line)
         if checkpoint is None and damaged:
             raise CheckpointError(f"{out_dir}: no checkpoint is valid, so there is nothing to resume; see above")
+        if checkpoint is not None and not has_optimizer(checkpoint.folder):
+            raise CheckpointError(
+                f"{checkpoint.folder}: saved with checkpoint.save_optimizer=false, so no run can be resumed from it; "
+                f"start a new one from its weights, with init_from={checkpoint.folder}"
+            )
         return checkpoint.folder if checkpoint is not None else None
     if not overwrite and holds_a_run(out_dir):
         raise CheckpointError(f"{out_dir}: holds a run already; resume=True continues it, overwrite=True replaces it")

@@ -11,7 +11,7 @@ from pertoken.data.batch.order import Step
 from pertoken.data.store.dataset import Dataset
 from pertoken.errors import CheckpointError, Interrupted, NonFiniteError, PertokenError, SpikeError
 from pertoken.runs.computation import rank_share, samples_of, update
-from pertoken.runs.policy import Requests, decide, is_due
+from pertoken.runs.policy import Requests, decide, is_due, is_out_of_patience
 from pertoken.runs.reports import non_finite_error, spike_error, spike_message
 from pertoken.runs.run import Run
 from pertoken.runs.saving import keep_last_step, note_save_result, save
@@ -47,7 +47,10 @@ def fit(run: Run, stop: StopRequest) -> int:
 
 def _fit(run: Run, stop: StopRequest) -> int:
     computation, reporter, recipe = run.computation, run.output.reporter, run.computation.recipe
-    total_steps = computation.total_steps
+    total_steps, patience = computation.total_steps, recipe.train.early_stopping
+    if run.start_step < total_steps and is_out_of_patience(patience, run.evals_without_best):
+        _say_it_stopped_early(run, run.start_step)
+        return run.start_step
     for step in range(run.start_step + 1, total_steps + 1):
         reporter.step = step
         this = samples_of(computation, step)
@@ -64,9 +67,16 @@ def _fit(run: Run, stop: StopRequest) -> int:
         requests = _sync_requests(run, stop)
         is_best = best and recipe.checkpoint.keep_best
         save_interval = recipe.checkpoint.save_interval
-        decision = decide(this, requests, total_steps=total_steps, save_interval=save_interval, is_best=is_best)
+        decision = decide(
+            this,
+            requests,
+            total_steps=total_steps,
+            save_interval=save_interval,
+            is_best=is_best,
+            out_of_patience=is_out_of_patience(patience, run.evals_without_best),
+        )
         if decision.save:
-            save(run, step, is_best=is_best, last=decision.stops is not None)
+            save(run, step, is_best=is_best, last=decision.stops is not None, unfinished=decision.is_unfinished)
         if decision.stops is not None:
             _stop(run, step, decision.stops, requests)
             return step
@@ -89,7 +99,8 @@ def _take_step(run: Run, this: Step) -> StepRow:
 
 
 def _stop(run: Run, step: int, why: str, requests: Requests) -> None:
-    """Say why the run ends after `step`, which is saved. Raises what ends it early, unless its time is up."""
+    """Say why the run ends after `step`, which is saved. Raises what ends it early, unless its time is up or it is
+    finished."""
     reporter, train = run.output.reporter, run.computation.recipe.train
     if why == "listener":
         raise reporter.problem or PertokenError(f"stopped after step {step}, saved: the listener of rank 0 failed")
@@ -97,11 +108,26 @@ def _stop(run: Run, step: int, why: str, requests: Requests) -> None:
         name = signal.Signals(requests.signal_number).name
         text = f"stopped by {name} after step {step}, saved; continue with resume=True"
         raise Interrupted(text, requests.signal_number)
+    if why == "early":
+        _say_it_stopped_early(run, step)
     if why == "time":
         reporter.message(
             f"train.max_minutes={train.max_minutes:g}: stopped after step {step} of {run.computation.total_steps}, "
             "saved; continue with resume=True"
         )
+
+
+def _say_it_stopped_early(run: Run, step: int) -> None:
+    recipe, count = run.computation.recipe, run.evals_without_best
+    evaluations = f"{count} evaluation{'' if count == 1 else 's'}"
+    where = "that one was not kept (checkpoint.keep_best=false)"
+    if recipe.checkpoint.keep_best:
+        where = f"that one is {run.checkpoints.out_dir / 'checkpoints' / 'best'}"
+    run.output.reporter.message(
+        f"train.early_stopping={recipe.train.early_stopping}: ended after step {step} of "
+        f"{run.computation.total_steps}, saved; {evaluations} in a row without a better "
+        f"loss than {run.best_eval_loss:.4f}; {where}"
+    )
 
 
 def _sync_requests(run: Run, stop: StopRequest) -> Requests:
@@ -128,9 +154,9 @@ def _given_up(run: Run, this: Step, problem: NonFiniteStep | SpikeStep) -> Perto
     computation, checkpoints = run.computation, run.checkpoints
     note_save_result(run, checkpoints.saver.wait())
     saved = f"step {this.step - 1} is saved"
-    if checkpoints.last_saved != this.step - 1:
+    if not run.can_resume_at(this.step - 1):
         try:
-            save(run, this.step - 1, last=True)
+            save(run, this.step - 1, last=True, unfinished=True)
         except CheckpointError as error:
             saved = str(error)
     if isinstance(problem, SpikeStep):
@@ -185,6 +211,7 @@ def _evaluate(run: Run, store: Dataset, row: StepRow) -> bool:
     row.eval_perplexity = result.perplexity
     row.eval_bits_per_byte = result.bits_per_byte
     best = run.best_eval_loss is None or result.loss < run.best_eval_loss
+    run.evals_without_best = 0 if best else run.evals_without_best + 1
     if best:
         run.best_eval_loss = result.loss
         reporter.report("best", f"step {row.step}: the lowest evaluation loss so far", told=False, loss=result.loss)

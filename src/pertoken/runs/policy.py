@@ -7,7 +7,10 @@ from typing import Literal
 
 from pertoken.data.batch.order import Step
 
-__all__ = ["Decision", "Requests", "decide", "is_due"]
+__all__ = ["Decision", "Requests", "Stop", "count_evaluations", "decide", "is_due", "is_out_of_patience"]
+
+Stop = Literal["done", "early", "signal", "time", "listener"]
+"""Why a run ends. "done" and "early" (`train.early_stopping`) are the ends of a finished run."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,12 @@ class Decision:
     """What becomes of the run after a step. It never stops without saving."""
 
     save: bool
-    stops: Literal["done", "signal", "time", "listener"] | None  # why
+    stops: Stop | None  # why
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the run ends here before its end, to be resumed."""
+        return self.stops not in (None, "done", "early")
 
 
 def is_due(this: Step, interval: int | None) -> bool:
@@ -33,15 +41,34 @@ def is_due(this: Step, interval: int | None) -> bool:
     return this.step % interval == 0 if interval else this.last_of_epoch
 
 
+def is_out_of_patience(patience: int | None, evals_without_best: int) -> bool:
+    """Whether as many evaluations in a row as `train.early_stopping` says had no better loss than the best."""
+    return patience is not None and evals_without_best >= patience
+
+
+def count_evaluations(total_steps: int, eval_interval: int | None, *, steps_per_epoch: int) -> int:
+    """How often a whole run evaluates: every interval or at each epoch's end, and after the last step."""
+    return -(-total_steps // (eval_interval or steps_per_epoch))
+
+
 def decide(
-    this: Step, requests: Requests, *, total_steps: int, save_interval: int | None, is_best: bool = False
+    this: Step,
+    requests: Requests,
+    *,
+    total_steps: int,
+    save_interval: int | None,
+    is_best: bool = False,
+    out_of_patience: bool = False,
 ) -> Decision:
-    """After step `this`; `is_best`: its evaluation is the best so far, and the best is kept."""
-    stops: Literal["done", "signal", "time", "listener"] | None = None
+    """After step `this`; `is_best`: its evaluation is the best so far, and the best is kept; `out_of_patience`: as
+    many evaluations in a row as are allowed were not."""
+    stops: Stop | None = None
     if requests.listener_failed:
         stops = "listener"
     elif this.step == total_steps:
         stops = "done"
+    elif out_of_patience:
+        stops = "early"
     elif requests.signal_number is not None:
         stops = "signal"
     elif requests.time_is_up:

@@ -125,7 +125,7 @@ def replay(run_dir: Path, step: int, *, device: str = "auto", listener: Listener
         raise RecipeError(f"step={step}: the run has steps 1 to {last}; name one, or the next one")
     if missing is not None:
         reporter.message(missing)
-    checkpoint, damaged = newest_checkpoint(run_dir, at_most=step - 1)
+    checkpoint, damaged = newest_checkpoint(run_dir, at_most=step - 1, with_optimizer=True)
     for line in damaged:
         reporter.message(line)
     start = 0 if checkpoint is None else checkpoint.step

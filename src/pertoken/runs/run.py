@@ -44,5 +44,11 @@ class Run:
     summary: Summary
     start_step: int  # the last step done before it
     best_eval_loss: float | None
+    evals_without_best: int  # in a row, up to the last one
     started_s: float  # time.monotonic()
     whole_step: int  # the last one with weights, optimizer and row in place, unless the state has changed since
+
+    def can_resume_at(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is there, and a run can be resumed from it."""
+        saves_optimizer = self.computation.recipe.checkpoint.save_optimizer
+        return self.checkpoints.last_saved == step and (saves_optimizer or step == self.start_step)

@@ -15,10 +15,11 @@ from pertoken.training.parallel import World
 __all__ = ["keep_last_step", "note_save_result", "save"]
 
 
-def save(run: Run, step: int, *, is_best: bool = False, last: bool = False) -> None:
+def save(run: Run, step: int, *, is_best: bool = False, last: bool = False, unfinished: bool = False) -> None:
     """Save the state after `step`: begin to, in the background, and wait for it if it is the `last`.
 
-    Raises CheckpointError where the last fails.
+    An `unfinished` run is always saved with its optimizer, so that it can be resumed. Raises CheckpointError where the
+    last fails.
     """
     computation, checkpoints, output = run.computation, run.checkpoints, run.output
     note_save_result(run, checkpoints.saver.wait())
@@ -37,6 +38,7 @@ def save(run: Run, step: int, *, is_best: bool = False, last: bool = False) -> N
             world=world,
             copy=background,
             ledger=None if output.metrics is None else output.metrics.ledger.tensors(),
+            with_optimizer=computation.recipe.checkpoint.save_optimizer or unfinished,
         )
     except CheckpointError as problem:
         outcome: Outcome | None = Outcome(step, checkpoints.out_dir, problem)
@@ -58,6 +60,7 @@ def _state_after(run: Run, step: int) -> TrainerState:
         grad_norms=run.spikes.norms,
         micro_batch_tokens=run.computation.token_budget,
         best_eval_loss=run.best_eval_loss,
+        evals_without_best=run.evals_without_best,
         tracker_run_ids=run.output.tracker_run_ids,
         probe=run.checkpoints.probe.measure(run.computation.state),
     )
@@ -95,16 +98,17 @@ def _keep_last_step(run: Run) -> str:
     world = computation.state.world
     checkpoints.saver.join()
     if world.size > 1 and computation.recipe.train.parallel == "fsdp":
-        return (
-            'no rank has all weights with train.parallel="fsdp", so no more was saved; '
+        return 'no rank has all weights with train.parallel="fsdp", so no more was saved; ' + (
             "resume=True continues from the newest checkpoint"
+            if computation.recipe.checkpoint.save_optimizer
+            else "the newest checkpoint has no optimizer, and is a model to start a new run from"
         )
     if not world.is_main:
         return "rank 0 saves the last whole step, if it still can"
     note_save_result(run, checkpoints.saver.finish_alone())
     if computation.state.changed:
         return f"step {run.whole_step + 1} was in the middle of its update, so nothing was saved; {_newest(run)}"
-    if checkpoints.last_saved != run.whole_step:
+    if not run.can_resume_at(run.whole_step):
         if run.whole_step == 0:
             return "no step was made, so there is nothing to save"
         # Every rank has all of the weights and of the optimizer, and what is called here asks no other for anything.
@@ -114,7 +118,7 @@ def _keep_last_step(run: Run) -> str:
         by_itself = replace(
             run, computation=replace(computation, state=state), checkpoints=replace(checkpoints, saver=saver)
         )
-        save(by_itself, run.whole_step, last=True)
+        save(by_itself, run.whole_step, last=True, unfinished=True)
     return f"step {run.whole_step} is saved; continue with resume=True"
 
 

@@ -11,6 +11,7 @@ import torch
 
 from pertoken import __version__
 from pertoken.checkpoints.read import Checkpoint
+from pertoken.data.batch.order import steps_per_epoch
 from pertoken.data.tokens.tokenizer import forced_tokenizer
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.families import saved_as
@@ -25,11 +26,13 @@ from pertoken.runs.assemble import (
     summary_of,
     verified_probe,
 )
+from pertoken.runs.computation import Computation
 from pertoken.runs.data import RunData, load_data
 from pertoken.runs.files import EVENTS
 from pertoken.runs.folder import changed_data, earlier_run, keep_others_out, make_room, refuse_changes
 from pertoken.runs.loop import fit
 from pertoken.runs.model import build_model, prepare_model
+from pertoken.runs.policy import Stop, count_evaluations, is_out_of_patience
 from pertoken.runs.run import Run
 from pertoken.runs.signals import StopRequest, stop_on_signals
 from pertoken.text import one_line
@@ -169,7 +172,9 @@ def _train(
     finally:
         output.close()
         forget_blocks()
-    reporter.report("end", f"ended after step {step} of {total_steps}", told=False, error=None)
+    reporter.report(
+        "end", f"ended after step {step} of {total_steps}", told=False, error=None, why=_why_ended(run, step)
+    )
     assert run.checkpoints.last_folder is not None, "a finished run has a checkpoint"
     return TrainResult(out_dir, run.checkpoints.last_folder, step, run.best_eval_loss)
 
@@ -181,8 +186,35 @@ def _say_where_it_continues(checkpoint: Checkpoint, reporter: Reporter) -> None:
         reporter.message(remark)
 
 
+def _why_ended(run: Run, step: int) -> Stop:
+    if step >= run.computation.total_steps:
+        return "done"
+    patience = run.computation.recipe.train.early_stopping
+    return "early" if is_out_of_patience(patience, run.evals_without_best) else "time"
+
+
+def _say_what_cannot_happen(computation: Computation) -> None:
+    if not computation.recipe.checkpoint.save_optimizer:
+        computation.reporter.message(
+            "checkpoint.save_optimizer=false: a run that is killed cannot be resumed; one that a signal, "
+            "train.max_minutes or an error stops is saved with its optimizer, and can be"
+        )
+    train, total = computation.recipe.train, computation.total_steps
+    per_epoch = steps_per_epoch(len(computation.store), train.batch_size)
+    evaluations = count_evaluations(total, train.eval_interval, steps_per_epoch=per_epoch)
+    if train.early_stopping is not None and evaluations <= train.early_stopping + 1:
+        when, remedy = "each epoch", "set train.eval_interval"
+        if train.eval_interval is not None:
+            when, remedy = f"every {train.eval_interval} steps", "lower train.eval_interval"
+        computation.reporter.message(
+            f"train.early_stopping={train.early_stopping}: cannot end this run early, which evaluates {evaluations} "
+            f"time{'' if evaluations == 1 else 's'} (after {when}, and at the end); {remedy}"
+        )
+
+
 def _say_what_starts(run: Run, commits: dict[str, str]) -> None:
     computation, reporter, summary = run.computation, run.output.reporter, run.summary
+    _say_what_cannot_happen(computation)
     reporter.report(
         "start",
         f"training starts after step {run.start_step}, for {computation.total_steps} steps in all",

@@ -59,7 +59,9 @@ def summarize(
         micro_batches=len(share.micro_batches),
         padding_share=_padding_share(model, share, state),
         world_size=state.world.size,
-        epochs=-(-total_steps // steps_per_epoch(len(store), train.batch_size)),
+        epochs=train.epochs
+        if train.max_steps is None
+        else -(-total_steps // steps_per_epoch(len(store), train.batch_size)),
         start_step=start_step,
         total_steps=total_steps,
         expected_s=tokens_left * seconds_per_token / state.world.size,

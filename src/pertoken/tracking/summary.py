@@ -30,7 +30,7 @@ class Summary:
     micro_batches: int  # of the first step, on each rank
     padding_share: float  # of the operations of this rank's part of the first step
     world_size: int
-    epochs: int
+    epochs: int | float
     start_step: int  # the last step already done
     total_steps: int
     expected_s: float

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 
-__all__ = ["lr_at", "set_lr"]
+__all__ = ["count_total_steps", "count_warmup_steps", "lr_at", "set_lr"]
+
+
+def count_total_steps(epochs: int | float, steps_per_epoch: int) -> int:
+    """The steps of `epochs` epochs, rounded up. A fraction counts as the decimal that was written: 0.1 is a tenth."""
+    return math.ceil(Fraction(repr(epochs)) * steps_per_epoch)
+
+
+def count_warmup_steps(total_steps: int, *, warmup_steps: int, warmup_ratio: float | None) -> int:
+    """`warmup_steps`, or `warmup_ratio` of all steps, rounded up as transformers does, and exactly for decimals."""
+    return warmup_steps if warmup_ratio is None else math.ceil(Fraction(repr(warmup_ratio)) * total_steps)
 
 
 def lr_at(
