@@ -11,8 +11,8 @@ from tiny import pertoken, rows_of, untimed
 
 from pertoken import train
 from pertoken.errors import RecipeError
-from pertoken.runs import loop
 from pertoken.tracking.listener import Listener
+from pertoken.training import evaluate as evaluation
 from pertoken.training.evaluate import Evaluation, evaluate
 
 pytestmark = pytest.mark.numeric
@@ -47,7 +47,7 @@ def losses(monkeypatch):
             result = evaluate(*arguments, **keys)
             return Evaluation(next(values) * result.num_tokens, *list(vars(result).values())[1:])
 
-        monkeypatch.setattr(loop, "evaluate", fake)
+        monkeypatch.setattr(evaluation, "evaluate", fake)
 
     return given
 

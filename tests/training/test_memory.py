@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from tiny import pertoken, rows_of
 
-from pertoken import train
+from pertoken import Recipe, train
 from pertoken.checkpoints import snapshot as saving
+from pertoken.data.batch.pack import collate
+from pertoken.data.batch.sample import Sample
 from pertoken.errors import CheckpointError, PertokenError, RecipeError
 from pertoken.inference.generate import generate
 from pertoken.model.decoder import CausalLM
@@ -21,7 +24,7 @@ from pertoken.recipe.model import ModelConfig
 from pertoken.runs import computation
 from pertoken.tracking.listener import Listener
 from pertoken.training import memory, step
-from pertoken.training.memory import machine_bytes, out_of_memory
+from pertoken.training.memory import machine_bytes, out_of_memory, training_bytes
 
 ALLOCATOR = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -324,3 +327,38 @@ def test_a_vocabulary_beyond_any_memory_is_refused(world, tmp_path):
     code, _, err = pertoken("tokenizer", "train", chats, "--vocab-size", 10**12, "--out", tmp_path / "t")
     assert code == 2
     assert "vocab_size=1000000000000: there can be 16,777,216 tokens at most" in err
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("qwen3", "bfloat16"), ("llama", "bfloat16"), ("qwen2", "float32")])
+def test_the_activations_that_an_estimate_has_are_those_that_plain_modules_keep(family: str, dtype: str) -> None:
+    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = {"family": family, **sizes, "intermediate_size": 350, "vocab_size": 100, "max_position_embeddings": 512}
+    recipe = Recipe.parse(
+        {
+            "stage": "sft",
+            "out_dir": "run",
+            "model": model,
+            "data": {"path": "a", "tokenizer": "t", "max_seq_len": 512},
+            "train": {"dtype": dtype, "micro_batch_tokens": 1200},
+        }
+    )
+    config = recipe.model.resolve(100)
+    decoder, kept = CausalLM(config), dict[int, torch.Tensor]()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
+    rng = np.random.default_rng(0)
+    samples = [Sample(rng.integers(0, 100, 301).astype(np.int32), np.ones(300, np.bool_)) for _ in range(4)]
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            decoder.hidden_states(collate(samples))
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    logits = 512 * 100 * (4 + (2 if dtype == "bfloat16" else 4))
+    needed = training_bytes(recipe, config)
+    assert 0.65 < (needed["activations"] - logits) / measured < 1.35
+    numbers = sum(parameter.numel() for parameter in decoder.parameters())
+    assert (needed["weights"], needed["gradients"], needed["optimizer"]) == (4 * numbers, 4 * numbers, 8 * numbers)
