@@ -353,9 +353,9 @@ def test_the_activations_that_an_estimate_has_are_those_that_plain_modules_keep(
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            decoder.hidden_states(collate(samples))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        decoder.hidden_states(collate(samples))
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     logits = 512 * 100 * (4 + (2 if dtype == "bfloat16" else 4))
     needed = training_bytes(recipe, config)
