@@ -36,6 +36,7 @@ LAYERS = [
     {"tracking"},
     {"runs"},
     {"inference", "prove", "adapters"},
+    {"audit"},
     {"report"},
     {"console"},
     {"demo"},

@@ -140,11 +140,11 @@ def test_a_damaged_compressed_file_is_an_error_of_the_file(tmp_path: Path, compr
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json", "a.csv", "a.arrow", "a.txt.gz"])
 def test_a_file_that_changes_while_it_is_prepared_is_refused(tmp_path: Path, name: str) -> None:
     contents = {
-        "a.jsonl.gz": [gzip.compress(LINES), gzip.compress(LINES.replace(b"three", b"seven"))],
+        "a.jsonl.gz": [gzip.compress(LINES, mtime=0), gzip.compress(LINES.replace(b"three", b"seven"), mtime=0)],
         "a.json": [CONTENT["json"], CONTENT["json"].replace(b"three", b"seven")],
         "a.csv": [CONTENT["csv"], CONTENT["csv"].replace(b"three", b"seven")],
         "a.arrow": [CONTENT["arrow_stream"], CONTENT["arrow_stream"].replace(b"three", b"seven")],
-        "a.txt.gz": [gzip.compress(b"abc"), gzip.compress(b"abd")],
+        "a.txt.gz": [gzip.compress(b"abc", mtime=0), gzip.compress(b"abd", mtime=0)],
     }
     path = tmp_path / name
     path.write_bytes(contents[name][0])
@@ -203,11 +203,11 @@ def test_what_a_file_is(tmp_path: Path, name: str, content: bytes, format: str) 
         ("a.xlsx", b"PK\x03\x04x", "a spreadsheet; save it as .csv (CSV UTF-8) first"),
         ("a.zip", b"PK\x03\x04\xff\0", "a ZIP archive; unpack it and name the files in it"),
         ("a.rtf", b"{\\rtf1 Hello}", "a rich text document; convert"),
-        ("a.tar.gz", gzip.compress(b"a.txt" + b"\0" * 252 + b"ustar\0" + b"\0" * 300), "a tar archive; unpack"),
+        ("a.tar.gz", gzip.compress(b"a.txt" + b"\0" * 252 + b"ustar\0" + b"\0" * 300, mtime=0), "a tar archive; unpack"),
         ("a", b"\x80\x04\x95\x00", "a Python pickle, which can run code"),
         ("a.bin", b"abc\0def", "binary data (a NUL byte at offset 3); give .jsonl, .json"),
         ("a.dat", b"caf\xe9 au lait", "neither UTF-8 text nor anything else that can be read; give"),
-        ("a.parquet.gz", gzip.compress(CONTENT["parquet"]), "a compressed parquet file; decompress it first"),
+        ("a.parquet.gz", gzip.compress(CONTENT["parquet"], mtime=0), "a compressed parquet file; decompress it first"),
     ],
 )
 def test_a_file_that_is_no_data_is_named_with_the_next_step(
@@ -228,7 +228,7 @@ def test_a_file_that_is_no_data_is_named_with_the_next_step(
         ("a.csv", b""),
         ("a.csv", b"text\n"),
         ("a.csv", b"\n\n"),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
         ("a.json.xz", lzma.compress(b"\n")),
         ("a.arrow", b""),
         ("a.arrow", table([{"a": 1}], "arrow_stream")[:0] + table([], "arrow_stream")),

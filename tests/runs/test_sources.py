@@ -15,11 +15,11 @@ from tiny import MODEL, World, rows_of, untimed
 
 import pertoken
 from pertoken import Recipe
+from pertoken.audit import audit
+from pertoken.audit.audit import write_samples
 from pertoken.data.batch.order import step_at, steps_per_epoch
 from pertoken.errors import DataError, RecipeError
 from pertoken.prove.run import prove
-from pertoken.runs.audit import audit
-from pertoken.runs.audit.audit import write_samples
 from pertoken.runs.data import prepare
 from pertoken.tracking.rows import StepRow
 from pertoken.tracking.trackers.tracker import finite_figures

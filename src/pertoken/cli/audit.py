@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from pertoken.runs.audit import Audit
-    from pertoken.runs.audit.audit import PartAudit
+    from pertoken.audit import Audit
+    from pertoken.audit.audit import PartAudit
 
 __all__ = ["audit_app"]
 
@@ -45,9 +45,9 @@ def audit_command(
 
     parsed = Recipe.load(recipe, overrides or ())
 
+    from pertoken.audit import audit
+    from pertoken.audit.audit import write_samples
     from pertoken.files import user_path
-    from pertoken.runs.audit import audit
-    from pertoken.runs.audit.audit import write_samples
 
     console = open_console()
     listener = listener_on(console, log_interval=1)

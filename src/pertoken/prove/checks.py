@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,13 @@ from pertoken.data.formats import to_text
 from pertoken.data.store.dataset import Dataset
 from pertoken.prove.expected import bos_id
 from pertoken.prove.report import Result
-from pertoken.prove.rows import expected_sample, records_of
+from pertoken.prove.rows import expected_sample, records_of, tokens_problem
 from pertoken.prove.samples import Chosen
 from pertoken.prove.turns import supervision
 from pertoken.recipe.data import DataConfig
 from pertoken.recipe.schema import Recipe
 
-__all__ = ["every_sample_once", "who_is_supervised"]
+__all__ = ["every_sample_once", "supervision_problem", "trained_otherwise", "who_is_supervised"]
 
 _MOST_STEPS = 20_000  # of an epoch looked at one by one
 _PLANNED_STEPS = 20
@@ -105,13 +106,29 @@ def who_is_supervised(name: str, store: Dataset, chosen: Chosen, recipe: Recipe,
         record = records.get(i)
         if record is None:
             return Result(name, "", "failed", note=f"{source}: cannot be read again")
-        check = _document if recipe.stage == "pretrain" else _conversation
-        part, own = store.locate(i)
-        problem = check(part.store, own, record, recipe.data.settings_of(part.name), tokenizer)
+        problem = supervision_problem(store, i, record, recipe, tokenizer)
         if problem:
             return Result(name, "", "failed", note=f"{source}: {problem}")
     what = "the assistant's words and end of turn, nothing else" if recipe.stage == "sft" else "every token"
     return Result(name, "", "passed", note=f"{what}; {len(chosen.ids)} samples")
+
+
+def supervision_problem(data: Dataset, i: int, record: Record, recipe: Recipe, tokenizer: Any) -> str | None:
+    """How what is supervised of sample i differs from what is to be learned of its row."""
+    check = _document if recipe.stage == "pretrain" else _conversation
+    part, own = data.locate(i)
+    return check(part.store, own, record, recipe.data.settings_of(part.name), tokenizer)
+
+
+def trained_otherwise(data: Dataset, ids: Sequence[int], recipe: Recipe, tokenizer: Any) -> dict[int, str]:
+    """Of these samples those whose tokens or whose mask are not what their rows and the template say, and how."""
+    found: dict[int, str] = {}
+    for i, record in records_of(data, ids, recipe).items():
+        problem = tokens_problem(data, i, record, recipe, tokenizer)
+        problem = problem or supervision_problem(data, i, record, recipe, tokenizer)
+        if problem:
+            found[i] = problem
+    return found
 
 
 def _document(store: Dataset, i: int, record: Record, data: DataConfig, tokenizer: Any) -> str | None:

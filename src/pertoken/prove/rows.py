@@ -20,7 +20,7 @@ from pertoken.prove.turns import ExpectedSample, expected_samples
 from pertoken.recipe.data import DataConfig
 from pertoken.recipe.schema import Recipe
 
-__all__ = ["expected_sample", "records_at", "records_of", "token_by_token"]
+__all__ = ["expected_sample", "records_at", "records_of", "token_by_token", "tokens_problem"]
 
 _LONGEST = 3  # samples that are looked at besides the chosen ones: those that a limit may have cut
 _MOST_CHARACTERS = 5_000_000  # of a document that is encoded again; of a longer one only the seams are looked at
@@ -72,10 +72,7 @@ def token_by_token(name: str, store: Dataset, chosen: Chosen, recipe: Recipe, to
         source = store.where(i)
         if i not in records:
             return Result(name, "", "failed", note=f"{source}: cannot be read again")
-        check = _document if recipe.stage == "pretrain" else _conversation
-        part, own = store.locate(i)
-        settings = recipe.data.settings_of(part.name)
-        problem = check(part.store, own, records[i], settings, tokenizer) or _counts(store, i)
+        problem = tokens_problem(store, i, records[i], recipe, tokenizer)
         if problem:
             return Result(name, "", "failed", note=f"{source}: {problem}")
         seen += len(store[i].tokens)
@@ -83,6 +80,14 @@ def token_by_token(name: str, store: Dataset, chosen: Chosen, recipe: Recipe, to
         f"{len(ids)} samples, {seen:,} tokens; the longest has {store.lengths[longest]:,} inputs of at most {limit:,}"
     )
     return Result(name, "", "passed", note=note)
+
+
+def tokens_problem(data: Dataset, i: int, record: Record, recipe: Recipe, tokenizer: Any) -> str | None:
+    """How the tokens of sample i differ from those of its row, or its count from its mask."""
+    check = _document if recipe.stage == "pretrain" else _conversation
+    part, own = data.locate(i)
+    settings = recipe.data.settings_of(part.name)
+    return check(part.store, own, record, settings, tokenizer) or _counts(data, i)
 
 
 def _counts(store: Dataset, i: int) -> str | None:

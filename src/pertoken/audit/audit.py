@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from pertoken.audit.plan import Estimate, Plan, architecture, estimate, plan
+from pertoken.audit.rows import find_answers, find_duplicates, find_in_both
 from pertoken.data.batch.sample import Sample, as_count
 from pertoken.data.files.kinds import kind_of
 from pertoken.data.findings import KINDS, Findings
@@ -19,9 +21,8 @@ from pertoken.data.store.store import Part, Store
 from pertoken.data.tokens.tokenizer import special_ids
 from pertoken.data.view import supervised_pieces
 from pertoken.errors import DataError
+from pertoken.prove.checks import trained_otherwise
 from pertoken.recipe.schema import Recipe
-from pertoken.runs.audit.plan import Estimate, Plan, architecture, estimate, plan
-from pertoken.runs.audit.rows import find_answers, find_duplicates, find_in_both
 from pertoken.runs.data import RunData, load_data
 from pertoken.tracking.listener import Heard, Listener
 from pertoken.training.parallel import World
@@ -32,6 +33,7 @@ _PLACES = 20  # of a problem that are named
 _BINS = 16  # of the histogram, at least half of them used
 _LOST = ("skipped", "overlong", "truncated", "unsupervised", "too_short")
 _EXAMPLES = 5
+_CHECKED, _CHECKED_LONGEST = 32, 3  # samples that are worked out a second time
 _EXAMPLE_TOKENS = 2000
 FORMAT_VERSION = 1
 
@@ -74,7 +76,7 @@ class PartAudit:
 class Problem:
     """One way in which data are other than they should be, or than their author may think."""
 
-    kind: str  # of data/findings.py; "bad_row", "unused_key"
+    kind: str  # of data/findings.py; "bad_row", "not_as_rendered", "unused_key"
     harms: bool  # a sample is lost, or something else is trained than the row says
     what: str
     count: int
@@ -149,7 +151,7 @@ def audit(recipe: Recipe, listener: Listener | None = None, *, name: str = "") -
     parts = [_part("train", data.train, held_out=False)]
     if data.eval is not None:
         parts.append(_part("eval", data.eval, held_out=held_out))
-    problems = _problems(recipe, data, held_out=held_out)
+    problems = [*_not_as_rendered(recipe, data), *_problems(recipe, data, held_out=held_out)]
     return Audit(
         recipe=name,
         stage=recipe.stage,
@@ -259,6 +261,17 @@ def _problems(recipe: Recipe, data: RunData, *, held_out: bool) -> list[Problem]
         for of, key, rows, (file, line) in report.unused.found()
     ]
     return [*bad, *known, *unused]
+
+
+def _not_as_rendered(recipe: Recipe, data: RunData) -> Iterator[Problem]:
+    """Some samples, and the longest ones, against a second reading of their rows, as the proof makes it."""
+    train = data.train
+    spread = np.linspace(0, len(train) - 1, num=min(len(train), _CHECKED), dtype=np.int64)
+    longest = np.argsort(train.lengths, kind="stable")[-_CHECKED_LONGEST:]
+    ids = list(dict.fromkeys(int(i) for i in (*spread, *longest)))
+    for i, how in trained_otherwise(train, ids, recipe, data.tokenizer).items():
+        what = f"1 sample is not what its row and the chat template say: {how}"
+        yield Problem("not_as_rendered", True, what, 1, (train.where(i),))
 
 
 def _rows(count: int) -> str:

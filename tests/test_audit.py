@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import random
@@ -14,9 +15,10 @@ from tiny import pertoken as command
 
 import pertoken.data.samples
 from pertoken import Recipe
+from pertoken.audit import Audit, audit
+from pertoken.audit.audit import write_samples
 from pertoken.data.findings import KINDS
-from pertoken.runs.audit import Audit, audit
-from pertoken.runs.audit.audit import write_samples
+from pertoken.data.formats import Conversation
 
 WORDS = "red green blue cat dog sun moon one two three runs sleeps eats sings near under over".split()
 
@@ -204,7 +206,65 @@ def test_an_end_that_is_not_supervised_is_named(world: World, tmp_path: Path, mo
         return dataclasses.replace(rendered, samples=(dataclasses.replace(text, spans=spans),))
 
     monkeypatch.setattr(pertoken.data.samples, "rendered_chat", without_the_last_end)
-    assert _found(audit(_recipe(world, tmp_path, path=str(path)))) == {("end_not_supervised", f"{path}:1")}
+    assert _found(audit(_recipe(world, tmp_path, path=str(path)))) == {
+        ("end_not_supervised", f"{path}:1"),
+        ("not_as_rendered", f"{path}:1"),
+    }
+
+
+def _without_calls(chat: Conversation) -> Conversation:
+    messages = [{k: v for k, v in message.items() if k != "tool_calls"} for message in chat.messages]
+    return dataclasses.replace(chat, messages=messages)
+
+
+def _encoded_twice(chat: Conversation) -> Conversation:
+    messages = copy.deepcopy(chat.messages)
+    for message in messages:
+        for call in message.get("tool_calls", []):
+            call["function"]["arguments"] = json.dumps(json.dumps(call["function"]["arguments"]))
+    return dataclasses.replace(chat, messages=messages)
+
+
+def _rewritten(chat: Conversation) -> Conversation:
+    messages = [{**message, "content": message["content"].strip(".")} for message in chat.messages]
+    return dataclasses.replace(chat, messages=messages)
+
+
+def _last_only(chat: Conversation) -> Conversation:
+    weights = [float(i == len(chat.messages) - 1) for i in range(len(chat.messages))]
+    return dataclasses.replace(chat, weights=tuple(weights))
+
+
+@pytest.mark.parametrize("change", [_without_calls, _encoded_twice, _rewritten, _last_only, "header"])
+def test_a_mistake_of_the_code_is_found(bpe_folder: Path, world: World, tmp_path: Path, change: Any) -> None:
+    """A call that is lost, arguments encoded twice, a history that is rewritten, a flag that nobody gave, a header that
+    is learned."""
+    path = tmp_path / "a.jsonl"
+    calls = [*_chat("1 + 1?")["messages"], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    rows = [_chat("hi.", "hello.", "bye.", "see you."), {"messages": calls}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = _recipe(world, tmp_path, path=str(path), tokenizer=str(bpe_folder))
+    rendered_chat = pertoken.data.samples.rendered_chat
+
+    def mistaken(chat: Conversation, template: Any) -> Any:
+        if callable(change):
+            return rendered_chat(change(chat), template)
+        rendered = rendered_chat(chat, template)
+        spans = [[(start - 5, *more) for start, *more in text.spans] for text in rendered.samples]
+        samples = [dataclasses.replace(text, spans=own) for text, own in zip(rendered.samples, spans, strict=True)]
+        return dataclasses.replace(rendered, samples=tuple(samples))
+
+    assert audit(recipe).ok
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pertoken.data.samples, "rendered_chat", mistaken)
+        other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"store": str(tmp_path / "other")})})
+        result = audit(other)
+    assert not result.ok
+    assert {problem.kind for problem in result.problems if problem.harms} <= {
+        "not_as_rendered",
+        "bad_row",
+        "empty_answer",
+    }
 
 
 def test_samples_are_written_as_they_are_trained(world: World, tmp_path: Path) -> None:
@@ -255,7 +315,7 @@ def test_every_kind_says_how_many() -> None:
 
 
 def test_the_page_has_every_kind_and_every_key(world: World, tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "audit.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "audit.md").read_text(encoding="utf-8")
     for name, kind in KINDS.items():
         if name != "skipped":
             what = kind.what.format(count="N", listed="").replace("<", "\\<")
