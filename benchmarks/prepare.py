@@ -75,7 +75,7 @@ def some_tokenizer(work: Path) -> Path:
 
 
 def ours(data: Path, tokenizer: Path, work: Path) -> float:
-    from pertoken.data.store.store import build_store
+    from pertoken.data.store.build import build_store
     from pertoken.data.tokens.tokenizer import load_tokenizer
     from pertoken.recipe.data import DataConfig
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pertoken import Recipe
 from pertoken.data.files.records import BadRow, Record
 from pertoken.data.formats import FORMATS, Conversation, formats_that_give, read_row, to_conversation
-from pertoken.data.store.store import build_store
+from pertoken.data.store.build import build_store
 from pertoken.errors import RecipeError
 from pertoken.families import FAMILIES, Family
 from pertoken.folders.config import NotCovered, config_from_hf

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
-from pertoken.data.store.store import Store, build_store
+from pertoken.data.store.build import build_store
+from pertoken.data.store.store import Store
 from pertoken.data.tokens.tokenizer import bos_of
 from pertoken.prove.expected import document_difference
 from pertoken.recipe.data import DataConfig

@@ -203,7 +203,11 @@ def test_what_a_file_is(tmp_path: Path, name: str, content: bytes, format: str) 
         ("a.xlsx", b"PK\x03\x04x", "a spreadsheet; save it as .csv (CSV UTF-8) first"),
         ("a.zip", b"PK\x03\x04\xff\0", "a ZIP archive; unpack it and name the files in it"),
         ("a.rtf", b"{\\rtf1 Hello}", "a rich text document; convert"),
-        ("a.tar.gz", gzip.compress(b"a.txt" + b"\0" * 252 + b"ustar\0" + b"\0" * 300, mtime=0), "a tar archive; unpack"),
+        (
+            "a.tar.gz",
+            gzip.compress(b"a.txt" + b"\0" * 252 + b"ustar\0" + b"\0" * 300, mtime=0),
+            "a tar archive; unpack",
+        ),
         ("a", b"\x80\x04\x95\x00", "a Python pickle, which can run code"),
         ("a.bin", b"abc\0def", "binary data (a NUL byte at offset 3); give .jsonl, .json"),
         ("a.dat", b"caf\xe9 au lait", "neither UTF-8 text nor anything else that can be read; give"),

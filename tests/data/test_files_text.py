@@ -16,7 +16,7 @@ from pertoken import Recipe
 from pertoken.data.files import limits
 from pertoken.data.files.long_text import LongText
 from pertoken.data.files.records import BadRow, Record, TextReading, read_records
-from pertoken.data.store.store import build_store
+from pertoken.data.store.build import build_store
 from pertoken.errors import DataError, RecipeError
 from pertoken.recipe.data import DataConfig
 

@@ -16,13 +16,14 @@ import pyarrow as pa
 import pytest
 
 import pertoken.data.files.hashes
+import pertoken.data.store.build
 import pertoken.data.store.folder
 import pertoken.data.store.key
-import pertoken.data.store.store
 import pertoken.data.store.sums
 from pertoken.data.files.hashes import recall, remember, see
+from pertoken.data.store.build import build_store, open_store
 from pertoken.data.store.columns import Columns
-from pertoken.data.store.store import Store, build_store, open_store
+from pertoken.data.store.store import Store
 from pertoken.data.store.sums import SummedFile, damaged_block
 from pertoken.errors import DataError
 from pertoken.recipe.data import DataConfig
@@ -212,13 +213,13 @@ def test_tokens_outside_the_vocabulary_are_counted_and_only_the_first_looked_up(
 
 def _count_scans(monkeypatch: pytest.MonkeyPatch) -> list[list[Path]]:
     scans: list[list[Path]] = []
-    scan = pertoken.data.store.store.scan
+    scan = pertoken.data.store.build.scan
 
     def counted(files: list[Path]) -> Any:
         scans.append(files)
         return scan(files)
 
-    monkeypatch.setattr(pertoken.data.store.store, "scan", counted)
+    monkeypatch.setattr(pertoken.data.store.build, "scan", counted)
     return scans
 
 
@@ -257,13 +258,13 @@ def test_a_store_that_another_process_has_built_meanwhile_is_opened(
     _build(path, bpe_tokenizer)  # the file's hash is known from now on
     folder, aside = _folder(path), path.parent / "aside"
     folder.rename(aside)
-    scan = pertoken.data.store.store.scan
+    scan = pertoken.data.store.build.scan
 
     def slow(files: list[Path]) -> Any:
         aside.rename(folder)
         return scan(files)
 
-    monkeypatch.setattr(pertoken.data.store.store, "scan", slow)
+    monkeypatch.setattr(pertoken.data.store.build, "scan", slow)
     assert _build(path, bpe_tokenizer).report.hit
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from pertoken import Recipe
 from pertoken.data.formats import FORMATS, Format
+from pertoken.data.store.build import build_store
 from pertoken.data.store.key import DO_NOT_DECIDE, StoreKey
-from pertoken.data.store.store import Store, build_store
+from pertoken.data.store.store import Store
 from pertoken.data.tokens.encode import Encoder
 from pertoken.data.tokens.tokenizer import load_tokenizer
 from pertoken.recipe.data import DataConfig

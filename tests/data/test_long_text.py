@@ -23,7 +23,8 @@ import pertoken.data.tokens.cuts
 import pertoken.data.tokens.train
 from pertoken.data.files.long_text import BOM, LongText, Window, one_of
 from pertoken.data.files.records import BadRow, Record, read_records
-from pertoken.data.store.store import Store, build_store
+from pertoken.data.store.build import build_store
+from pertoken.data.store.store import Store
 from pertoken.data.tokens.encode import Encoder
 from pertoken.data.tokens.train import train_tokenizer
 from pertoken.errors import DataError

@@ -13,7 +13,8 @@ from pertoken.data.chat.calls import with_arguments
 from pertoken.data.chat.lost import lost_context, lost_reasoning, lost_words
 from pertoken.data.chat.render import ChatTemplate, rendered_chat
 from pertoken.data.formats import Conversation
-from pertoken.data.store.store import Store, build_store
+from pertoken.data.store.build import build_store
+from pertoken.data.store.store import Store
 from pertoken.data.tokens.trained import CHATML
 from pertoken.errors import DataError
 from pertoken.recipe.data import DataConfig

@@ -12,7 +12,7 @@ import pytest
 PREPARE = """
 import resource, sys
 from pertoken.recipe.data import DataConfig
-from pertoken.data.store.store import build_store
+from pertoken.data.store.build import build_store
 from pertoken.data.tokens.tokenizer import open_tokenizer
 stage, path, folder = sys.argv[1:]
 data = DataConfig.model_validate({"path": [path], "store": path + "-store", "workers": 1, "max_seq_len": 1024})

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pertoken.data.outcome import UnusedKeys
-from pertoken.data.store.store import Store, build_store
+from pertoken.data.store.build import build_store
+from pertoken.data.store.store import Store
 from pertoken.recipe.data import DataConfig
 
 WriteJsonl = Callable[..., Path]

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 import pertoken.data.samples
+import pertoken.data.store.build
 import pertoken.data.store.columns
 import pertoken.data.store.parts
 import pertoken.data.store.prepare
-import pertoken.data.store.store
 import pertoken.data.store.workers
-from pertoken.data.store.store import Store, build_store
+from pertoken.data.store.build import build_store
+from pertoken.data.store.store import Store
 from pertoken.errors import DataError
 from pertoken.recipe.data import DataConfig
 
@@ -166,7 +167,7 @@ import pertoken.data.store.prepare
 pertoken.data.store.parts._PART_BYTES = ({part_bytes}, {part_bytes})
 pertoken.data.store.prepare._LITTLE_BYTES = 0
 from pertoken.recipe.data import DataConfig
-from pertoken.data.store.store import build_store
+from pertoken.data.store.build import build_store
 from pertoken.data.tokens.tokenizer import load_tokenizer
 
 def killed(done, total):
@@ -349,7 +350,7 @@ def test_a_file_that_changes_while_it_is_prepared_is_not_stored(
         pq.write_table(table, path, row_group_size=50, compression="none", use_dictionary=False)
     else:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    scan = pertoken.data.store.store.scan
+    scan = pertoken.data.store.build.scan
 
     def change(files: list[Path]) -> Any:
         found, before = scan(files), path.stat()
@@ -357,11 +358,11 @@ def test_a_file_that_changes_while_it_is_prepared_is_not_stored(
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         return found
 
-    monkeypatch.setattr(pertoken.data.store.store, "scan", change)
+    monkeypatch.setattr(pertoken.data.store.build, "scan", change)
     with pytest.raises(DataError, match=rf"{name}: changed while it was being prepared, so nothing was stored; run"):
         _build([path], tmp_path / "cache", bpe_tokenizer, "pretrain", workers=workers)
     assert not _in(tmp_path / "cache")
-    monkeypatch.setattr(pertoken.data.store.store, "scan", scan)
+    monkeypatch.setattr(pertoken.data.store.build, "scan", scan)
     store = _build([path], tmp_path / "cache", bpe_tokenizer, "pretrain", workers=workers)
     text = "".join(bpe_tokenizer.decode(store[i].tokens) for i in range(len(store)))
     assert "row 712" in text

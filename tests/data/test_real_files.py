@@ -11,8 +11,8 @@ import pytest
 
 from pertoken.data.files.records import BadRow, TextReading, read_records
 from pertoken.data.formats import Conversation, read_row
+from pertoken.data.store.build import build_store
 from pertoken.data.store.parts import scan
-from pertoken.data.store.store import build_store
 from pertoken.errors import DataError
 from pertoken.recipe.data import DataConfig
 

@@ -18,7 +18,8 @@ from pertoken.data.chat.render import ChatTemplate
 from pertoken.data.chat.typed_specials import mark_typed, unmark
 from pertoken.data.files.records import Record
 from pertoken.data.formats import Conversation
-from pertoken.data.store.store import Store, build_store
+from pertoken.data.store.build import build_store
+from pertoken.data.store.store import Store
 from pertoken.data.tokens.control import ControlTokens
 from pertoken.data.tokens.encode import Encoder, TextWithSpans
 from pertoken.errors import DataError

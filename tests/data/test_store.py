@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pertoken.data.batch.pack import Sample
 from pertoken.data.chat.render import ChatTemplate, chat_sample
 from pertoken.data.formats import Conversation
-from pertoken.data.store.store import Store, build_store
+from pertoken.data.store.build import build_store
+from pertoken.data.store.store import Store
 from pertoken.data.tokens.encode import Encoder
 from pertoken.data.tokens.tokenizer import load_tokenizer
 from pertoken.errors import DataError, RecipeError

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from pertoken.data.chat.template import end_of_turn_id, render
-from pertoken.data.store.store import build_store
+from pertoken.data.store.build import build_store
 from pertoken.data.tokens.encode import Encoder
 from pertoken.data.tokens.tokenizer import load_tokenizer, open_tokenizer
 from pertoken.data.tokens.train import train_tokenizer

@@ -17,7 +17,8 @@ from pertoken import train
 from pertoken.data.batch.share import share_of
 from pertoken.data.chat.render import ChatTemplate, rendered_chat
 from pertoken.data.formats import Conversation
-from pertoken.data.store.store import Store, build_store
+from pertoken.data.store.build import build_store
+from pertoken.data.store.store import Store
 from pertoken.data.tokens.encode import Encoder, TextWithSpans
 from pertoken.data.tokens.tokenizer import load_tokenizer
 from pertoken.inference.token_losses import token_losses

@@ -11,7 +11,7 @@ import pytest
 from tiny import pertoken as run_command
 
 import pertoken.demo.demo
-from pertoken.data.store.store import build_store
+from pertoken.data.store.build import build_store
 from pertoken.demo.trigram import trigram_nats
 from pertoken.recipe.data import DataConfig
 

@@ -18,7 +18,8 @@ from tiny import World, pertoken
 
 from pertoken import Recipe
 from pertoken.data.files import limits
-from pertoken.data.store.store import Store, build_store
+from pertoken.data.store.build import build_store
+from pertoken.data.store.store import Store
 from pertoken.data.tokens.tokenizer import load_tokenizer
 
 MAX_LINE_BYTES = 200_000  # for these tests

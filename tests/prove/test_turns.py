@@ -11,7 +11,8 @@ import pytest
 from chat_templates import DAY, ENDS, KINDS, template_files, tokenizer_for
 
 from pertoken.data.files.records import BadRow, Record, read_records
-from pertoken.data.store.store import Store, build_store
+from pertoken.data.store.build import build_store
+from pertoken.data.store.store import Store
 from pertoken.prove.rows import expected_sample
 from pertoken.prove.turns import supervision
 from pertoken.recipe.data import DataConfig

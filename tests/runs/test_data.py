@@ -20,7 +20,7 @@ import json, os, sys, time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-import pertoken.data.store.store
+import pertoken.data.store.build
 import pertoken.training.parallel
 from pertoken import Recipe
 from pertoken.errors import PertokenError
@@ -31,7 +31,7 @@ pertoken.training.parallel._PATIENCE = timedelta(seconds=2)
 recipe, machines = Recipe.load(Path(sys.argv[1])), json.loads(sys.argv[2])
 delay_s, others, out = float(sys.argv[3]), sys.argv[4], Path(sys.argv[5])
 told, scans = [], []
-scan, build_store = pertoken.data.store.store.scan, run_data.build_store
+scan, build_store = pertoken.data.store.build.scan, run_data.build_store
 
 class Told(Listener):
     def message(self, text):
@@ -45,7 +45,7 @@ def slow(*args, **kwargs):
     time.sleep(delay_s)
     return build_store(*args, **kwargs)
 
-pertoken.data.store.store.scan, run_data.build_store = counted, slow
+pertoken.data.store.build.scan, run_data.build_store = counted, slow
 with pertoken.training.parallel.join_world("cpu") as world:
     machine = machines[world.rank]
     os.environ["XDG_CACHE_HOME"] = f"{os.environ['XDG_CACHE_HOME']}-{machine}"

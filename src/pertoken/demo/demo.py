@@ -22,8 +22,8 @@ from pertoken.console import ConsoleListener, duration
 from pertoken.data.batch.order import step_at
 from pertoken.data.batch.pack import collate
 from pertoken.data.batch.share import share_of_all
+from pertoken.data.store.build import build_store
 from pertoken.data.store.dataset import Dataset
-from pertoken.data.store.store import build_store
 from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.data.tokens.train import train_tokenizer
 from pertoken.demo.trigram import trigram_nats

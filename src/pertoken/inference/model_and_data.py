@@ -12,7 +12,8 @@ from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folde
 from pertoken.data.files.find import find_files
 from pertoken.data.files.records import Record, read_records
 from pertoken.data.formats import formats_that_give
-from pertoken.data.store.store import Store, build_store
+from pertoken.data.store.build import build_store
+from pertoken.data.store.store import Store
 from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.model.protocol import LanguageModel
 from pertoken.recipe.schema import Recipe, apply_override

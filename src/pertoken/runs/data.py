@@ -10,10 +10,11 @@ from typing import Any
 
 from pertoken.checkpoints.read import resolve_model_folder
 from pertoken.data.chat.template import end_of_turn_id
+from pertoken.data.store.build import build_store, open_store
 from pertoken.data.store.dataset import Dataset
 from pertoken.data.store.folder import Check
 from pertoken.data.store.mixture import Mixture, refuse_shared_files
-from pertoken.data.store.store import Part, Store, build_store, open_store
+from pertoken.data.store.store import Part, Store
 from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import DataError, RecipeError
 from pertoken.recipe.data import DataConfig
