@@ -116,7 +116,7 @@ def test_a_file_that_is_named_is_taken_and_what_it_is_read_as_is_said(tmp_path: 
 def test_a_file_named_twice_is_an_error_that_says_how_to_repeat(tmp_path: Path) -> None:
     _write(tmp_path, "d/a.jsonl", "d/b.jsonl")
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "d" / "a.jsonl")
-    again = r"named twice in data\.path.*; name it once, and raise train\.epochs or copy the file"
+    again = r"named twice in data\.path.*; name it once, .* \[\[data\.sources\]\] with repeat = 2"
     for paths in (["d/a.jsonl", "d/a.jsonl"], ["d", "d/a.jsonl"], ["d/*.jsonl", "link.jsonl"], ["d", "d/../d"]):
         with pytest.raises(DataError, match=again):
             _found(tmp_path, *paths)

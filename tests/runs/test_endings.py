@@ -18,6 +18,7 @@ from pertoken.checkpoints.saver import Saver
 from pertoken.errors import CheckpointError, PertokenError
 from pertoken.runs.spikes import Spikes
 from pertoken.tracking.listener import Heard, Listener
+from pertoken.training import evaluate
 from pertoken.training.optimizers.adamw import AdamW
 
 KEYS = {
@@ -128,7 +129,7 @@ def test_weights_that_an_update_may_have_changed_are_not_saved_as_if_it_had_not(
 def test_a_step_whose_evaluation_fails_is_saved_with_its_row(world, whole, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        failing(patch, loop, "evaluate", RuntimeError("in the evaluation"), call=2)
+        failing(patch, evaluate, "evaluate", RuntimeError("in the evaluation"), call=2)
         with pytest.raises(RuntimeError, match="in the evaluation") as caught:
             train(world.recipe(run, **KEYS))
     assert notes(caught) == ["step 4 is saved; continue with resume=True"]

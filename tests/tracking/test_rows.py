@@ -64,6 +64,7 @@ def test_what_a_rebuilt_row_has_is_what_a_row_has():
     full = row_of(1, aux_loss=0.0, tokens=9, micro_batches=1, padding_share=0.0, step_s=1.0, tokens_per_s=9.0)
     full.loss_scale, full.skipped, full.spike = 2.0, True, 11.0
     full.eval_loss = full.eval_perplexity = full.eval_bits_per_byte = 1.0
+    full.eval_sources = {"chats": 1.0}
     full.expert_load, full.expert_max_share, full.max_expert_share = [1.0], [1.0], 1.0
     full.rebuilt = True
     assert all(getattr(full, field.name) is not None for field in fields(StepRow)), "a new field belongs here too"

@@ -235,7 +235,7 @@ def evaluations_of(monkeypatch, *losses):
     def evaluated(model, store, precision, **settings):
         return Evaluation(100.0 * next(coming), 100.0, 100)
 
-    monkeypatch.setattr("pertoken.runs.loop.evaluate", evaluated)
+    monkeypatch.setattr("pertoken.training.evaluate.evaluate", evaluated)
 
 
 def kept_by(run):
