@@ -41,7 +41,7 @@ def test_what_is_always_written_is_what_the_class_has_without_it(model_type):
 
 
 def test_a_recipe_names_each_family_and_says_whether_there_are_experts():
-    assert recipe_names() == ["qwen3", "qwen2", "llama"]
+    assert recipe_names() == ["qwen3", "qwen2", "llama", "olmo2", "granite"]
     assert recipe_names(use_moe=True) == ["qwen3", "llama"]
     for name in recipe_names():
         for use_moe in (False, True):
@@ -49,7 +49,8 @@ def test_a_recipe_names_each_family_and_says_whether_there_are_experts():
             assert (family is not None) == (name in recipe_names(use_moe=use_moe))
             if family is not None:
                 config = ModelConfig(family=name, use_moe=use_moe).resolve(100)
-                assert (config.qk_norm, config.qkv_bias) == (family.qk_norm, family.qkv_bias)
+                for feature in ("qk_norm", "qk_norm_of_all_heads", "qkv_bias", "norms", "offset_norms", "activation"):
+                    assert getattr(config, feature) == getattr(family, feature)
                 assert config.use_moe == (family.experts is not None)
     assert saved_as("minimind", use_moe=False) is None
 

@@ -7,10 +7,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -46,6 +50,8 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "granite": (GraniteConfig, GraniteForCausalLM),
 }
 # Texts are longer than the original length, and the frequencies are of all three kinds: kept, divided, in between.
 LLAMA3 = {
@@ -58,7 +64,13 @@ LLAMA3 = {
         "original_max_position_embeddings": 64,
     }
 }
-DENSE = [*((family, {}) for family in FAMILIES), ("llama", LLAMA3)]
+MULTIPLIED = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 5.0,
+}
+DENSE = [*((family, {}) for family in FAMILIES), ("llama", LLAMA3), ("granite", MULTIPLIED)]
 MIXTURES = {"qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM), "mixtral": (MixtralConfig, MixtralForCausalLM)}
 VARIANTS = (
     [
@@ -73,6 +85,7 @@ VARIANTS = (
     ]
     + [
         pytest.param("llama", LLAMA3, id="llama3"),
+        pytest.param("granite", MULTIPLIED, id="granite-multiplied"),
         pytest.param("llama", LLAMA3 | {"head_dim": 20, "tie_word_embeddings": False}, id="llama3-head_dim"),
     ]
     + [
@@ -95,7 +108,9 @@ VARIANTS = (
 def random_hf_model(family, **keys):
     """Every weight random, norms too, and large enough that each one shows in the logits."""
     config_class, model_class = (FAMILIES | MIXTURES)[family]
-    model = model_class(config_class(**SHARED | keys)).eval()
+    model = model_class(
+        config_class(**SHARED | {"pad_token_id": None} | keys)
+    ).eval()  # whose embedding it would freeze
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

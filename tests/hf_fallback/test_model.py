@@ -26,6 +26,7 @@ from pertoken.hf_fallback.model import FallbackLM
 from pertoken.inference.generate import generate
 from pertoken.model.decoder import CausalLM
 from pertoken.model.execution import Execution
+from pertoken.objective.logit_map import PLAIN_LOGITS
 from pertoken.runs.data import prepare
 from pertoken.training.evaluate import evaluate
 from pertoken.training.precision import Precision
@@ -52,6 +53,8 @@ TRAINS = {
         "Gemma3Text",
         {**SIZES, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "gemma2": ("Gemma2", {**SIZES, "final_logit_softcapping": 3.0}),
+    "cohere": ("Cohere", {k: v for k, v in SIZES.items() if k != "head_dim"}),
     "llama-scaled-rope": (
         "Llama",
         {**SIZES, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
@@ -126,13 +129,7 @@ def test_ten_steps_are_those_of_a_plain_loop_over_transformers(world, folders, t
 
 
 REFUSED = {
-    "Gemma2": ({**SIZES}, "final_logit_softcapping=30.0"),
     "Phi": ({k: v for k, v in SIZES.items() if k != "head_dim"}, "its head has a bias"),
-    "Cohere": ({k: v for k, v in SIZES.items() if k != "head_dim"}, "logit_scale=0.0625"),
-    "Granite": (
-        {**{k: v for k, v in SIZES.items() if k != "head_dim"}, "logits_scaling": 8.0},
-        "logits_scaling=8.0",
-    ),
     "Mixtral": (
         {**SIZES, "num_local_experts": 2, "sliding_window": 64},
         "a mixture of experts",
@@ -153,8 +150,8 @@ def test_what_would_be_another_loss_is_refused_by_name(world, tmp_path, name):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_soft_cap_far_above_an_untrained_models_logits_is_found(world, tmp_path):
-    """The logits themselves are all but unchanged by it, so comparing losses would not show it."""
+def test_a_soft_cap_far_above_an_untrained_models_logits_is_found(world, tmp_path, monkeypatch):
+    """The logits themselves are all but unchanged by it, so comparing losses would not show one that we do not know."""
     from transformers import AutoModelForCausalLM
 
     from pertoken.hf_fallback.head import check_logits
@@ -164,6 +161,8 @@ def test_a_soft_cap_far_above_an_untrained_models_logits_is_found(world, tmp_pat
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1e-3)
     assert model(input_ids=torch.arange(8)[None]).logits.abs().max() < 0.1
+    check_logits(model)
+    monkeypatch.setattr("pertoken.hf_fallback.head.logit_map_of", lambda model: PLAIN_LOGITS)
     with pytest.raises(ModelError, match=r"Gemma2ForCausalLM: final_logit_softcapping=50\.0"):
         check_logits(model)
     model.config.final_logit_softcapping = None

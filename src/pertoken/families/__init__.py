@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pertoken.families.family import Experts, Family
+from pertoken.families.granite import GRANITE
 from pertoken.families.llama import LLAMA
 from pertoken.families.minimind import MINIMIND
 from pertoken.families.mixtral import MIXTRAL
+from pertoken.families.olmo2 import OLMO2
 from pertoken.families.qwen2 import QWEN2
 from pertoken.families.qwen3 import QWEN3
 from pertoken.families.qwen3_moe import QWEN3_MOE
@@ -18,6 +20,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2": QWEN2,
     "llama": LLAMA,
     "mixtral": MIXTRAL,
+    "olmo2": OLMO2,
+    "granite": GRANITE,
     "minimind": MINIMIND,
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["Experts", "Family"]
 
@@ -23,9 +23,8 @@ class Experts:
 class Family:
     """One model type of Hugging Face: its names, its defaults, and what sets it apart in the decoder.
 
-    Every family is a causal decoder with RMSNorm before attention and feed-forward, SwiGLU, and rotary embeddings over
-    whole heads; all layers are alike and see the whole document. A configuration that asks for anything else is
-    refused by name.
+    Every family is a causal decoder with RMSNorm, a gated feed-forward part, and rotary embeddings over whole heads;
+    all layers are alike and see the whole document. A configuration that asks for anything else is refused by name.
     """
 
     model_type: str  # config.json's
@@ -44,5 +43,15 @@ class Family:
     window_switch: str | None = "use_sliding_window"
     rope_types: tuple[str, ...] = ("default",)  # "default", "llama3"
     qk_norm: bool = False  # queries and keys are normalized, head by head, before they are turned
+    qk_norm_of_all_heads: bool = False  # by one norm over all of a token's queries, or keys, at once
     qkv_bias: bool = False  # the projections to queries, keys and values have a bias; the one out of attention has none
+    # Where attention and feed-forward have their norms: "before" them, "after" (of what they add to the residual
+    # stream), or on "both" sides.
+    norms: Literal["before", "after", "both"] = "before"
+    offset_norms: bool = False  # a norm multiplies by 1 + weight
+    activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"  # of the gate
+    activation_key: str = "hidden_act"  # under which a config.json has its name
+    scaled_embedding: bool = False  # times sqrt(hidden_size)
+    # Which of `NUMBERS` (recipe/model.py) its config.json has; what one absent means is among the defaults.
+    numbers: tuple[str, ...] = ()
     experts: Experts | None = None

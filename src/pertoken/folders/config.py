@@ -72,6 +72,7 @@ def config_from_hf(values: dict[str, Any]) -> ResolvedModelConfig:
                 "rope_scaling": scaling,
                 "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
             }
+            | {key: values.get(key) for key in family.numbers}
             | _experts(values, family)
         ).resolve(values["vocab_size"])
     except ValidationError as error:
@@ -131,8 +132,12 @@ def _refuse_what_is_missing(values: dict[str, Any], family: Family) -> None:
     for key in ("mlp_bias",) if family.qkv_bias else ("attention_bias", "mlp_bias"):
         if values.get(key):
             _refuse(values, key, "pertoken has no such bias; choose a model without")
-    if values.get("hidden_act", "silu") != "silu":
-        _refuse(values, "hidden_act", "pertoken has silu only; choose a model with it")
+    if values.get(family.activation_key, family.activation) != family.activation:
+        reason = f"pertoken has {family.activation} only for model_type {family.model_type}; choose a model with it"
+        _refuse(values, family.activation_key, reason)
+    for key in ("attn_logit_softcapping", "use_bidirectional_attention"):
+        if values.get(key):
+            _refuse(values, key, "pertoken has plain causal attention; choose a model with it")
     # transformers dequantizes GGUF as it reads it, but leaves the note in what it writes out.
     if values.get("quantization_config", {}).get("quant_method", "gguf") != "gguf":
         _refuse(values, "quantization_config", "pertoken reads floating-point weights; write the model out dequantized")
@@ -215,7 +220,7 @@ def config_to_hf(
         # What transformers 5 writes, and what 4 reads. 5 prefers the second, with the base of `rope_theta`.
         "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
         "rope_scaling": scaling,
-        "hidden_act": "silu",
+        family.activation_key: family.activation,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
@@ -223,6 +228,7 @@ def config_to_hf(
         "eos_token_id": eos_token_id,
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
+        **{key: getattr(config, key) for key in family.numbers},
         **family.constants,
     }
     if family.experts is not None:

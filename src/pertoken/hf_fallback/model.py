@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from pertoken.data.batch.pack import MicroBatch
 from pertoken.errors import ModelError, RecipeError
 from pertoken.hf_fallback.check import check_loss
-from pertoken.hf_fallback.head import linear_head, smallest_vocabulary
+from pertoken.hf_fallback.head import linear_head, logit_map_of, smallest_vocabulary
 from pertoken.hf_fallback.quiet import quiet
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.operations import padding_metric
 from pertoken.model.protocol import BalanceLoss, ModelFacts
 from pertoken.objective.cross_entropy import linear_cross_entropy
+from pertoken.objective.logit_map import LogitMap
 from pertoken.objective.terms import CROSS_ENTROPY, LossOutput, Objective
 
 __all__ = ["FallbackCache", "FallbackLM"]
@@ -97,6 +98,11 @@ class FallbackLM(nn.Module):
         return weight
 
     @property
+    def logit_map(self) -> LogitMap:
+        """From the head's product to logits."""
+        return logit_map_of(self.hf)
+
+    @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
@@ -145,6 +151,7 @@ class FallbackLM(nn.Module):
             *(self.hidden_states(micro_batch), self.head_weight, micro_batch.labels, micro_batch.loss_mask),
             impl=execution.loss_impl,
             row_terms=objective.row_terms,
+            logit_map=self.logit_map,
         )
         return replace(out, metrics=out.metrics | {"padding": self.padding(micro_batch)})
 
@@ -176,7 +183,7 @@ class FallbackLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]"""
-        return F.linear(hidden, self.head_weight)
+        return self.logit_map(F.linear(hidden, self.head_weight))
 
     def new_cache(self, max_length: int) -> FallbackCache:
         """An empty cache for `decode`, for one sequence. It grows, so `max_length` is not needed."""
