@@ -25,7 +25,8 @@ def test_defaults_are_those_of_the_class(model_type):
     family, values = FAMILIES[model_type], CONFIG_MAPPING[model_type]().to_dict()
     assert family.model_type == model_type
     assert family.architecture == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-    values["rope_theta"] = values["rope_parameters"]["rope_theta"]
+    rope = values["rope_parameters"]
+    values["rope_theta"] = rope.get("full_attention", rope)["rope_theta"]
     for key, value in family.defaults.items():
         assert values[OF_BOTH_NAMES.get(key, key)] == value, key
     assert values["rms_norm_eps"] == family.defaults.get("rms_norm_eps", 1e-6)
@@ -41,7 +42,7 @@ def test_what_is_always_written_is_what_the_class_has_without_it(model_type):
 
 
 def test_a_recipe_names_each_family_and_says_whether_there_are_experts():
-    assert recipe_names() == ["qwen3", "qwen2", "llama", "olmo2", "granite"]
+    assert recipe_names() == ["qwen3", "qwen2", "llama", "olmo2", "granite", "gemma3"]
     assert recipe_names(use_moe=True) == ["qwen3", "llama"]
     for name in recipe_names():
         for use_moe in (False, True):

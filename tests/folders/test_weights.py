@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -51,6 +54,7 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
 }
 # Texts are longer than the original length, and the frequencies are of all three kinds: kept, divided, in between.
@@ -70,7 +74,8 @@ MULTIPLIED = {
     "attention_multiplier": 0.2,
     "logits_scaling": 5.0,
 }
-DENSE = [*((family, {}) for family in FAMILIES), ("llama", LLAMA3), ("granite", MULTIPLIED)]
+CAPPED = {"final_logit_softcapping": 7.0, "query_pre_attn_scalar": 5}
+DENSE = [*((family, {}) for family in FAMILIES), ("llama", LLAMA3), ("granite", MULTIPLIED), ("gemma3", CAPPED)]
 MIXTURES = {"qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM), "mixtral": (MixtralConfig, MixtralForCausalLM)}
 VARIANTS = (
     [
@@ -86,6 +91,7 @@ VARIANTS = (
     + [
         pytest.param("llama", LLAMA3, id="llama3"),
         pytest.param("granite", MULTIPLIED, id="granite-multiplied"),
+        pytest.param("gemma3", CAPPED, id="gemma3-capped"),
         pytest.param("llama", LLAMA3 | {"head_dim": 20, "tie_word_embeddings": False}, id="llama3-head_dim"),
     ]
     + [
@@ -108,15 +114,19 @@ VARIANTS = (
 def random_hf_model(family, **keys):
     """Every weight random, norms too, and large enough that each one shows in the logits."""
     config_class, model_class = (FAMILIES | MIXTURES)[family]
-    model = model_class(
-        config_class(**SHARED | {"pad_token_id": None} | keys)
-    ).eval()  # whose embedding it would freeze
+    shared = SHARED | {"pad_token_id": None}  # whose embedding it would freeze
+    if family == "gemma3":
+        shared["layer_types"] = ["full_attention"] * SHARED["num_hidden_layers"]
+        keys = {key: {"full_attention": value} if key == "rope_parameters" else value for key, value in keys.items()}
+    model = model_class(config_class(**shared | keys)).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = parameter.ndim == 1 and not name.endswith("bias")
-            parameter.copy_(1 + 0.3 * noise if is_norm else 0.3 * noise if parameter.ndim == 1 else 0.15 * noise)
+            parameter.copy_(
+                (family != "gemma3") + 0.3 * noise if is_norm else 0.3 * noise if parameter.ndim == 1 else 0.15 * noise
+            )
     return model
 
 
@@ -199,6 +209,43 @@ def test_gradients_equal_those_of_transformers(family, keys, kernels, tmp_path):
         ours = dict(model.named_parameters())[name].grad
         # transformers takes its rotary angles and its norms in float32 even here
         assert float((ours - parameter.grad).norm() / parameter.grad.norm()) < 1e-5, name
+
+
+class Float64:
+    """`torch` for transformers' modules, which would take rotary angles, norms and routers in float32 even here."""
+
+    float32 = float = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@pytest.mark.parametrize(("family", "keys"), DENSE)
+def test_float64_gradients_are_those_of_a_plain_loop_over_transformers_in_float64(family, keys, tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    for module in (sys.modules[FAMILIES[family][1].__module__], transformers.modeling_rope_utils):
+        monkeypatch.setattr(module, "torch", Float64())
+    try:
+        hf_model = random_hf_model(family, **keys)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    hf_model.save_pretrained(tmp_path)
+    model, docs = load_folder(tmp_path, dtype=torch.float64), documents([3, 30, 131])
+    for execution in (PLAIN, Execution(loss_impl="reference"), Execution(activation_checkpointing=True)):
+        model.zero_grad()
+        hf_model.zero_grad()
+        loss_sum = model(flat(docs), execution).loss_sum
+        loss_sum.backward()
+        total = 0.0
+        for doc in docs:
+            loss = torch.nn.functional.cross_entropy(hf_model(doc[None]).logits[0], doc, reduction="sum")
+            loss.backward()
+            total += float(loss.detach())
+        assert float(loss_sum.detach()) == pytest.approx(total, rel=1e-12)
+        for name, parameter in model.named_parameters():
+            theirs = hf_model.get_parameter(name).grad
+            assert float((parameter.grad - theirs).abs().max() / theirs.abs().max()) < 1e-10, name
 
 
 @pytest.mark.parametrize("family", MIXTURES)

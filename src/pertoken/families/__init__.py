@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pertoken.families.family import Experts, Family
+from pertoken.families.gemma3 import GEMMA3
 from pertoken.families.granite import GRANITE
 from pertoken.families.llama import LLAMA
 from pertoken.families.minimind import MINIMIND
@@ -22,6 +23,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": MIXTRAL,
     "olmo2": OLMO2,
     "granite": GRANITE,
+    "gemma3_text": GEMMA3,
     "minimind": MINIMIND,
 }
 

@@ -41,6 +41,8 @@ class Family:
     forced_tokenizer: str | None = None
     # `sliding_window` counts only where this key is true; None: no key switches it off.
     window_switch: str | None = "use_sliding_window"
+    # `layer_types` alone says which layers have the window, and `rope_parameters` has those of each type of layer.
+    by_layer_type: bool = False
     rope_types: tuple[str, ...] = ("default",)  # "default", "llama3"
     qk_norm: bool = False  # queries and keys are normalized, head by head, before they are turned
     qk_norm_of_all_heads: bool = False  # by one norm over all of a token's queries, or keys, at once

@@ -26,6 +26,8 @@ GEMMA3 = Family(
         "tie_word_embeddings": True,
     },
     constants={"attention_bias": False, "use_bidirectional_attention": False},
+    window_switch=None,
+    by_layer_type=True,
     qk_norm=True,
     norms="both",
     offset_norms=True,

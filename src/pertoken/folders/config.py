@@ -26,6 +26,7 @@ _KINDS: dict[str, type] = {
 _NULL_SAYS_SOMETHING = ("num_key_value_heads", "sliding_window")
 # In the dict of rotary parameters beside those of a scaling.
 _OF_EVERY_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_FULL = "full_attention"
 _SCALED = RopeScaling.model_fields.keys() - {"rope_type"}
 
 
@@ -61,7 +62,7 @@ def config_from_hf(values: dict[str, Any]) -> ResolvedModelConfig:
     for key in _REQUIRED:
         if key not in values:
             raise ModelError(f"{key}: missing from config.json; add it")
-    rope = _rope(values)
+    rope = _rope(values, family)
     scaling = {key: rope[key] for key in _SCALED} if _rope_type(rope) != "default" else None
     try:
         return ModelConfig.model_validate(
@@ -91,10 +92,15 @@ def _known_family(values: dict[str, Any]) -> Family:
     raise NotCovered(f"model_type={shown(model_type)}: pertoken has {known}; choose a model of these{own}", model_type)
 
 
-def _rope(values: dict[str, Any]) -> dict[str, Any]:
+def _rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
     """The rotary parameters that transformers takes where a file has those of version 4 and of version 5."""
-    found: dict[str, Any] = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    return found
+    return _of_full_attention(values.get("rope_scaling") or values.get("rope_parameters") or {}, family)
+
+
+def _of_full_attention(rope: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Of rotary parameters for each type of layer, those of the one type that there is."""
+    one = rope.get(_FULL, rope) if family.by_layer_type else rope
+    return one if isinstance(one, dict) else rope
 
 
 def _rope_type(rope: dict[str, Any]) -> Any:
@@ -147,7 +153,7 @@ def _refuse_what_is_missing(values: dict[str, Any], family: Family) -> None:
 
 def _refuse_rope(values: dict[str, Any], family: Family) -> None:
     for key in ("rope_parameters", "rope_scaling"):
-        rope = values.get(key, {})
+        rope = _of_full_attention(values.get(key, {}), family)
         kind = _rope_type(rope)
         if kind not in family.rope_types:
             has = (
@@ -162,7 +168,7 @@ def _refuse_rope(values: dict[str, Any], family: Family) -> None:
             _refuse(
                 values, key, f"a scaling has {', '.join(sorted(_SCALED))}, and nothing else; choose a model with these"
             )
-    if _rope_type(_rope(values)) != "default" and "original_max_position_embeddings" in values:
+    if _rope_type(_rope(values, family)) != "default" and "original_max_position_embeddings" in values:
         _refuse(
             values, "original_max_position_embeddings", "pertoken reads it among the rotary parameters; move it there"
         )
@@ -171,10 +177,13 @@ def _refuse_rope(values: dict[str, Any], family: Family) -> None:
 
 
 def _refuse_windows(values: dict[str, Any], family: Family) -> None:
-    if family.window_switch is None and "sliding_window" in values:
+    if family.by_layer_type and "layer_types" not in values:
+        reason = "pertoken has full attention only; choose a model without windows"
+        raise NotCovered(f"layer_types: missing, which means windows of some layers; {reason}", family.model_type)
+    if family.window_switch is None and "sliding_window" in values and not family.by_layer_type:
         _refuse(values, "sliding_window", "pertoken has full attention only; set it to null for short texts")
     if "layer_types" in values:
-        if any(kind != "full_attention" for kind in values["layer_types"]):
+        if any(kind != _FULL for kind in values["layer_types"]):
             _refuse(values, "layer_types", "pertoken has full attention only; choose a model without windows")
     elif family.window_switch and values.get(family.window_switch) and "sliding_window" in values:
         reason = f"pertoken has full attention only; set {family.window_switch} to false for short texts"
@@ -213,12 +222,13 @@ def config_to_hf(
     dtype_name = str(dtype).removeprefix("torch.")
     family = family_of(config)
     scaling = None if config.rope_scaling is None else config.rope_scaling.model_dump()
+    rope = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
     values = {key: getattr(config, key) for key in (*_SIZES, "rope_theta", "rms_norm_eps")}
     values |= {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         # What transformers 5 writes, and what 4 reads. 5 prefers the second, with the base of `rope_theta`.
-        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
+        "rope_parameters": {_FULL: rope} if family.by_layer_type else rope,
         "rope_scaling": scaling,
         family.activation_key: family.activation,
         "attention_dropout": 0.0,
@@ -231,6 +241,8 @@ def config_to_hf(
         **{key: getattr(config, key) for key in family.numbers},
         **family.constants,
     }
+    if family.by_layer_type:
+        values["layer_types"] = [_FULL] * config.num_hidden_layers
     if family.experts is not None:
         values |= {
             family.experts.num_key: config.num_experts,
