@@ -2,7 +2,17 @@ from copy import deepcopy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from pertoken.errors import ModelError
 from pertoken.folders.config import NotCovered, config_from_hf, config_to_hf
@@ -20,7 +30,14 @@ SHARED = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
-FAMILIES = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
+FAMILIES = {
+    "qwen3": Qwen3Config,
+    "qwen2": Qwen2Config,
+    "llama": LlamaConfig,
+    "olmo2": Olmo2Config,
+    "granite": GraniteConfig,
+    "gemma3": Gemma3TextConfig,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -37,7 +54,8 @@ def test_a_configuration_survives_the_way_there_and_back(family):
     config = ModelConfig.model_validate(SHARED | keys).resolve(97)
     assert config_from_hf(config_to_hf(config, eos_token_id=2)) == config
     theirs = FAMILIES[family](**config_to_hf(config, eos_token_id=2))
-    assert theirs.rope_parameters["rope_theta"] == 777.0
+    assert theirs.rope_parameters.get("full_attention", theirs.rope_parameters)["rope_theta"] == 777.0
+    assert theirs.pad_token_id is None, "its embedding would be frozen"
     assert config_from_hf(theirs.to_dict()) == config
 
 
@@ -198,6 +216,7 @@ def test_minimind_configurations_are_read():
     assert (config.use_moe, config.moe_intermediate_size, config.aux_loss_coef) == (True, 320, 0.01)
 
 
+GEMMA3 = {"model_type": "gemma3_text", "layer_types": ["full_attention"] * 2}
 REFUSED = [
     ({"model_type": "mistral"}, "model_type='mistral'"),
     ({"model_type": None}, "model_type=None"),
@@ -227,6 +246,15 @@ REFUSED = [
     ({"model_type": "qwen3_moe", "use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
     ({"model_type": "mixtral", "sliding_window": 4096}, "sliding_window=4096"),
     ({"model_type": "mixtral", "norm_topk_prob": False}, "norm_topk_prob=False"),
+    ({"model_type": "gemma3_text", "sliding_window": 64}, "layer_types: missing, which means windows of some layers"),
+    ({"model_type": "gemma3_text", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+    (GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+    (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    (GEMMA3 | {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+    (GEMMA3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, "rope_parameters={"),
+    (GEMMA3 | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0"),
+    ({"model_type": "granite", "residual_multiplier": -1.0}, "residual_multiplier=-1.0"),
+    ({"model_type": "olmo2", "attention_bias": True}, "attention_bias=True"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling="),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 16}}, "rope_scaling="),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "rope_parameters="),

@@ -249,6 +249,16 @@ def test_derived_model_keys():
     assert (config.qk_norm, config.qkv_bias) == (False, False)
 
 
+def test_what_a_family_multiplies_by_is_for_that_family_alone():
+    config = parse("model.family=granite", "model.logits_scaling=8.0").model.resolve(6400)
+    assert (config.embedding_scale, config.residual_multiplier, config.logits_scaling) == (1.0, 1.0, 8.0)
+    assert (config.attention_scale, config.attention_multiplier) == (64**-0.5, 64**-0.5)
+    config = parse("model.family=gemma3", "model.query_pre_attn_scalar=256").model.resolve(6400)
+    assert (config.embedding_scale, config.attention_scale) == (512**0.5, 1 / 16)
+    with pytest.raises(RecipeError, match=r"^model\.logits_scaling=8\.0: qwen2 models have none; leave the key out"):
+        parse("model.family=qwen2", "model.logits_scaling=8.0")
+
+
 def test_a_family_brings_its_features_and_its_defaults():
     found = {}
     for name in ("qwen3", "qwen2", "llama"):

@@ -43,6 +43,8 @@ ENDS = {
         {"tie_word_embeddings": False, "num_key_value_heads": 2},
         {"family": "llama", "head_dim": 6},
         {"family": "qwen2", "num_key_value_heads": 2},
+        {"family": "olmo2", "num_key_value_heads": 2},
+        {"family": "gemma3", "num_key_value_heads": 2},
         {"use_moe": True, "num_experts": 3, "moe_intermediate_size": 20},
         {"use_moe": True, "family": "llama", "tie_word_embeddings": False},
     ],

@@ -34,7 +34,8 @@ class Family:
     # What a key absent from config.json means: the class's own defaults. A `head_dim` absent here and there is
     # hidden_size / num_attention_heads, a `num_key_value_heads` num_attention_heads.
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    constants: Mapping[str, Any] = field(default_factory=dict)  # written beside the architecture, always the same
+    # Written beside the architecture, always the same: a null `pad_token_id` where the class would else have one.
+    constants: Mapping[str, Any] = field(default_factory=dict)
     weight_names: Mapping[str, str] = field(default_factory=dict)  # parts of a parameter's name: ours -> on disk
     # The class that transformers' AutoTokenizer makes of any tokenizer beside such a config.json, whatever the folder
     # of the tokenizer says; None: it does as the folder says.

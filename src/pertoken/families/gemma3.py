@@ -25,7 +25,7 @@ GEMMA3 = Family(
         "query_pre_attn_scalar": 256,
         "tie_word_embeddings": True,
     },
-    constants={"attention_bias": False, "use_bidirectional_attention": False},
+    constants={"attention_bias": False, "use_bidirectional_attention": False, "pad_token_id": None},
     window_switch=None,
     by_layer_type=True,
     qk_norm=True,

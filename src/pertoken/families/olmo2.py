@@ -18,7 +18,7 @@ OLMO2 = Family(
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
     },
-    constants={"attention_bias": False},
+    constants={"attention_bias": False, "pad_token_id": None},
     window_switch=None,
     qk_norm=True,
     qk_norm_of_all_heads=True,

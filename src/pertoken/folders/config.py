@@ -152,6 +152,8 @@ def _refuse_what_is_missing(values: dict[str, Any], family: Family) -> None:
 
 
 def _refuse_rope(values: dict[str, Any], family: Family) -> None:
+    if family.by_layer_type and _FULL not in values.get("rope_parameters", {_FULL: {}}):
+        _refuse(values, "rope_parameters", "pertoken reads them by type of layer; write them so")
     for key in ("rope_parameters", "rope_scaling"):
         rope = _of_full_attention(values.get(key, {}), family)
         kind = _rope_type(rope)
