@@ -197,7 +197,10 @@ def test_absent_keys_mean_what_they_mean_to_transformers():
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for family, config_class in FAMILIES.items():
         values = {key: SHARED[key] for key in (*keys, "num_key_value_heads")}
-        assert config_from_hf({**values, "model_type": family}) == config_from_hf(config_class(**values).to_dict())
+        if family == "gemma3":  # or some layers would have a window
+            values["layer_types"] = GEMMA3["layer_types"]
+        ours = config_from_hf({**values, "model_type": config_class.model_type})
+        assert ours == config_from_hf(config_class(**values).to_dict())
     for model_type, config_class in (("qwen3_moe", Qwen3MoeConfig), ("mixtral", MixtralConfig)):
         values = {key: SHARED[key] for key in keys}
         values["num_attention_heads"] = 8
@@ -318,6 +321,8 @@ def test_what_is_switched_off_is_not_refused(keys):
 
 def test_null_key_value_heads_are_as_many_as_query_heads():
     values = SHARED | {"num_key_value_heads": None}
-    for model_type, config_class in FAMILIES.items():
-        config = config_from_hf({**values, "model_type": model_type})
+    for family, config_class in FAMILIES.items():
+        if family == "gemma3":  # whose class takes no null
+            continue
+        config = config_from_hf({**values, "model_type": config_class.model_type})
         assert config.num_key_value_heads == config_class(**values).num_key_value_heads == 6
