@@ -123,7 +123,8 @@ class Layer(nn.Module):
         if norm is not None:
             update = norm(update.to(residual.dtype))
         if self.residual_multiplier != 1.0:
-            return torch.add(residual, update, alpha=self.residual_multiplier)
+            # Not `torch.add(..., alpha=...)`, whose alpha the compiler loses where it is a module's number.
+            update = update.to(residual.dtype) * self.residual_multiplier
         return residual + update
 
 
