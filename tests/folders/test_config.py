@@ -10,6 +10,7 @@ from transformers import (
     MixtralConfig,
     Olmo2Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -45,7 +46,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-MIXTURES = {"qwen3": Qwen3MoeConfig, "llama": MixtralConfig}
+MIXTURES = {"qwen3": Qwen3MoeConfig, "qwen2": Qwen2MoeConfig, "llama": MixtralConfig}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,7 +63,7 @@ def test_a_configuration_survives_the_way_there_and_back(family):
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_mixture_survives_the_way_there_and_back(family):
     keys = {"family": family, "rms_norm_eps": 1e-5, "use_moe": True, "num_experts": 6, "num_experts_per_tok": 3}
-    keys |= {"norm_topk_prob": False, "moe_intermediate_size": 24} if family == "qwen3" else {}
+    keys |= {"norm_topk_prob": False, "moe_intermediate_size": 24} if family != "llama" else {}
     config = ModelConfig.model_validate(SHARED | keys | {"aux_loss_coef": 0.125}).resolve(97)
     assert config_from_hf(config_to_hf(config, eos_token_id=2)) == config
     theirs = MIXTURES[family](**config_to_hf(config, eos_token_id=2))
@@ -201,10 +202,11 @@ def test_absent_keys_mean_what_they_mean_to_transformers():
             values["layer_types"] = GEMMA3["layer_types"]
         ours = config_from_hf({**values, "model_type": config_class.model_type})
         assert ours == config_from_hf(config_class(**values).to_dict())
-    for model_type, config_class in (("qwen3_moe", Qwen3MoeConfig), ("mixtral", MixtralConfig)):
+    for config_class in MIXTURES.values():
         values = {key: SHARED[key] for key in keys}
-        values["num_attention_heads"] = 8
-        assert config_from_hf({**values, "model_type": model_type}) == config_from_hf(config_class(**values).to_dict())
+        values |= {"num_attention_heads": 16, "hidden_size": 64}
+        ours = config_from_hf({**values, "model_type": config_class.model_type})
+        assert ours == config_from_hf(config_class(**values).to_dict())
 
 
 def test_minimind_configurations_are_read():
@@ -223,7 +225,7 @@ GEMMA3 = {"model_type": "gemma3_text", "layer_types": ["full_attention"] * 2}
 REFUSED = [
     ({"model_type": "mistral"}, "model_type='mistral'"),
     ({"model_type": None}, "model_type=None"),
-    ({"model_type": "qwen2_moe"}, "model_type='qwen2_moe'"),
+    ({"model_type": "qwen2_moe", "qkv_bias": False}, "qkv_bias=False"),
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
     ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "layer_types="),
     ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias=True"),

@@ -20,6 +20,8 @@ from transformers import (
     Olmo2ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -76,7 +78,11 @@ MULTIPLIED = {
 }
 CAPPED = {"final_logit_softcapping": 7.0, "query_pre_attn_scalar": 5}
 DENSE = [*((family, {}) for family in FAMILIES), ("llama", LLAMA3), ("granite", MULTIPLIED), ("gemma3", CAPPED)]
-MIXTURES = {"qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM), "mixtral": (MixtralConfig, MixtralForCausalLM)}
+MIXTURES = {
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
+}
 VARIANTS = (
     [
         pytest.param(family, keys, id=f"{family}-{'-'.join(map(str, keys)) or 'plain'}")
@@ -104,6 +110,10 @@ VARIANTS = (
                 {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 24},
             ),
             ("qwen3_moe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": False, "head_dim": 20}),
+            (
+                "qwen2_moe",
+                {"num_experts": 5, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 24, "head_dim": 8},
+            ),
             ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1}),
             ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
         )
@@ -265,6 +275,10 @@ def test_gradients_of_experts_equal_those_of_transformers(family, tmp_path):
             gate_up = torch.cat([expert.gate_proj.weight.grad, expert.up_proj.weight.grad])
             pairs += [(gate_up, theirs.experts.gate_up_proj.grad[i])]
             pairs += [(expert.down_proj.weight.grad, theirs.experts.down_proj.grad[i])]
+        if family == "qwen2_moe":
+            pairs += [(ours.shared_expert_gate.weight.grad, theirs.shared_expert_gate.weight.grad)]
+            for name, parameter in theirs.shared_expert.named_parameters():
+                pairs += [(ours.shared_expert.get_parameter(name).grad, parameter.grad)]
         for a, b in pairs:
             # transformers takes its rotary angles, its norms and its router in float32 even here
             assert float((a - b).norm() / b.norm()) < 1e-5

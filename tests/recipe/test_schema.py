@@ -188,7 +188,7 @@ SCALED = [f"model.rope_scaling.{key}={value}" for key, value in ROPE.items()]
             ["model.family=llama", "model.use_moe=true", *SCALED],
             'model.rope_scaling.rope_type="llama3": mixtral models',
         ),
-        (["model.family=qwen2", "model.use_moe=true"], 'model.use_moe=True: model.family="qwen2" has no such models'),
+        (["model.family=olmo2", "model.use_moe=true"], 'model.use_moe=True: model.family="olmo2" has no such models'),
     ],
 )
 def test_features_that_a_family_has_not_are_refused(overrides, message):

@@ -10,6 +10,7 @@ from pertoken.families.minimind import MINIMIND
 from pertoken.families.mixtral import MIXTRAL
 from pertoken.families.olmo2 import OLMO2
 from pertoken.families.qwen2 import QWEN2
+from pertoken.families.qwen2_moe import QWEN2_MOE
 from pertoken.families.qwen3 import QWEN3
 from pertoken.families.qwen3_moe import QWEN3_MOE
 
@@ -19,6 +20,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
     "qwen2": QWEN2,
+    "qwen2_moe": QWEN2_MOE,
     "llama": LLAMA,
     "mixtral": MIXTRAL,
     "olmo2": OLMO2,

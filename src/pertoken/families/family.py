@@ -16,6 +16,7 @@ class Experts:
     switch: str | None = None  # the key that says whether there are any; None: every model of the type has them
     num_key: str = "num_experts"  # as it is written; `num_local_experts` and `num_experts` are both read
     own_width: bool = True  # experts have `moe_intermediate_size`; False: `intermediate_size` is theirs
+    shared: bool = False  # beside them one of `shared_expert_intermediate_size` that every token goes through
     may_not_normalize: bool = True  # `norm_topk_prob` may be false; False: the weights of a token's experts sum to 1
 
 

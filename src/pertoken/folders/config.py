@@ -27,6 +27,7 @@ _NULL_SAYS_SOMETHING = ("num_key_value_heads", "sliding_window")
 # In the dict of rotary parameters beside those of a scaling.
 _OF_EVERY_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _FULL = "full_attention"
+_SHARED = "shared_expert_intermediate_size"
 _SCALED = RopeScaling.model_fields.keys() - {"rope_type"}
 
 
@@ -124,6 +125,7 @@ def _experts(values: dict[str, Any], family: Family) -> dict[str, Any]:
         "num_experts_per_tok": values.get("num_experts_per_tok"),
         "norm_topk_prob": values.get("norm_topk_prob"),
         "moe_intermediate_size": values.get("moe_intermediate_size"),
+        _SHARED: values.get(_SHARED) if family.experts is not None and family.experts.shared else None,
         "aux_loss_coef": values.get("router_aux_loss_coef"),
     }
 
@@ -134,6 +136,8 @@ def _refuse(values: dict[str, Any], key: str, reason: str) -> NoReturn:
 
 def _refuse_what_is_missing(values: dict[str, Any], family: Family) -> None:
     _refuse_rope(values, family)
+    if not values.get("qkv_bias", True) and family.qkv_bias and "qkv_bias" in family.constants:
+        _refuse(values, "qkv_bias", "pertoken has these biases in every such model; choose one with them")
     # A family whose queries, keys and values have a bias has it in every model, and its class reads no such key.
     for key in ("mlp_bias",) if family.qkv_bias else ("attention_bias", "mlp_bias"):
         if values.get(key):
@@ -193,7 +197,8 @@ def _refuse_windows(values: dict[str, Any], family: Family) -> None:
 
 
 def _refuse_experts(values: dict[str, Any], family: Family) -> None:
-    for key in ("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size"):
+    has_shared = family.experts is not None and family.experts.shared
+    for key in ("n_shared_experts", "num_shared_experts", *(() if has_shared else (_SHARED,))):
         if values.get(key):
             _refuse(values, key, "pertoken has no shared experts; choose a model without")
     if _has_experts(values, family):
@@ -256,4 +261,6 @@ def config_to_hf(
             values["norm_topk_prob"] = config.norm_topk_prob
         if family.experts.own_width:
             values["moe_intermediate_size"] = config.moe_intermediate_size
+        if family.experts.shared:
+            values[_SHARED] = config.shared_expert_intermediate_size
     return values

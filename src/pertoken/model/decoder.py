@@ -132,8 +132,9 @@ class CausalLM(nn.Module):
     @staticmethod
     def wide_modules(layer: nn.Module) -> list[nn.Module]:
         """What of a block autocast leaves as wide as its parameters: the norms and the router."""
-        routers = [m.gate for m in layer.modules() if isinstance(m, MixtureOfExperts)]
-        return [*(m for m in layer.modules() if isinstance(m, nn.RMSNorm)), *routers]
+        mixtures = [m for m in layer.modules() if isinstance(m, MixtureOfExperts)]
+        norms = [m for m in layer.modules() if isinstance(m, nn.RMSNorm)]
+        return norms + [router for mixture in mixtures for router in mixture.routers]
 
     def forward(
         self, micro_batch: MicroBatch, execution: Execution = PLAIN, *, objective: Objective = CROSS_ENTROPY

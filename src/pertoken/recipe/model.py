@@ -21,6 +21,7 @@ MOE_KEYS = (
     "num_experts_per_tok",
     "norm_topk_prob",
     "moe_intermediate_size",
+    "shared_expert_intermediate_size",
     "aux_loss",
     "aux_loss_coef",
 )
@@ -80,6 +81,7 @@ class ModelConfig(Section):
     num_experts_per_tok: int | None = Field(default=None, ge=1)
     norm_topk_prob: bool | None = None
     moe_intermediate_size: int | None = Field(default=None, ge=1)
+    shared_expert_intermediate_size: int | None = Field(default=None, ge=1)
     aux_loss: Literal["sequence", "micro_batch", "none"] | None = None
     aux_loss_coef: float | None = Field(default=None, ge=0)
 
@@ -159,6 +161,11 @@ class ModelConfig(Section):
             )
         if record.experts is None:
             return
+        if (shared := self.shared_expert_intermediate_size) is not None and not record.experts.shared:
+            raise ValueError(
+                f"model.shared_expert_intermediate_size={shared}: {record.model_type} models have no shared expert; "
+                "leave the key out, or choose another model.family"
+            )
         if self.norm_topk_prob is False and not record.experts.may_not_normalize:
             raise ValueError(
                 f'model.norm_topk_prob=False: model.family="{self.family}" with experts is saved as '
@@ -175,15 +182,18 @@ class ModelConfig(Section):
         """All keys filled in. `vocab_size` counts where `model.vocab_size` is not given.
 
         The feed-forward width defaults to MiniMind's `ceil(hidden_size * pi / 64) * 64`, the rotary base to the
-        family's own, an expert's width to the feed-forward width; experts, choices per token and the balance loss's
-        coefficient to MiniMind's 4, 1 and 5e-4. The scores of attention are divided by the square root of head_dim,
-        and nothing else is multiplied.
+        family's own, an expert's width (a shared one's too) to the feed-forward width; experts, choices per token and
+        the balance loss's coefficient to MiniMind's 4, 1 and 5e-4. The scores of attention are divided by the square
+        root of head_dim, and nothing else is multiplied.
         """
         width = self.intermediate_size or math.ceil(self.hidden_size * math.pi / 64) * 64
         moe_width = self.moe_intermediate_size or width
         record = self._record()
         if record.experts is not None and not record.experts.own_width:
             width = moe_width
+        shared_width = self.shared_expert_intermediate_size
+        if record.experts is not None and record.experts.shared:
+            shared_width = shared_width or width
         head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         attention_multiplier, query_scalar = self.attention_multiplier, self.query_pre_attn_scalar
         if "attention_multiplier" in record.numbers:
@@ -215,6 +225,7 @@ class ModelConfig(Section):
             num_experts_per_tok=self.num_experts_per_tok or 1,
             norm_topk_prob=self.norm_topk_prob is not False,
             moe_intermediate_size=moe_width,
+            shared_expert_intermediate_size=shared_width,
             aux_loss=self.aux_loss or "sequence",
             aux_loss_coef=_AUX_LOSS_COEF if self.aux_loss_coef is None else self.aux_loss_coef,
             qk_norm=record.qk_norm,
@@ -282,6 +293,8 @@ class ResolvedModelConfig(ModelConfig):
         attention += self.head_dim * (queries + 2 * keys) if self.qkv_bias else 0
         if self.use_moe:
             mlp = self.num_experts * hidden * (3 * self.moe_intermediate_size + 1)
+            if self.shared_expert_intermediate_size is not None:
+                mlp += hidden * (3 * self.shared_expert_intermediate_size + 1)
         else:
             mlp = 3 * hidden * self.intermediate_size
         tables = 1 if self.tie_word_embeddings else 2
