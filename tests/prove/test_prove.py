@@ -142,6 +142,7 @@ FAMILIES = {
         "logits_scaling": 0.3,
     },
     "gemma3": {"family": "gemma3", "query_pre_attn_scalar": 5, "final_logit_softcapping": 0.7},
+    "shared expert": {"family": "qwen2", "use_moe": True, "num_experts_per_tok": 2, "aux_loss_coef": 0.1},
 }
 
 
