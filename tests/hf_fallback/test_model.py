@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pertoken.hf_fallback.model import FallbackLM
 from pertoken.inference.generate import generate
 from pertoken.model.decoder import CausalLM
 from pertoken.model.execution import Execution
+from pertoken.objective.logit_map import PLAIN_LOGITS
 from pertoken.runs.data import prepare
 from pertoken.training.evaluate import evaluate
 from pertoken.training.precision import Precision
@@ -52,6 +54,9 @@ TRAINS = {
         "Gemma3Text",
         {**SIZES, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "mixtral": ("Mixtral", {**SIZES, "num_local_experts": 4, "sliding_window": 16}),
+    "gemma2": ("Gemma2", {**SIZES, "final_logit_softcapping": 3.0}),
+    "cohere": ("Cohere", {k: v for k, v in SIZES.items() if k != "head_dim"}),
     "llama-scaled-rope": (
         "Llama",
         {**SIZES, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
@@ -90,7 +95,7 @@ def test_ten_steps_are_those_of_a_plain_loop_over_transformers(world, folders, t
 
     recipe = world.recipe(
         tmp_path / "run",
-        model={},
+        model={"aux_loss": "none"} if name == "mixtral" else {},
         init_from=str(folders[name]),
         train__max_steps=10,
         train__schedule="constant",
@@ -126,17 +131,7 @@ def test_ten_steps_are_those_of_a_plain_loop_over_transformers(world, folders, t
 
 
 REFUSED = {
-    "Gemma2": ({**SIZES}, "final_logit_softcapping=30.0"),
     "Phi": ({k: v for k, v in SIZES.items() if k != "head_dim"}, "its head has a bias"),
-    "Cohere": ({k: v for k, v in SIZES.items() if k != "head_dim"}, "logit_scale=0.0625"),
-    "Granite": (
-        {**{k: v for k, v in SIZES.items() if k != "head_dim"}, "logits_scaling": 8.0},
-        "logits_scaling=8.0",
-    ),
-    "Mixtral": (
-        {**SIZES, "num_local_experts": 2, "sliding_window": 64},
-        "a mixture of experts",
-    ),  # covered without windows
     "Gemma3Text": ({**SIZES, "use_bidirectional_attention": True}, "depend on the tokens after it"),
 }
 
@@ -153,8 +148,22 @@ def test_what_would_be_another_loss_is_refused_by_name(world, tmp_path, name):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_soft_cap_far_above_an_untrained_models_logits_is_found(world, tmp_path):
-    """The logits themselves are all but unchanged by it, so comparing losses would not show it."""
+@pytest.mark.parametrize("overrides", [[], ["model.aux_loss=sequence"]], ids=str)
+def test_a_mixture_trains_without_a_balance_loss_or_not_at_all(world, folders, tmp_path, overrides):
+    recipe = world.write_recipe(tmp_path / "recipe", model={}, init_from=str(folders["mixtral"]))
+    code, _, err = pertoken("train", recipe, f"out_dir={tmp_path / 'run'}", *overrides)
+    assert code == 2
+    assert 'model.aux_loss="sequence": mixtral (transformers) is a mixture of experts' in err
+    assert not (tmp_path / "run").exists()
+    model = load_model(folders["mixtral"])
+    with pytest.raises(RecipeError, match=r'set model\.aux_loss to "none"'):
+        model(collate(random_samples([9], model.facts.vocab_size)))
+    of_experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert model.num_parameters - model.num_active_parameters == of_experts // 2
+
+
+def test_a_soft_cap_far_above_an_untrained_models_logits_is_found(world, tmp_path, monkeypatch):
+    """The logits themselves are all but unchanged by it, so comparing losses would not show one that we do not know."""
     from transformers import AutoModelForCausalLM
 
     from pertoken.hf_fallback.head import check_logits
@@ -164,6 +173,8 @@ def test_a_soft_cap_far_above_an_untrained_models_logits_is_found(world, tmp_pat
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1e-3)
     assert model(input_ids=torch.arange(8)[None]).logits.abs().max() < 0.1
+    check_logits(model)
+    monkeypatch.setattr("pertoken.hf_fallback.head.logit_map_of", lambda model: PLAIN_LOGITS)
     with pytest.raises(ModelError, match=r"Gemma2ForCausalLM: final_logit_softcapping=50\.0"):
         check_logits(model)
     model.config.final_logit_softcapping = None
@@ -191,9 +202,18 @@ def test_dropout_that_is_not_in_the_configuration_is_switched_off_too(folders):
     assert torch.equal(model.train()(micro_batch).loss_sum, model.eval()(micro_batch).loss_sum)
 
 
+def opened(folder: Path, dtype: torch.dtype = torch.float32) -> FallbackLM:
+    """As `model.aux_loss = "none"` lets it train."""
+    model = load_model(folder, dtype=dtype)
+    assert isinstance(model, FallbackLM)
+    if (balance_loss := model.facts.balance_loss) is not None:
+        model.set_balance_loss(replace(balance_loss, kind="none"))
+    return model
+
+
 @pytest.mark.parametrize("name", TRAINS)
 def test_no_dropout_rate_is_left_and_training_mode_computes_what_evaluation_does(folders, name):
-    model = load_model(folders[name])
+    model = opened(folders[name])
     assert isinstance(model, FallbackLM)
     assert {n for n, p in model.named_parameters() if p.data_ptr() % 64} == set(), "products depend on where they lie"
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {0.0}
@@ -204,12 +224,12 @@ def test_no_dropout_rate_is_left_and_training_mode_computes_what_evaluation_does
 
 
 # Transformers' RMSNorm computes in float32 whatever comes in, so Gemma keeps float32's precision.
-TOLERANCE = {"gpt2": 1e-10, "gemma": 1e-5}
+TOLERANCE = {"gpt2": 1e-10, "gemma": 1e-5, "mixtral": 1e-5}
 
 
 @pytest.mark.parametrize("name", TOLERANCE)
 def test_the_split_changes_no_float64_gradient(folders, name):
-    model = load_model(folders[name], dtype=torch.float64)
+    model = opened(folders[name], dtype=torch.float64)
     samples = random_samples([1, 7, 128, 129, 30, 30, 3], model.facts.vocab_size)
 
     def gradients(split: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -227,7 +247,7 @@ def test_the_split_changes_no_float64_gradient(folders, name):
 
 @pytest.mark.parametrize("name", TRAINS)
 def test_an_empty_micro_batch_gives_zeros_and_every_parameter_a_zero_gradient(folders, name):
-    model = load_model(folders[name])
+    model = opened(folders[name])
     out = model(collate([]))
     assert (out.loss_sum.item(), out.num_tokens.item()) == (0.0, 0)
     out.objective({"supervised": 1}).backward()

@@ -130,7 +130,20 @@ def test_pretraining_is_proved_too(tmp_path, text_file, bpe_folder):
 
 
 ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-FAMILIES = {"qwen2": {"family": "qwen2"}, "llama3": {"family": "llama", "rope_theta": 50.0, "rope_scaling": ROPE}}
+FAMILIES = {
+    "qwen2": {"family": "qwen2"},
+    "llama3": {"family": "llama", "rope_theta": 50.0, "rope_scaling": ROPE},
+    "olmo2": {"family": "olmo2"},
+    "granite": {
+        "family": "granite",
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 0.3,
+    },
+    "gemma3": {"family": "gemma3", "query_pre_attn_scalar": 5, "final_logit_softcapping": 0.7},
+    "shared expert": {"family": "qwen2", "use_moe": True, "num_experts_per_tok": 2, "aux_loss_coef": 0.1},
+}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

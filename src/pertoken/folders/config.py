@@ -26,6 +26,8 @@ _KINDS: dict[str, type] = {
 _NULL_SAYS_SOMETHING = ("num_key_value_heads", "sliding_window")
 # In the dict of rotary parameters beside those of a scaling.
 _OF_EVERY_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_FULL = "full_attention"
+_SHARED = "shared_expert_intermediate_size"
 _SCALED = RopeScaling.model_fields.keys() - {"rope_type"}
 
 
@@ -61,7 +63,7 @@ def config_from_hf(values: dict[str, Any]) -> ResolvedModelConfig:
     for key in _REQUIRED:
         if key not in values:
             raise ModelError(f"{key}: missing from config.json; add it")
-    rope = _rope(values)
+    rope = _rope(values, family)
     scaling = {key: rope[key] for key in _SCALED} if _rope_type(rope) != "default" else None
     try:
         return ModelConfig.model_validate(
@@ -72,6 +74,7 @@ def config_from_hf(values: dict[str, Any]) -> ResolvedModelConfig:
                 "rope_scaling": scaling,
                 "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
             }
+            | {key: values.get(key) for key in family.numbers}
             | _experts(values, family)
         ).resolve(values["vocab_size"])
     except ValidationError as error:
@@ -90,10 +93,15 @@ def _known_family(values: dict[str, Any]) -> Family:
     raise NotCovered(f"model_type={shown(model_type)}: pertoken has {known}; choose a model of these{own}", model_type)
 
 
-def _rope(values: dict[str, Any]) -> dict[str, Any]:
+def _rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
     """The rotary parameters that transformers takes where a file has those of version 4 and of version 5."""
-    found: dict[str, Any] = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    return found
+    return _of_full_attention(values.get("rope_scaling") or values.get("rope_parameters") or {}, family)
+
+
+def _of_full_attention(rope: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Of rotary parameters for each type of layer, those of the one type that there is."""
+    one = rope.get(_FULL, rope) if family.by_layer_type else rope
+    return one if isinstance(one, dict) else rope
 
 
 def _rope_type(rope: dict[str, Any]) -> Any:
@@ -117,6 +125,7 @@ def _experts(values: dict[str, Any], family: Family) -> dict[str, Any]:
         "num_experts_per_tok": values.get("num_experts_per_tok"),
         "norm_topk_prob": values.get("norm_topk_prob"),
         "moe_intermediate_size": values.get("moe_intermediate_size"),
+        _SHARED: values.get(_SHARED) if family.experts is not None and family.experts.shared else None,
         "aux_loss_coef": values.get("router_aux_loss_coef"),
     }
 
@@ -127,12 +136,18 @@ def _refuse(values: dict[str, Any], key: str, reason: str) -> NoReturn:
 
 def _refuse_what_is_missing(values: dict[str, Any], family: Family) -> None:
     _refuse_rope(values, family)
+    if not values.get("qkv_bias", True) and family.qkv_bias and "qkv_bias" in family.constants:
+        _refuse(values, "qkv_bias", "pertoken has these biases in every such model; choose one with them")
     # A family whose queries, keys and values have a bias has it in every model, and its class reads no such key.
     for key in ("mlp_bias",) if family.qkv_bias else ("attention_bias", "mlp_bias"):
         if values.get(key):
             _refuse(values, key, "pertoken has no such bias; choose a model without")
-    if values.get("hidden_act", "silu") != "silu":
-        _refuse(values, "hidden_act", "pertoken has silu only; choose a model with it")
+    if values.get(family.activation_key, family.activation) != family.activation:
+        reason = f"pertoken has {family.activation} only for model_type {family.model_type}; choose a model with it"
+        _refuse(values, family.activation_key, reason)
+    for key in ("attn_logit_softcapping", "use_bidirectional_attention"):
+        if values.get(key):
+            _refuse(values, key, "pertoken has plain causal attention; choose a model with it")
     # transformers dequantizes GGUF as it reads it, but leaves the note in what it writes out.
     if values.get("quantization_config", {}).get("quant_method", "gguf") != "gguf":
         _refuse(values, "quantization_config", "pertoken reads floating-point weights; write the model out dequantized")
@@ -141,8 +156,10 @@ def _refuse_what_is_missing(values: dict[str, Any], family: Family) -> None:
 
 
 def _refuse_rope(values: dict[str, Any], family: Family) -> None:
+    if family.by_layer_type and _FULL not in values.get("rope_parameters", {_FULL: {}}):
+        _refuse(values, "rope_parameters", "pertoken reads them by type of layer; write them so")
     for key in ("rope_parameters", "rope_scaling"):
-        rope = values.get(key, {})
+        rope = _of_full_attention(values.get(key, {}), family)
         kind = _rope_type(rope)
         if kind not in family.rope_types:
             has = (
@@ -157,7 +174,7 @@ def _refuse_rope(values: dict[str, Any], family: Family) -> None:
             _refuse(
                 values, key, f"a scaling has {', '.join(sorted(_SCALED))}, and nothing else; choose a model with these"
             )
-    if _rope_type(_rope(values)) != "default" and "original_max_position_embeddings" in values:
+    if _rope_type(_rope(values, family)) != "default" and "original_max_position_embeddings" in values:
         _refuse(
             values, "original_max_position_embeddings", "pertoken reads it among the rotary parameters; move it there"
         )
@@ -166,10 +183,13 @@ def _refuse_rope(values: dict[str, Any], family: Family) -> None:
 
 
 def _refuse_windows(values: dict[str, Any], family: Family) -> None:
-    if family.window_switch is None and "sliding_window" in values:
+    if family.by_layer_type and "layer_types" not in values:
+        reason = "pertoken has full attention only; choose a model without windows"
+        raise NotCovered(f"layer_types: missing, which means windows of some layers; {reason}", family.model_type)
+    if family.window_switch is None and "sliding_window" in values and not family.by_layer_type:
         _refuse(values, "sliding_window", "pertoken has full attention only; set it to null for short texts")
     if "layer_types" in values:
-        if any(kind != "full_attention" for kind in values["layer_types"]):
+        if any(kind != _FULL for kind in values["layer_types"]):
             _refuse(values, "layer_types", "pertoken has full attention only; choose a model without windows")
     elif family.window_switch and values.get(family.window_switch) and "sliding_window" in values:
         reason = f"pertoken has full attention only; set {family.window_switch} to false for short texts"
@@ -177,7 +197,8 @@ def _refuse_windows(values: dict[str, Any], family: Family) -> None:
 
 
 def _refuse_experts(values: dict[str, Any], family: Family) -> None:
-    for key in ("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size"):
+    has_shared = family.experts is not None and family.experts.shared
+    for key in ("n_shared_experts", "num_shared_experts", *(() if has_shared else (_SHARED,))):
         if values.get(key):
             _refuse(values, key, "pertoken has no shared experts; choose a model without")
     if _has_experts(values, family):
@@ -208,14 +229,15 @@ def config_to_hf(
     dtype_name = str(dtype).removeprefix("torch.")
     family = family_of(config)
     scaling = None if config.rope_scaling is None else config.rope_scaling.model_dump()
+    rope = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
     values = {key: getattr(config, key) for key in (*_SIZES, "rope_theta", "rms_norm_eps")}
     values |= {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         # What transformers 5 writes, and what 4 reads. 5 prefers the second, with the base of `rope_theta`.
-        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
+        "rope_parameters": {_FULL: rope} if family.by_layer_type else rope,
         "rope_scaling": scaling,
-        "hidden_act": "silu",
+        family.activation_key: family.activation,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
@@ -223,8 +245,11 @@ def config_to_hf(
         "eos_token_id": eos_token_id,
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
+        **{key: getattr(config, key) for key in family.numbers},
         **family.constants,
     }
+    if family.by_layer_type:
+        values["layer_types"] = [_FULL] * config.num_hidden_layers
     if family.experts is not None:
         values |= {
             family.experts.num_key: config.num_experts,
@@ -236,4 +261,6 @@ def config_to_hf(
             values["norm_topk_prob"] = config.norm_topk_prob
         if family.experts.own_width:
             values["moe_intermediate_size"] = config.moe_intermediate_size
+        if family.experts.shared:
+            values[_SHARED] = config.shared_expert_intermediate_size
     return values

@@ -138,23 +138,23 @@ class Kernels:
         self._call("add_residual", h_ND, delta_ND, out, h_ND.numel())
         return out
 
-    def swiglu_forward(self, gate_up_NF: Tensor) -> Tensor:
-        """[N, 2F], the gates first -> silu(gate) * up [N, F]."""
+    def glu_forward(self, gate_up_NF: Tensor, *, gelu: bool = False) -> Tensor:
+        """[N, 2F], the gates first -> silu(gate) * up [N, F]; with `gelu` (its tanh form) in place of silu."""
         expect("gate_up", gate_up_NF, self.dtype, -1, -1)
         n, f = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
         if gate_up_NF.shape[1] != 2 * f:
             raise ValueError(f"gate_up has {gate_up_NF.shape[1]} columns: must be an even number")
         out = empty(n, f, dtype=self.dtype)
-        self._call("swiglu_forward", gate_up_NF, out, n, f)
+        self._call("geglu_forward" if gelu else "swiglu_forward", gate_up_NF, out, n, f)
         return out
 
-    def swiglu_backward(self, gate_up_NF: Tensor, d_out_NF: Tensor) -> Tensor:
-        """In place: `gate_up` becomes its gradient. Returns what `swiglu_forward` gave."""
+    def glu_backward(self, gate_up_NF: Tensor, d_out_NF: Tensor, *, gelu: bool = False) -> Tensor:
+        """In place: `gate_up` becomes its gradient. Returns what `glu_forward` gave."""
         expect("d_out", d_out_NF, self.dtype, -1, -1)
         expect("gate_up", gate_up_NF, self.dtype, d_out_NF.shape[0], 2 * d_out_NF.shape[1])
         n, f = d_out_NF.shape
         again = empty(n, f, dtype=self.dtype)
-        self._call("swiglu_backward", gate_up_NF, d_out_NF, again, n, f)
+        self._call("geglu_backward" if gelu else "swiglu_backward", gate_up_NF, d_out_NF, again, n, f)
         return again
 
     def pad_heads(
@@ -322,6 +322,18 @@ class Kernels:
             "cross_entropy_gradient",
             *(logits_NV, labels_N, statistics_N2, on_softmax_N, at_label_N, n, v, logits_NV.stride(0)),
         )
+
+    def soft_cap(self, logits_NV: Tensor, cap: float) -> None:
+        """In place: `logits` become cap * tanh(logits / cap)."""
+        expect("logits", logits_NV, self.dtype, -1, -1, apart=True)
+        self._call("soft_cap", logits_NV, *logits_NV.shape, logits_NV.stride(0), C_FLOAT(cap))
+
+    def soft_cap_gradient(self, gradient_NV: Tensor, uncapped_NV: Tensor, cap: float) -> None:
+        """In place: the gradient of `soft_cap`'s result becomes that of what it was given, `uncapped`."""
+        expect("gradient", gradient_NV, self.dtype, -1, -1, apart=True)
+        expect("uncapped", uncapped_NV, self.dtype, *gradient_NV.shape, apart=True)
+        strides = gradient_NV.stride(0), uncapped_NV.stride(0)
+        self._call("soft_cap_gradient", gradient_NV, uncapped_NV, *gradient_NV.shape, *strides, C_FLOAT(cap))
 
     def sum_of_squares(self, x: Tensor) -> Tensor:
         """Of float32 numbers [n], 0-d float64; the same to the bit for any number of threads."""

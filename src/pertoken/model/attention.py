@@ -116,11 +116,13 @@ def _cut_into_rectangles(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(reversed(rectangles))
 
 
-def attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, *, layout: AttentionLayout) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v within each document, every token seeing itself and what precedes it. [N, H, D]
+def attention(
+    q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, *, layout: AttentionLayout, scale: float | None = None
+) -> Tensor:
+    """softmax(scale q k^T) v within each document, every token seeing itself and what precedes it. [N, H, D]
 
-    H is a multiple of K; query head h uses key-value head h // (H / K). Documents are right-padded into rectangles:
-    causality alone keeps the padding out of every real row, so there is no mask.
+    `scale` is 1 / sqrt(D) if None. H is a multiple of K; query head h uses key-value head h // (H / K). Documents are
+    right-padded into rectangles: causality alone keeps the padding out of every real row, so there is no mask.
     """
     if not layout.rectangles:
         return q_NHD + (k_NKD.sum() + v_NKD.sum())  # N = 0: nothing to attend to, but all three have a (zero) gradient
@@ -131,13 +133,15 @@ def attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, *, layout: AttentionL
     parts = (torch.split(x, rows) for x in (q_NHD, k_NKD, v_NKD))
     for (s, t), *qkv in zip(layout.rectangles, *parts, strict=True):
         q_SHTD, k_SKTD, v_SKTD = (x.view(s, t, *x.shape[1:]).transpose(1, 2) for x in qkv)
-        out_SHTD = F.scaled_dot_product_attention(q_SHTD, k_SKTD, v_SKTD, is_causal=True, enable_gqa=True)
+        out_SHTD = F.scaled_dot_product_attention(q_SHTD, k_SKTD, v_SKTD, is_causal=True, enable_gqa=True, scale=scale)
         outputs.append(out_SHTD.transpose(1, 2).flatten(0, 1))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out if layout.positions is None else out.index_select(0, layout.positions)
 
 
-def varlen_attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, *, layout: AttentionLayout) -> Tensor:
+def varlen_attention(
+    q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, *, layout: AttentionLayout, scale: float | None = None
+) -> Tensor:
     """`attention` for a layout with `cu_seqlens`: the documents are read where they lie, and nothing is padded.
 
     In half precision on CUDA alone. A single operator whose shapes may vary, so the compiler can keep it in its graph.
@@ -147,7 +151,7 @@ def varlen_attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, *, layout: Att
     ends, longest = layout.cu_seqlens, layout.max_length
     assert ends is not None
     out = varlen_attn(
-        q_NHD, k_NKD, v_NKD, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True
+        q_NHD, k_NKD, v_NKD, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True, scale=scale
     )  # (-1, 0): causal
     assert isinstance(out, Tensor)
     return out
@@ -168,7 +172,9 @@ class KVCache:
         self.length = 0
 
 
-def cached_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, cache: KVCache, layer: int) -> Tensor:
+def cached_attention(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, cache: KVCache, layer: int, scale: float | None = None
+) -> Tensor:
     """T new tokens of one sequence attend to the cached ones and, causally, to each other. [T, H, D]
 
     Writes the new keys and values behind `cache.length`, which the caller advances after the last layer.
@@ -183,6 +189,6 @@ def cached_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, cache: KVCa
     if start and end - start > 1:  # is_causal would align the first new token with the first cached one
         mask = torch.ones(end - start, end, dtype=torch.bool, device=q_THD.device).tril(start)
     out_HTD = F.scaled_dot_product_attention(
-        q_HTD[None], k_KLD[None], v_KLD[None], attn_mask=mask, is_causal=not start, enable_gqa=True
+        q_HTD[None], k_KLD[None], v_KLD[None], attn_mask=mask, is_causal=not start, enable_gqa=True, scale=scale
     )[0]
     return out_HTD.transpose(0, 1)

@@ -27,7 +27,7 @@ from pertoken.objective.cross_entropy import LossImpl, TiedGradient
 if TYPE_CHECKING:
     from pertoken.model.decoder import CausalLM
 
-__all__ = ["PLAIN_ENGINE", "PlainPass", "run_blocks", "run_plain"]
+__all__ = ["PLAIN_ENGINE", "PlainPass", "run_blocks", "run_plain", "scaled"]
 
 
 class _PlainEngine:
@@ -73,7 +73,8 @@ class PlainPass:
     def run(
         self, documents: Documents | None, output_rows: Tensor | None, *, recompute: bool
     ) -> tuple[Tensor, list[ExpertLoad]]:
-        attends = [partial(self._attend, layout=self._layout)] * len(self._model.model.layers)
+        attend = partial(self._attend, layout=self._layout, scale=self._model.config.attention_scale)
+        attends = [attend] * len(self._model.model.layers)
         return run_plain(
             self._model,
             self._micro_batch.input_ids,
@@ -106,7 +107,7 @@ def run_plain(
 ) -> tuple[Tensor, list[ExpertLoad]]:
     """`ForwardPass.run`, for attention of any kind: `attends` has one for every layer."""
     decoder = model.model
-    hidden: Tensor = decoder.embed_tokens(input_ids)
+    hidden: Tensor = scaled(decoder.embed_tokens(input_ids), model.config.embedding_scale)
     rope = rope_angles(position_ids, model.config, hidden.dtype)
     rows = [None] * (len(attends) - 1) + [output_rows]
     blocks = [
@@ -115,6 +116,11 @@ def run_plain(
     ]
     hidden, loads = run_blocks(decoder.layers, hidden, blocks, recompute=recompute)
     return decoder.norm(hidden), loads
+
+
+def scaled(embedded: Tensor, scale: float) -> Tensor:
+    """`embedded` times `scale`, which is rounded to its dtype first."""
+    return embedded if scale == 1.0 else embedded * float(torch.tensor(scale, dtype=embedded.dtype))
 
 
 def run_blocks(

@@ -24,6 +24,7 @@ from pertoken.engines.cpu.attention import AttentionPlan, Heads, round_up
 from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import Kernels
 from pertoken.model.execution import Casts
+from pertoken.model.norms import norm_factors
 from pertoken.model.rope import frequencies
 from pertoken.objective.cross_entropy import TiedGradient, first_order_only
 from pertoken.recipe.model import ResolvedModelConfig
@@ -42,6 +43,8 @@ class CpuBatch:
     angles: Tensor  # [positions, head_dim] float32, cosines and then sines
     lengths: tuple[int, ...]  # of the documents
     num_rows: int  # real ones
+    residual_multiplier: float
+    norms_all_heads: bool  # of queries and keys, where they are normalized
     exact_rows: bool = False  # add none: experts would be given them
     output_rows: Tensor | None = None  # int64, the rows whose hidden states are needed after this block; None: all
     casts: Casts | None = None  # kept from one micro-batch to the next; None: cast anew
@@ -56,9 +59,8 @@ class CpuBatch:
         casts: Casts | None = None,
     ) -> CpuBatch:
         """For consecutive documents of `lengths`."""
-        heads = Heads(
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim, float(config.head_dim) ** -0.5
-        )
+        scale = config.attention_scale or float(config.head_dim) ** -0.5
+        heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim, scale)
         return cls(
             kernels,
             heads,
@@ -66,6 +68,8 @@ class CpuBatch:
             AttentionPlan.of(lengths, heads),
             _angles(max(lengths), config),
             num_rows=sum(lengths),
+            residual_multiplier=config.residual_multiplier,
+            norms_all_heads=config.qk_norm_of_all_heads,
             exact_rows=config.use_moe,
             casts=casts,
             lengths=tuple(lengths),
@@ -140,7 +144,7 @@ class _Embed(torch.autograd.Function):
 
 def final_norm(hidden: Tensor, norm: nn.RMSNorm, batch: CpuBatch) -> Tensor:
     """The rows asked for, normalized, in the kernels' dtype."""
-    out: Tensor = _Norm.apply(hidden, norm.weight, batch)  # type: ignore[no-untyped-call]
+    out: Tensor = _Norm.apply(hidden, norm_factors(norm), batch)  # type: ignore[no-untyped-call]
     return out
 
 
