@@ -14,6 +14,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Olmo2Config,
@@ -26,6 +28,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from pertoken.data.batch.pack import MicroBatch
@@ -58,6 +62,8 @@ FAMILIES = {
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
 }
 # Texts are longer than the original length, and the frequencies are of all three kinds: kept, divided, in between.
 LLAMA3 = {
@@ -76,8 +82,31 @@ MULTIPLIED = {
     "attention_multiplier": 0.2,
     "logits_scaling": 5.0,
 }
+SLIDING, FULL = "sliding_attention", "full_attention"
+WINDOWS = [  # shorter than the longest texts, in all layers and in some
+    ("mistral", {"sliding_window": 7}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 20, "layer_types": [SLIDING, FULL]}),
+    ("gemma3", {"sliding_window": 7, "layer_types": [SLIDING, FULL]}),
+    ("smollm3", {"no_rope_layers": [1, 0]}),
+    (
+        "smollm3",
+        {
+            "no_rope_layers": [0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "layer_types": [FULL, SLIDING],
+        },
+    ),
+]
 CAPPED = {"final_logit_softcapping": 7.0, "query_pre_attn_scalar": 5}
-DENSE = [*((family, {}) for family in FAMILIES), ("llama", LLAMA3), ("granite", MULTIPLIED), ("gemma3", CAPPED)]
+DENSE = [
+    *((family, {}) for family in FAMILIES),
+    ("llama", LLAMA3),
+    ("granite", MULTIPLIED),
+    ("gemma3", CAPPED),
+    *WINDOWS,
+]
 MIXTURES = {
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "mixtral": (MixtralConfig, MixtralForCausalLM),
@@ -96,6 +125,7 @@ VARIANTS = (
     ]
     + [
         pytest.param("llama", LLAMA3, id="llama3"),
+        *(pytest.param(family, keys, id=f"{family}-layers-{i}") for i, (family, keys) in enumerate(WINDOWS)),
         pytest.param("granite", MULTIPLIED, id="granite-multiplied"),
         pytest.param("gemma3", CAPPED, id="gemma3-capped"),
         pytest.param("llama", LLAMA3 | {"head_dim": 20, "tie_word_embeddings": False}, id="llama3-head_dim"),
@@ -126,8 +156,9 @@ def random_hf_model(family, **keys):
     config_class, model_class = (FAMILIES | MIXTURES)[family]
     shared = SHARED | {"pad_token_id": None}  # whose embedding it would freeze
     if family == "gemma3":
-        shared["layer_types"] = ["full_attention"] * SHARED["num_hidden_layers"]
-        keys = {key: {"full_attention": value} if key == "rope_parameters" else value for key, value in keys.items()}
+        shared["layer_types"] = [FULL] * SHARED["num_hidden_layers"]
+        local = {SLIDING: {"rope_type": "default", "rope_theta": 77.0}}
+        keys = {key: {FULL: value} | local if key == "rope_parameters" else value for key, value in keys.items()}
     model = model_class(config_class(**shared | keys)).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

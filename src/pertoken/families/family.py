@@ -25,7 +25,8 @@ class Family:
     """One model type of Hugging Face: its names, its defaults, and what sets it apart in the decoder.
 
     Every family is a causal decoder with RMSNorm, a gated feed-forward part, and rotary embeddings over whole heads;
-    all layers are alike and see the whole document. A configuration that asks for anything else is refused by name.
+    where layers differ, it is in the window of attention and in the angles. A configuration that asks for anything else
+    is refused by name.
     """
 
     model_type: str  # config.json's
@@ -43,8 +44,14 @@ class Family:
     forced_tokenizer: str | None = None
     # `sliding_window` counts only where this key is true; None: no key switches it off.
     window_switch: str | None = "use_sliding_window"
+    # Which layers have the window: "all" of them; those that "layer_types" names, or, where it is absent, those from
+    # `max_window_layers` on. None: the decoder has no windows for this type.
+    windows: Literal["all", "layer_types"] | None = None
+    full_attention_every: int | None = None  # with a window, each so manieth layer sees everything; None: no layer
     # `layer_types` alone says which layers have the window, and `rope_parameters` has those of each type of layer.
     by_layer_type: bool = False
+    rope_local_base_freq: float | None = None  # of the layers with a window, where they have a base of their own
+    no_rope: bool = False  # `no_rope_layers` says in which layers queries and keys are not turned
     rope_types: tuple[str, ...] = ("default",)  # "default", "llama3"
     qk_norm: bool = False  # queries and keys are normalized, head by head, before they are turned
     qk_norm_of_all_heads: bool = False  # by one norm over all of a token's queries, or keys, at once

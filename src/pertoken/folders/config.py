@@ -26,7 +26,7 @@ _KINDS: dict[str, type] = {
 _NULL_SAYS_SOMETHING = ("num_key_value_heads", "sliding_window")
 # In the dict of rotary parameters beside those of a scaling.
 _OF_EVERY_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
-_FULL = "full_attention"
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 _SHARED = "shared_expert_intermediate_size"
 _SCALED = RopeScaling.model_fields.keys() - {"rope_type"}
 
@@ -75,6 +75,7 @@ def config_from_hf(values: dict[str, Any]) -> ResolvedModelConfig:
                 "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
             }
             | {key: values.get(key) for key in family.numbers}
+            | _layers(values, family)
             | _experts(values, family)
         ).resolve(values["vocab_size"])
     except ValidationError as error:
@@ -112,6 +113,39 @@ def _has_experts(values: dict[str, Any], family: Family) -> bool:
     if family.experts is None:
         return False
     return family.experts.switch is None or bool(values.get(family.experts.switch))
+
+
+def _layers(values: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The keys on what differs from layer to layer."""
+    found: dict[str, Any] = {}
+    if family.no_rope:
+        interval = values.get("no_rope_layer_interval", 4)
+        count = values["num_hidden_layers"]
+        found["no_rope_layers"] = values.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(count)]
+    types = _layer_types(values, family)
+    if types is not None and _SLIDING in types:
+        found |= {"sliding_window": values.get("sliding_window"), "layer_types": types}
+    if family.rope_local_base_freq is not None:
+        of_windows = (values.get("rope_parameters") or {}).get(_SLIDING) or {}
+        found["rope_local_base_freq"] = of_windows.get("rope_theta", values.get("rope_local_base_freq"))
+    return found
+
+
+def _layer_types(values: dict[str, Any], family: Family) -> list[str] | None:
+    """Of each layer, as the type's own class works them out; None: no layer has a window."""
+    if family.windows is None or "sliding_window" not in values:
+        return None
+    if family.window_switch is not None and not values.get(family.window_switch):
+        return None
+    count = int(values["num_hidden_layers"])
+    if family.windows == "all":
+        return [_SLIDING] * count
+    if "layer_types" in values:
+        return list(values["layer_types"])
+    if family.by_layer_type:
+        every = int(values.get("sliding_window_pattern", family.full_attention_every or 1))
+        return [_SLIDING if (i + 1) % every else _FULL for i in range(count)]
+    return [_SLIDING if i >= values.get("max_window_layers", 28) else _FULL for i in range(count)]
 
 
 def _experts(values: dict[str, Any], family: Family) -> dict[str, Any]:
@@ -183,10 +217,11 @@ def _refuse_rope(values: dict[str, Any], family: Family) -> None:
 
 
 def _refuse_windows(values: dict[str, Any], family: Family) -> None:
-    if family.by_layer_type and "layer_types" not in values:
-        reason = "pertoken has full attention only; choose a model without windows"
-        raise NotCovered(f"layer_types: missing, which means windows of some layers; {reason}", family.model_type)
-    if family.window_switch is None and "sliding_window" in values and not family.by_layer_type:
+    if family.windows is not None:
+        if any(kind not in (_FULL, _SLIDING) for kind in values.get("layer_types", ())):
+            _refuse(values, "layer_types", f"pertoken has {_FULL} and {_SLIDING}; choose a model with these")
+        return
+    if family.window_switch is None and "sliding_window" in values:
         _refuse(values, "sliding_window", "pertoken has full attention only; set it to null for short texts")
     if "layer_types" in values:
         if any(kind != _FULL for kind in values["layer_types"]):
@@ -229,13 +264,15 @@ def config_to_hf(
     dtype_name = str(dtype).removeprefix("torch.")
     family = family_of(config)
     scaling = None if config.rope_scaling is None else config.rope_scaling.model_dump()
-    rope = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
+    if family.by_layer_type:
+        rope = {_FULL: rope, _SLIDING: {"rope_theta": config.rope_local_base_freq, "rope_type": "default"}}
     values = {key: getattr(config, key) for key in (*_SIZES, "rope_theta", "rms_norm_eps")}
     values |= {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         # What transformers 5 writes, and what 4 reads. 5 prefers the second, with the base of `rope_theta`.
-        "rope_parameters": {_FULL: rope} if family.by_layer_type else rope,
+        "rope_parameters": rope,
         "rope_scaling": scaling,
         family.activation_key: family.activation,
         "attention_dropout": 0.0,
@@ -248,8 +285,7 @@ def config_to_hf(
         **{key: getattr(config, key) for key in family.numbers},
         **family.constants,
     }
-    if family.by_layer_type:
-        values["layer_types"] = [_FULL] * config.num_hidden_layers
+    values |= _layers_to_hf(config, family)
     if family.experts is not None:
         values |= {
             family.experts.num_key: config.num_experts,
@@ -264,3 +300,22 @@ def config_to_hf(
         if family.experts.shared:
             values[_SHARED] = config.shared_expert_intermediate_size
     return values
+
+
+def _layers_to_hf(config: ResolvedModelConfig, family: Family) -> dict[str, Any]:
+    """What differs from layer to layer, in the fields of transformers 4 and 5."""
+    found: dict[str, Any] = {}
+    if family.windows is not None:
+        types = list(config.layer_types or [_FULL] * config.num_hidden_layers)
+        if config.sliding_window is not None or not family.by_layer_type:  # whose class takes no null
+            found["sliding_window"] = config.sliding_window
+        if family.windows == "layer_types":
+            full = next((i for i, kind in enumerate(types) if kind == _SLIDING), len(types))
+            found |= {"layer_types": types, "max_window_layers": full}
+    if family.window_switch is not None:
+        found[family.window_switch] = config.sliding_window is not None
+    if family.rope_local_base_freq is not None:
+        found["rope_local_base_freq"] = config.rope_local_base_freq
+    if family.no_rope:
+        found["no_rope_layers"] = list(config.no_rope_layers or ())
+    return found

@@ -480,23 +480,25 @@ INLINE float total(const float *x) {
 INLINE int32_t within(int32_t limit, int64_t C) { return limit < 0 ? 0 : limit > C ? (int32_t)C : limit; }
 
 /* In place: a row of scores, times scale, becomes its soft-max over the columns that its query may see, zero after them;
- * log_z gets the logarithm of the sum. scores [documents, copies, R, C]; limits [documents, R] says how many columns,
- * and is kept within 0 and C.
+ * log_z gets the logarithm of the sum. scores [documents, copies, R, C]; limits [documents, R] says before which columns,
+ * and is kept within 0 and C; starts [documents, R], if not null, from which on, kept within 0 and the limit.
  * C is a multiple of VECTOR. */
-void softmax_forward(act *scores, float *log_z, const int32_t *limits, int64_t documents, int64_t copies, int64_t R,
-                     int64_t C, float scale, int threads) {
+void softmax_forward(act *scores, float *log_z, const int32_t *limits, const int32_t *starts, int64_t documents,
+                     int64_t copies, int64_t R, int64_t C, float scale, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 8)
     for (int64_t i = 0; i < documents * copies * R; i++) {
-        int32_t end = within(limits[i / (copies * R) * R + i % R], C), filled = (end + VECTOR - 1) / VECTOR * VECTOR;
+        int64_t at = i / (copies * R) * R + i % R;
+        int32_t end = within(limits[at], C), begin = starts ? within(starts[at], end) : 0;
+        int32_t filled = end > begin ? (end + VECTOR - 1) / VECTOR * VECTOR : 0;
         act *row = scores + i * C;
         log_z[i] = 0.0f;
-        if (end > 0) {
+        if (end > begin) {
             float tops[VECTOR], sums[VECTOR], kept[KEPT];
             for (int k = 0; k < VECTOR; k++) tops[k] = -INFINITY, sums[k] = 0.0f;
             for (int32_t j = 0; j < filled; j += VECTOR)
 #pragma omp simd
                 for (int k = 0; k < VECTOR; k++) {
-                    float s = j + k < end ? load(row[j + k]) : -INFINITY;
+                    float s = j + k >= begin && j + k < end ? load(row[j + k]) : -INFINITY;
                     tops[k] = s > tops[k] ? s : tops[k];
                 }
             float shift = largest(tops) * scale;
@@ -504,7 +506,7 @@ void softmax_forward(act *scores, float *log_z, const int32_t *limits, int64_t d
 #pragma omp simd
                 for (int k = 0; k < VECTOR; k++) {
                     float e = exp_act(load(row[j + k]) * scale - shift);
-                    e = j + k < end ? e : 0.0f;
+                    e = j + k >= begin && j + k < end ? e : 0.0f;
                     sums[k] += e;
                     if (j < KEPT) kept[j + k] = e;
                 }
@@ -512,7 +514,9 @@ void softmax_forward(act *scores, float *log_z, const int32_t *limits, int64_t d
             for (int32_t j = 0; j < filled; j += VECTOR)
 #pragma omp simd
                 for (int k = 0; k < VECTOR; k++) {
-                    float e = j < KEPT ? kept[j + k] : j + k < end ? exp_act(load(row[j + k]) * scale - shift) : 0.0f;
+                    float e = j < KEPT                         ? kept[j + k]
+                              : j + k >= begin && j + k < end ? exp_act(load(row[j + k]) * scale - shift)
+                                                              : 0.0f;
                     row[j + k] = low(e * inverse);
                 }
             log_z[i] = shift + logf(sum);
@@ -522,11 +526,13 @@ void softmax_forward(act *scores, float *log_z, const int32_t *limits, int64_t d
 }
 
 /* In place: scores become probabilities again, their gradient d_p the gradient of the unscaled scores. */
-void softmax_backward(act *scores, act *d_p, const float *log_z, const int32_t *limits, int64_t documents,
-                      int64_t copies, int64_t R, int64_t C, float scale, int threads) {
+void softmax_backward(act *scores, act *d_p, const float *log_z, const int32_t *limits, const int32_t *starts,
+                      int64_t documents, int64_t copies, int64_t R, int64_t C, float scale, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 8)
     for (int64_t i = 0; i < documents * copies * R; i++) {
-        int32_t end = within(limits[i / (copies * R) * R + i % R], C), filled = (end + VECTOR - 1) / VECTOR * VECTOR;
+        int64_t at = i / (copies * R) * R + i % R;
+        int32_t end = within(limits[at], C), begin = starts ? within(starts[at], end) : 0;
+        int32_t filled = end > begin ? (end + VECTOR - 1) / VECTOR * VECTOR : 0;
         act *row = scores + i * C, *grad = d_p + i * C;
         float z = log_z[i], sums[VECTOR];
         for (int k = 0; k < VECTOR; k++) sums[k] = 0.0f;
@@ -534,7 +540,7 @@ void softmax_backward(act *scores, act *d_p, const float *log_z, const int32_t *
 #pragma omp simd
             for (int k = 0; k < VECTOR; k++) {
                 float p = exp_act(load(row[j + k]) * scale - z);
-                p = j + k < end ? p : 0.0f;
+                p = j + k >= begin && j + k < end ? p : 0.0f;
                 sums[k] += p * load(grad[j + k]);
                 row[j + k] = low(p);
             }

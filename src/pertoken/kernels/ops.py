@@ -245,30 +245,52 @@ class Kernels:
             if angles is None:
                 raise ValueError("norm without angles is not computed")
 
-    def softmax_forward(self, scores_BRC: Tensor, log_z_BR: Tensor, limits_SR: Tensor, scale: float) -> None:
-        """In place: scores [S * copies, R, C] times `scale` to probabilities, over the first `limits` [S, R] int32
-        columns of each row, zero after them; `log_z` [S * copies, R] gets the logarithm of the normalizer. C must be a
-        multiple of 16."""
-        documents, copies, r, c = self._expect_scores(scores_BRC, log_z_BR, limits_SR)
-        self._call("softmax_forward", scores_BRC, log_z_BR, limits_SR, documents, copies, r, c, C_FLOAT(scale))
-
-    def softmax_backward(
-        self, scores_BRC: Tensor, d_p_BRC: Tensor, log_z_BR: Tensor, limits_SR: Tensor, scale: float
+    def softmax_forward(
+        self,
+        scores_BRC: Tensor,
+        log_z_BR: Tensor,
+        limits_SR: Tensor,
+        scale: float,
+        starts_SR: Tensor | None = None,
     ) -> None:
-        """In place: scores to probabilities once more, and their gradient `d_p` to that of the scores."""
-        documents, copies, r, c = self._expect_scores(scores_BRC, log_z_BR, limits_SR)
-        expect("d_p", d_p_BRC, self.dtype, *scores_BRC.shape)
+        """In place: scores [S * copies, R, C] times `scale` to probabilities, over the columns of each row before
+        `limits` [S, R] int32, and with `starts` [S, R] int32 from these on; zero elsewhere.
+
+        `log_z` [S * copies, R] gets the logarithm of the normalizer. C must be a multiple of 16.
+        """
+        documents, copies, r, c = self._expect_scores(scores_BRC, log_z_BR, limits_SR, starts_SR)
         self._call(
-            "softmax_backward", scores_BRC, d_p_BRC, log_z_BR, limits_SR, documents, copies, r, c, C_FLOAT(scale)
+            "softmax_forward", scores_BRC, log_z_BR, limits_SR, starts_SR, documents, copies, r, c, C_FLOAT(scale)
         )
 
-    def _expect_scores(self, scores_BRC: Tensor, log_z_BR: Tensor, limits_SR: Tensor) -> tuple[int, int, int, int]:
-        """(S, copies, R, C). The kernels themselves keep limits within C."""
+    def softmax_backward(
+        self,
+        scores_BRC: Tensor,
+        d_p_BRC: Tensor,
+        log_z_BR: Tensor,
+        limits_SR: Tensor,
+        scale: float,
+        starts_SR: Tensor | None = None,
+    ) -> None:
+        """In place: scores to probabilities once more, and their gradient `d_p` to that of the scores."""
+        documents, copies, r, c = self._expect_scores(scores_BRC, log_z_BR, limits_SR, starts_SR)
+        expect("d_p", d_p_BRC, self.dtype, *scores_BRC.shape)
+        self._call(
+            "softmax_backward",
+            *(scores_BRC, d_p_BRC, log_z_BR, limits_SR, starts_SR, documents, copies, r, c, C_FLOAT(scale)),
+        )
+
+    def _expect_scores(
+        self, scores_BRC: Tensor, log_z_BR: Tensor, limits_SR: Tensor, starts_SR: Tensor | None
+    ) -> tuple[int, int, int, int]:
+        """(S, copies, R, C). The kernels themselves keep limits and starts within C."""
         expect("scores", scores_BRC, self.dtype, -1, -1, -1)
         b, r, c = scores_BRC.shape
         expect("log_z", log_z_BR, torch.float32, b, r)
         expect("limits", limits_SR, torch.int32, -1, r)
         documents = limits_SR.shape[0]
+        if starts_SR is not None:
+            expect("starts", starts_SR, torch.int32, documents, r)
         if c % 16:
             raise ValueError(f"scores have {c} columns: must be a multiple of 16")
         if b % documents if documents else b:

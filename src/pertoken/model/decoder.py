@@ -19,7 +19,7 @@ from pertoken.model.blocks import Decoder, compute_dtype
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.hooks import is_plain_linear
 from pertoken.model.moe import Documents, MixtureOfExperts
-from pertoken.model.plain import PlainPass, run_plain
+from pertoken.model.plain import PlainPass, attend_in, run_plain
 from pertoken.model.protocol import BalanceLoss, ModelFacts
 from pertoken.objective.balance import balanced_lengths, with_balance_loss
 from pertoken.objective.cross_entropy import cross_entropy, linear_cross_entropy
@@ -203,7 +203,8 @@ class CausalLM(nn.Module):
         start, end = cache.length, cache.length + input_ids.shape[0]
         position_ids = torch.arange(start, end, device=input_ids.device)
         attend = partial(cached_attention, cache=cache, scale=self.config.attention_scale)
-        attends = [partial(attend, layer=i) for i in range(self.config.num_hidden_layers)]
+        kinds = self.config.layer_kinds
+        attends = [attend_in(partial(attend, layer=i), kind) for i, kind in enumerate(kinds)]
         hidden, _ = run_plain(self, input_ids, position_ids, attends)
         cache.length = end
         return self.logits(hidden[-1])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pertoken.families import FAMILIES, Family, recipe_names, saved_as
 from pertoken.recipe.section import Section
 
-__all__ = ["MOE_KEYS", "NUMBERS", "ModelConfig", "ResolvedModelConfig", "RopeScaling"]
+__all__ = ["MOE_KEYS", "NUMBERS", "LayerKind", "ModelConfig", "ResolvedModelConfig", "RopeScaling"]
 
 
 # MiniMind's
@@ -54,6 +55,14 @@ class RopeScaling(Section):
         return self
 
 
+@dataclass(frozen=True)
+class LayerKind:
+    """What attention is in a layer, where layers differ."""
+
+    window: int | None = None  # tokens that a query sees, itself one of them; None: all before it
+    rope: Literal["global", "local", "none"] = "global"  # by `rope_theta`, by `rope_local_base_freq`, or not turned
+
+
 class ModelConfig(Section):
     """The architecture, in Hugging Face's names. Keys left out are derived by `resolve`."""
 
@@ -68,6 +77,10 @@ class ModelConfig(Section):
     max_position_embeddings: int = Field(default=32768, ge=2)
     rope_theta: float | None = Field(default=None, gt=0)
     rope_scaling: RopeScaling | None = None
+    rope_local_base_freq: float | None = Field(default=None, gt=0)  # `rope_theta` of the layers with a window
+    sliding_window: int | None = Field(default=None, ge=1)  # tokens that a query sees, itself one of them
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None
+    no_rope_layers: tuple[int, ...] | None = None  # a number a layer: 1 where queries and keys are turned, else 0
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     tie_word_embeddings: bool = True
     embedding_multiplier: float | None = Field(default=None, gt=0)
@@ -84,6 +97,11 @@ class ModelConfig(Section):
     shared_expert_intermediate_size: int | None = Field(default=None, ge=1)
     aux_loss: Literal["sequence", "micro_batch", "none"] | None = None
     aux_loss_coef: float | None = Field(default=None, ge=0)
+
+    @field_validator("layer_types", "no_rope_layers", mode="before")
+    @classmethod
+    def _many(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("family")
     @classmethod
@@ -153,6 +171,7 @@ class ModelConfig(Section):
                     f"model.{key}={value}: {record.model_type} models have none; leave the key out, or choose another "
                     "model.family"
                 )
+        self._fits_layers(record)
         scaling = self.rope_scaling
         if scaling is not None and scaling.rope_type not in record.rope_types:
             raise ValueError(
@@ -177,6 +196,37 @@ class ModelConfig(Section):
                 f"model.moe_intermediate_size={own}: {record.model_type}, as which this model is saved, has "
                 f"model.intermediate_size={width} only; leave one of the two out"
             )
+
+    def _fits_layers(self, record: Family) -> None:
+        for key, has in (
+            ("sliding_window", record.windows is not None),
+            ("layer_types", record.windows is not None),
+            ("rope_local_base_freq", record.rope_local_base_freq is not None),
+            ("no_rope_layers", record.no_rope),
+        ):
+            value = getattr(self, key)
+            if value is not None and not has:
+                raise ValueError(
+                    f"model.{key}={value}: {record.model_type} models have none; leave the key out, or choose another "
+                    "model.family"
+                )
+            if isinstance(value, tuple) and len(value) != self.num_hidden_layers:
+                raise ValueError(
+                    f"model.{key}: {len(value)} entries for model.num_hidden_layers={self.num_hidden_layers}; give one "
+                    "for each layer"
+                )
+        if self.layer_types is not None and "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("model.layer_types: sliding_attention needs model.sliding_window; give it")
+
+    def _layer_types(self, record: Family) -> tuple[Literal["full_attention", "sliding_attention"], ...] | None:
+        """Those of the recipe, or the family's usual ones where there is a window; None: no layer has one."""
+        if self.sliding_window is None:
+            return None
+        every = record.full_attention_every
+        return self.layer_types or tuple(
+            "full_attention" if every and (i + 1) % every == 0 else "sliding_attention"
+            for i in range(self.num_hidden_layers)
+        )
 
     def resolve(self, vocab_size: int) -> ResolvedModelConfig:
         """All keys filled in. `vocab_size` counts where `model.vocab_size` is not given.
@@ -212,6 +262,10 @@ class ModelConfig(Section):
             max_position_embeddings=self.max_position_embeddings,
             rope_theta=self.rope_theta or record.rope_theta,
             rope_scaling=self.rope_scaling,
+            rope_local_base_freq=self.rope_local_base_freq or record.rope_local_base_freq,
+            sliding_window=self.sliding_window,
+            layer_types=self._layer_types(record),
+            no_rope_layers=self.no_rope_layers or ((1,) * self.num_hidden_layers if record.no_rope else None),
             rms_norm_eps=self.rms_norm_eps,
             tie_word_embeddings=self.tie_word_embeddings,
             embedding_multiplier=self.embedding_multiplier or 1.0,
@@ -264,6 +318,16 @@ class ResolvedModelConfig(ModelConfig):
     offset_norms: bool
     activation: Literal["silu", "gelu_pytorch_tanh"]
     scaled_embedding: bool
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """What attention is in each layer."""
+        count = self.num_hidden_layers
+        local: Literal["global", "local"] = "global" if self.rope_local_base_freq is None else "local"
+        types = self.layer_types or ("full_attention",) * count
+        kinds = [LayerKind(self.sliding_window, local) if t == "sliding_attention" else LayerKind() for t in types]
+        turned = self.no_rope_layers or (1,) * count
+        return tuple(kind if turns else replace(kind, rope="none") for kind, turns in zip(kinds, turned, strict=True))
 
     @property
     def embedding_scale(self) -> float:

@@ -72,13 +72,16 @@ class _CpuPass:
         self, documents: Documents | None, output_rows: Tensor | None, *, recompute: bool
     ) -> tuple[Tensor, list[ExpertLoad]]:
         decoder, batch = self._model.model, self._batch
-        last = batch if output_rows is None else batch.with_output_rows(output_rows)
+        kinds = self._model.config.layer_kinds
+        of_kind = {kind: batch.in_layers_of(kind, self._model.config) for kind in dict.fromkeys(kinds)}
+        batches = [of_kind[kind] for kind in kinds]
+        if output_rows is not None:
+            batches[-1] = batches[-1].with_output_rows(output_rows)
         hidden = embed(decoder.embed_tokens.weight, self._micro_batch.input_ids, batch, self.tied)
         hidden = scaled(hidden, self._model.config.embedding_scale)
-        batches = [batch] * (len(decoder.layers) - 1) + [last]
         blocks = [partial(_run_block, batch=of_layer, documents=documents) for of_layer in batches]
         hidden, loads = run_blocks(decoder.layers, hidden, blocks, recompute=recompute)
-        return final_norm(hidden, decoder.norm, last), loads
+        return final_norm(hidden, decoder.norm, batches[-1]), loads
 
 
 def _run_block(
