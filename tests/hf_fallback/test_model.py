@@ -46,13 +46,17 @@ SIZES = {
     "max_position_embeddings": 1024,
     **NO_TOKENS,
 }
-# Dropout as GPT-2 and Gemma have it, or more; Gemma 3 has windows in one layer, and shorter than the samples.
+# Dropout as GPT-2 and Gemma have it, or more; OLMo 3 has windows in one layer, and shorter than the samples.
 TRAINS = {
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024, **NO_TOKENS}),
     "gemma": ("Gemma", {**SIZES, "attention_dropout": 0.1}),
-    "gemma3": (
-        "Gemma3Text",
-        {**SIZES, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "olmo3": (
+        "Olmo3",
+        {
+            **{key: value for key, value in SIZES.items() if key != "head_dim"},
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
     ),
     "mixtral": ("Mixtral", {**SIZES, "num_local_experts": 4, "sliding_window": 16}),
     "gemma2": ("Gemma2", {**SIZES, "final_logit_softcapping": 3.0}),
@@ -276,7 +280,7 @@ def test_the_padding_token_learns(world, tmp_path):
     assert model.hf.get_input_embeddings().weight.grad[5].abs().max() > 0
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma3"])
+@pytest.mark.parametrize("name", ["gpt2", "olmo3"])
 def test_resume_is_bitwise(world, folders, tmp_path, name):
     recipe = world.write_recipe(
         tmp_path / "recipe",

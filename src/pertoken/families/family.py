@@ -44,8 +44,8 @@ class Family:
     forced_tokenizer: str | None = None
     # `sliding_window` counts only where this key is true; None: no key switches it off.
     window_switch: str | None = "use_sliding_window"
-    # Which layers have the window: "all" of them; those that "layer_types" names, or, where it is absent, those from
-    # `max_window_layers` on. None: the decoder has no windows for this type.
+    # Which layers have the window: "all" of them, or those that `layer_types` names. Where that is absent: of a type
+    # with a switch those from `max_window_layers` on, else all but `full_attention_every`. None: no layer may have one.
     windows: Literal["all", "layer_types"] | None = None
     full_attention_every: int | None = None  # with a window, each so manieth layer sees everything; None: no layer
     # `layer_types` alone says which layers have the window, and `rope_parameters` has those of each type of layer.

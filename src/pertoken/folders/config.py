@@ -142,9 +142,12 @@ def _layer_types(values: dict[str, Any], family: Family) -> list[str] | None:
         return [_SLIDING] * count
     if "layer_types" in values:
         return list(values["layer_types"])
-    if family.by_layer_type:
-        every = int(values.get("sliding_window_pattern", family.full_attention_every or 1))
-        return [_SLIDING if (i + 1) % every else _FULL for i in range(count)]
+    if family.no_rope:
+        reason = "which layers have the window is not said; add them"
+        raise NotCovered(f"layer_types: missing from config.json; {reason}", family.model_type)
+    if family.window_switch is None:
+        every = values.get("sliding_window_pattern", family.full_attention_every)
+        return [_FULL if every and (i + 1) % int(every) == 0 else _SLIDING for i in range(count)]
     return [_SLIDING if i >= values.get("max_window_layers", 28) else _FULL for i in range(count)]
 
 
@@ -220,6 +223,8 @@ def _refuse_windows(values: dict[str, Any], family: Family) -> None:
     if family.windows is not None:
         if any(kind not in (_FULL, _SLIDING) for kind in values.get("layer_types", ())):
             _refuse(values, "layer_types", f"pertoken has {_FULL} and {_SLIDING}; choose a model with these")
+        if len(values.get("layer_types", ())) not in (0, values.get("num_hidden_layers")):
+            _refuse(values, "layer_types", "one entry for each of num_hidden_layers is needed; correct it")
         return
     if family.window_switch is None and "sliding_window" in values:
         _refuse(values, "sliding_window", "pertoken has full attention only; set it to null for short texts")
