@@ -43,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.1,
         "logits_scaling": 5.0,
     },
+    "gemma": {"family": "gemma"},
     "gemma3": {"family": "gemma3", "query_pre_attn_scalar": 9, "final_logit_softcapping": 3.0},
     "one head each": {"num_key_value_heads": 4, "head_dim": 6},
     "experts": {"use_moe": True, "num_experts": 4, "num_experts_per_tok": 2, "aux_loss_coef": 0.1},
