@@ -43,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.1,
         "logits_scaling": 5.0,
     },
+    "gemma": {"family": "gemma"},
     "gemma3": {"family": "gemma3", "query_pre_attn_scalar": 9, "final_logit_softcapping": 3.0},
     "mistral, a window": {"family": "mistral", "sliding_window": 40},
     "gemma3, windows of some layers": {

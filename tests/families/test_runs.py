@@ -31,6 +31,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "model__attention_multiplier": 0.2,
         "model__logits_scaling": 0.3,
     },
+    "gemma": {"model__family": "gemma"},
+    "olmoe": {"model__family": "olmoe", "model__use_moe": True, "model__num_experts_per_tok": 2},
+    "shared expert": {"model__family": "qwen2", "model__use_moe": True, "model__num_experts_per_tok": 2},
     "gemma3": {
         "model__family": "gemma3",
         "model__query_pre_attn_scalar": 5,
@@ -38,6 +41,9 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 CLASSES = {
+    "gemma": "GemmaForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "shared expert": "Qwen2MoeForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2, untied": "Qwen2ForCausalLM",
     "llama3": "LlamaForCausalLM",

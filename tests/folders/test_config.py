@@ -5,10 +5,12 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
     GraniteConfig,
     LlamaConfig,
     MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -37,6 +39,7 @@ FAMILIES = {
     "llama": LlamaConfig,
     "olmo2": Olmo2Config,
     "granite": GraniteConfig,
+    "gemma": GemmaConfig,
     "gemma3": Gemma3TextConfig,
 }
 LLAMA3 = {
@@ -46,7 +49,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-MIXTURES = {"qwen3": Qwen3MoeConfig, "qwen2": Qwen2MoeConfig, "llama": MixtralConfig}
+MIXTURES = {"qwen3": Qwen3MoeConfig, "qwen2": Qwen2MoeConfig, "llama": MixtralConfig, "olmoe": OlmoeConfig}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,7 +66,8 @@ def test_a_configuration_survives_the_way_there_and_back(family):
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_mixture_survives_the_way_there_and_back(family):
     keys = {"family": family, "rms_norm_eps": 1e-5, "use_moe": True, "num_experts": 6, "num_experts_per_tok": 3}
-    keys |= {"norm_topk_prob": False, "moe_intermediate_size": 24} if family != "llama" else {}
+    keys |= {} if family == "llama" else {"norm_topk_prob": False}
+    keys |= {"moe_intermediate_size": 24} if family in ("qwen3", "qwen2") else {}
     config = ModelConfig.model_validate(SHARED | keys | {"aux_loss_coef": 0.125}).resolve(97)
     assert config_from_hf(config_to_hf(config, eos_token_id=2)) == config
     theirs = MIXTURES[family](**config_to_hf(config, eos_token_id=2))
@@ -261,6 +265,8 @@ REFUSED = [
     (GEMMA3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, "rope_parameters={"),
     (GEMMA3 | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0"),
     ({"model_type": "granite", "residual_multiplier": -1.0}, "residual_multiplier=-1.0"),
+    ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv=8.0"),
+    ({"model_type": "gemma", "hidden_act": "silu"}, "hidden_act='silu'"),
     ({"model_type": "olmo2", "attention_bias": True}, "attention_bias=True"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling="),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 16}}, "rope_scaling="),
@@ -312,6 +318,7 @@ def test_what_transformers_may_have_is_left_to_it(keys):
         {"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 1},
         {"model_type": "llama", "rope_scaling": {"type": "default"}, "num_key_value_heads": None},
         {"layer_types": ["full_attention"] * 2, "use_sliding_window": True, "sliding_window": 4096},
+        {"model_type": "gemma", "hidden_act": "gelu"},
         {"rope_scaling": {"rope_type": "default"}},
         {"attention_bias": False, "mlp_bias": None, "num_experts": 0},
     ],
@@ -324,7 +331,7 @@ def test_what_is_switched_off_is_not_refused(keys):
 def test_null_key_value_heads_are_as_many_as_query_heads():
     values = SHARED | {"num_key_value_heads": None}
     for family, config_class in FAMILIES.items():
-        if family == "gemma3":  # whose class takes no null
+        if family in ("gemma", "gemma3"):  # whose classes take no null
             continue
         config = config_from_hf({**values, "model_type": config_class.model_type})
         assert config.num_key_value_heads == config_class(**values).num_key_value_heads == 6

@@ -10,6 +10,8 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -20,6 +22,8 @@ from transformers import (
     MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
@@ -60,6 +64,7 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "gemma": (GemmaConfig, GemmaForCausalLM),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
@@ -111,6 +116,7 @@ MIXTURES = {
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM),
 }
 VARIANTS = (
     [
@@ -144,6 +150,7 @@ VARIANTS = (
                 "qwen2_moe",
                 {"num_experts": 5, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 24, "head_dim": 8},
             ),
+            ("olmoe", {"num_experts": 5, "num_experts_per_tok": 2}),
             ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1}),
             ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
         )
@@ -165,9 +172,8 @@ def random_hf_model(family, **keys):
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = parameter.ndim == 1 and not name.endswith("bias")
-            parameter.copy_(
-                (family != "gemma3") + 0.3 * noise if is_norm else 0.3 * noise if parameter.ndim == 1 else 0.15 * noise
-            )
+            around = 1.0 if is_norm and not family.startswith("gemma") else 0.0
+            parameter.copy_(around + (0.3 if parameter.ndim == 1 else 0.15) * noise)
     return model
 
 

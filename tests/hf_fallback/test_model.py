@@ -46,21 +46,17 @@ SIZES = {
     "max_position_embeddings": 1024,
     **NO_TOKENS,
 }
-# Dropout as GPT-2 and Gemma have it, or more; OLMo 3 has windows in one layer, and shorter than the samples.
+COHERE = {key: value for key, value in SIZES.items() if key != "head_dim"}
+# Dropout as GPT-2 and Cohere have it, or more; OLMo 3 has windows in one layer, and shorter than the samples.
 TRAINS = {
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024, **NO_TOKENS}),
-    "gemma": ("Gemma", {**SIZES, "attention_dropout": 0.1}),
+    "cohere": ("Cohere", {**COHERE, "attention_dropout": 0.1}),
     "olmo3": (
         "Olmo3",
-        {
-            **{key: value for key, value in SIZES.items() if key != "head_dim"},
-            "sliding_window": 16,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
+        {**COHERE, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "mixtral": ("Mixtral", {**SIZES, "num_local_experts": 4, "sliding_window": 16}),
     "gemma2": ("Gemma2", {**SIZES, "final_logit_softcapping": 3.0}),
-    "cohere": ("Cohere", {k: v for k, v in SIZES.items() if k != "head_dim"}),
     "llama-scaled-rope": (
         "Llama",
         {**SIZES, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
@@ -189,10 +185,10 @@ def test_a_model_that_still_drops_out_is_refused(folders, monkeypatch):
     """Rates that only a module's own attribute holds would escape the configuration."""
     from pertoken.hf_fallback import load
 
-    assert load_model(folders["gemma"]).hf.model.layers[0].self_attn.attention_dropout == 0.0
+    assert load_model(folders["cohere"]).hf.model.layers[0].self_attn.attention_dropout == 0.0
     monkeypatch.setattr(load, "_switch_off_dropout", lambda config: None)
     with pytest.raises(ModelError, match="something drops out"):
-        load_model(folders["gemma"])
+        load_model(folders["cohere"])
 
 
 def test_dropout_that_is_not_in_the_configuration_is_switched_off_too(folders):
@@ -227,8 +223,8 @@ def test_no_dropout_rate_is_left_and_training_mode_computes_what_evaluation_does
     assert torch.equal(model.train()(micro_batch).loss_sum, model.eval()(micro_batch).loss_sum)
 
 
-# Transformers' RMSNorm computes in float32 whatever comes in, so Gemma keeps float32's precision.
-TOLERANCE = {"gpt2": 1e-10, "gemma": 1e-5, "mixtral": 1e-5}
+# Transformers' other norms compute in float32 whatever comes in, and keep its precision.
+TOLERANCE = {"gpt2": 1e-10, "cohere": 1e-5, "mixtral": 1e-5}
 
 
 @pytest.mark.parametrize("name", TOLERANCE)
@@ -274,8 +270,8 @@ def test_padded_rows_are_counted_as_padding(folders):
 
 def test_the_padding_token_learns(world, tmp_path):
     """Transformers freezes its embedding; here it may be the end token, which chats are full of."""
-    keys = {**SIZES, "pad_token_id": 5, "tie_word_embeddings": False}
-    model = load_model(make_folder(world, tmp_path, "Gemma", keys))
+    keys = {**COHERE, "pad_token_id": 5, "tie_word_embeddings": False}
+    model = load_model(make_folder(world, tmp_path, "Cohere", keys))
     model(collate([Sample(np.array([5, 5, 6, 5]), np.ones(3, bool))])).loss_sum.backward()
     assert model.hf.get_input_embeddings().weight.grad[5].abs().max() > 0
 
@@ -373,7 +369,7 @@ def test_a_family_without_such_a_cache_computes_the_sequence_anew(folders, monke
 
 
 def test_new_tokens_start_as_the_mean_of_the_old(folders):
-    model = load_model(folders["gemma"])
+    model = load_model(folders["cohere"])
     old = model.head_weight.detach().clone()
     state = torch.get_rng_state()
     resize_embeddings(model, len(old) + 3)

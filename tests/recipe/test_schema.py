@@ -275,8 +275,9 @@ def test_what_a_family_multiplies_by_is_for_that_family_alone():
     assert (config.attention_scale, config.attention_multiplier) == (64**-0.5, 64**-0.5)
     config = parse("model.family=gemma3", "model.query_pre_attn_scalar=256").model.resolve(6400)
     assert (config.embedding_scale, config.attention_scale) == (512**0.5, 1 / 16)
-    with pytest.raises(RecipeError, match=r"^model\.logits_scaling=8\.0: qwen2 models have none; leave the key out"):
-        parse("model.family=qwen2", "model.logits_scaling=8.0")
+    for given in ("logits_scaling=8.0", "attention_multiplier=1.0", "query_pre_attn_scalar=1"):
+        with pytest.raises(RecipeError, match=rf"^model\.{given}: qwen2 models have none; leave the key out"):
+            parse("model.family=qwen2", f"model.{given}")
 
 
 def test_a_family_brings_its_features_and_its_defaults():

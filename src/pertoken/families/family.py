@@ -61,6 +61,7 @@ class Family:
     norms: Literal["before", "after", "both"] = "before"
     offset_norms: bool = False  # a norm multiplies by 1 + weight
     activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"  # of the gate
+    activation_aliases: tuple[str, ...] = ()  # what its config.json may call it besides
     activation_key: str = "hidden_act"  # under which a config.json has its name
     scaled_embedding: bool = False  # times sqrt(hidden_size)
     # Which of `NUMBERS` (recipe/model.py) its config.json has; what one absent means is among the defaults.

@@ -179,10 +179,10 @@ def _refuse_what_is_missing(values: dict[str, Any], family: Family) -> None:
     for key in ("mlp_bias",) if family.qkv_bias else ("attention_bias", "mlp_bias"):
         if values.get(key):
             _refuse(values, key, "pertoken has no such bias; choose a model without")
-    if values.get(family.activation_key, family.activation) != family.activation:
+    if values.get(family.activation_key, family.activation) not in (family.activation, *family.activation_aliases):
         reason = f"pertoken has {family.activation} only for model_type {family.model_type}; choose a model with it"
         _refuse(values, family.activation_key, reason)
-    for key in ("attn_logit_softcapping", "use_bidirectional_attention"):
+    for key in ("attn_logit_softcapping", "use_bidirectional_attention", "clip_qkv"):
         if values.get(key):
             _refuse(values, key, "pertoken has plain causal attention; choose a model with it")
     # transformers dequantizes GGUF as it reads it, but leaves the note in what it writes out.

@@ -35,6 +35,7 @@ NUMBERS = (
     "logits_scaling",
     "final_logit_softcapping",
 )
+_NEUTRAL = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}  # as if there were none
 
 
 class RopeScaling(Section):
@@ -166,7 +167,7 @@ class ModelConfig(Section):
         """Raises ValueError for what a model of this family cannot be saved with."""
         for key in NUMBERS:
             value = getattr(self, key)
-            if value not in (None, 1.0) and key not in record.numbers:
+            if key not in record.numbers and value is not None and value != _NEUTRAL.get(key):
                 raise ValueError(
                     f"model.{key}={value}: {record.model_type} models have none; leave the key out, or choose another "
                     "model.family"
