@@ -35,8 +35,32 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
     "qwen2": {"family": "qwen2"},
+    "olmo2": {"family": "olmo2"},
+    "granite": {
+        "family": "granite",
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 5.0,
+    },
+    "gemma": {"family": "gemma"},
+    "gemma3": {"family": "gemma3", "query_pre_attn_scalar": 9, "final_logit_softcapping": 3.0},
+    "mistral, a window": {"family": "mistral", "sliding_window": 40},
+    "gemma3, windows of some layers": {
+        "family": "gemma3",
+        "sliding_window": 300,
+        "layer_types": ("sliding_attention", "full_attention", "sliding_attention"),
+    },
+    "smollm3": {"family": "smollm3", "no_rope_layers": (1, 0, 1)},
     "one head each": {"num_key_value_heads": 4, "head_dim": 6},
     "experts": {"use_moe": True, "num_experts": 4, "num_experts_per_tok": 2, "aux_loss_coef": 0.1},
+    "shared expert": {
+        "family": "qwen2",
+        "use_moe": True,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_expert_intermediate_size": 40,
+    },
 }
 
 

@@ -24,6 +24,7 @@ import pertoken.data.batch.share
 import pertoken.data.chat.render
 import pertoken.data.samples
 import pertoken.engines.cpu.engine
+import pertoken.engines.cpu.mlp
 import pertoken.engines.cpu.runner
 import pertoken.model.attention
 import pertoken.model.plain
@@ -36,9 +37,11 @@ from pertoken.data.batch.pack import MicroBatch, Sample
 from pertoken.data.batch.share import Share
 from pertoken.data.chat.render import Rendered
 from pertoken.data.tokens.encode import TextWithSpans
+from pertoken.engines.cpu.runner import CpuBatch
 from pertoken.kernels.ops import Kernels
 from pertoken.model.execution import Casts, Execution
 from pertoken.objective.choose import objective_of
+from pertoken.objective.logit_map import LogitMap
 from pertoken.objective.row_terms import RowFactors
 from pertoken.objective.terms import LossOutput, Term
 from pertoken.recipe.train import TrainConfig
@@ -221,6 +224,35 @@ def z_loss_in_the_evaluation(patch: Patch) -> None:
         return out if "objective" in settings else dataclasses.replace(out, loss_sum=out.loss_sum + more)
 
     patch.setattr(pertoken.model.decoder.CausalLM, "forward", with_it)
+
+
+def soft_cap_without_its_slope(patch: Patch) -> None:
+    """In the chunked head."""
+    cap = LogitMap.cap_
+
+    def flat(self: LogitMap, logits: torch.Tensor) -> None:
+        cap(self, logits)
+
+    patch.setattr(LogitMap, "cap_", flat)
+
+
+def soft_cap_without_its_slope_by_the_kernels(patch: Patch) -> None:
+    patch.setattr(Kernels, "soft_cap_gradient", lambda self, gradient, uncapped, cap: None)
+
+
+def logits_not_scaled(patch: Patch) -> None:
+    """In every head but the plain one."""
+    patch.setattr(LogitMap, "scale_hidden", lambda self, hidden: hidden)
+
+
+def residual_multiplier_without_a_gradient(patch: Patch) -> None:
+    """By the kernels."""
+    usual = pertoken.engines.cpu.mlp.d_add_update
+
+    def unmultiplied(batch: CpuBatch, *arguments: Any) -> Any:
+        return usual(dataclasses.replace(batch, residual_multiplier=1.0), *arguments)
+
+    patch.setattr(pertoken.engines.cpu.mlp, "d_add_update", unmultiplied)
 
 
 def clipping_before_unscaling(patch: Patch) -> None:

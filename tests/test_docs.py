@@ -50,29 +50,34 @@ def test_sections_are_short(title):
 
 
 def test_the_family_of_the_documentation_computes_what_transformers_does(tmp_path, monkeypatch):
-    from transformers import AutoModelForCausalLM, MistralConfig
+    from transformers import AutoModelForCausalLM, MinistralConfig
 
-    family = run_blocks("A family")["MISTRAL"]
+    family = run_blocks("A family")["MINISTRAL"]
     assert isinstance(family, Family)
     assert family.model_type not in FAMILIES, "then the documentation needs another example"
     monkeypatch.setitem(FAMILIES, family.model_type, family)
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     sizes |= {"num_key_value_heads": 2, "vocab_size": 61, "tie_word_embeddings": False, "max_position_embeddings": 256}
-    ours = CausalLM(ModelConfig.model_validate({"family": "mistral", **sizes}).resolve(61), seed=1)
+    sizes |= {"sliding_window": 7}
+    types = ("full_attention", "sliding_attention")
+    recipe = ModelConfig.model_validate({"family": "ministral", "layer_types": types, **sizes})
+    ours = CausalLM(recipe.resolve(61), seed=1)
     save_folder(ours, tmp_path, eos_token_id=None)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert type(theirs).__name__ == "MistralForCausalLM"
+    assert type(theirs).__name__ == "MinistralForCausalLM"
     ids = torch.arange(50) % 61
     with torch.no_grad():
         expected = theirs(input_ids=ids[None]).logits[0, -1]
         found = load_folder(tmp_path).decode(ids, ours.new_cache(50))
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
 
-    assert config_from_hf(MistralConfig(**sizes, sliding_window=None).to_dict()) == ours.config
-    for values in (MistralConfig(**sizes).to_dict(), {**sizes, "model_type": "mistral"}):  # windows, said or not
-        with pytest.raises(NotCovered, match="sliding_window=4096"):
-            config_from_hf(values)
+    assert config_from_hf(MinistralConfig(**sizes, layer_types=list(types)).to_dict()) == ours.config
+    for values in (MinistralConfig(**sizes).to_dict(), {**sizes, "model_type": "ministral"}):  # types, said or not
+        assert config_from_hf(values).layer_types == ("sliding_attention",) * 2
+    assert config_from_hf(MinistralConfig(**sizes | {"sliding_window": None}).to_dict()).layer_types is None
+    with pytest.raises(NotCovered, match="layer_types="):
+        config_from_hf(MinistralConfig(**sizes).to_dict() | {"layer_types": ["linear_attention"] * 2})
 
 
 def test_the_format_of_the_docs_is_one_file_and_one_line_of_the_dict(
@@ -174,7 +179,7 @@ def test_files_that_the_pages_name_exist(page):
     """`room/file.py` is below src/pertoken, `tests/...` and `benchmarks/...` below the repository, a name anywhere."""
     known = [p for top in ("src", "tests", "benchmarks", "recipes") for p in (ROOT / top).rglob("*.*")]
     names = {p.name for p in known}
-    examples = {"NAME.py", "focal.py", "mistral.py", "headline.py", "test_headline.py"}
+    examples = {"NAME.py", "focal.py", "ministral.py", "headline.py", "test_headline.py"}
     for name in set(re.findall(r"`([\w./-]+\.(?:py|c|toml))`", page.read_text(encoding="utf-8"))):
         path = Path(name)
         if path.name in examples or path.name in (

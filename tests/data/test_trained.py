@@ -129,7 +129,7 @@ CHANGES = {
     "dropout": change("tokenizer.json", lambda t: t["model"].update(dropout=0.5)),
     "another map of special tokens": write("special_tokens_map.json", '{"eos_token": "<|endoftext|>"}'),
     "more added tokens": write("added_tokens.json", '{"<x>": 0}'),
-    "another model": write("config.json", '{"model_type": "gemma"}'),
+    "another model": write("config.json", '{"model_type": "gpt2"}'),
     "a model that says otherwise": write("config.json", '{"model_type": "qwen3", "tokenizer_class": "GPT2Tokenizer"}'),
     "no config": lambda folder: (folder / "tokenizer_config.json").unlink(),
     "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),

@@ -18,10 +18,19 @@ pytestmark = pytest.mark.numeric
 # Both are of the compiler's own doing: what it imports, and that it looks at `.grad` of what it traces.
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-@pytest.mark.parametrize("experts", [{}, {"use_moe": True, "num_experts_per_tok": 2}], ids=["dense", "experts"])
-def test_compiled_layers_give_the_same_loss_and_gradients_at_any_number_of_tokens(experts):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_moe": True, "num_experts_per_tok": 2},
+        {"family": "granite", "residual_multiplier": 0.7},
+        {"family": "gemma3"},
+    ],
+    ids=["dense", "experts", "granite", "gemma3"],
+)
+def test_compiled_layers_give_the_same_loss_and_gradients_at_any_number_of_tokens(changes):
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = ModelConfig(**shape, **experts)
+    config = ModelConfig(**shape, **changes)
     models = [CausalLM(config.resolve(50), seed=1) for _ in range(2)]
     executions = [PLAIN, Execution(CompileEngine())]
     rng = np.random.default_rng(0)

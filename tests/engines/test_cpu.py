@@ -9,7 +9,7 @@ from decoder_cases import BATCHES, MODELS, VOCAB, batch_of, gradient, largest_er
 
 from pertoken.data.batch.pack import collate
 from pertoken.engines.cpu import attention as cpu_attention
-from pertoken.engines.cpu import blocks, runner
+from pertoken.engines.cpu import blocks, halves, runner
 from pertoken.engines.cpu.engine import CpuEngine
 from pertoken.kernels import ops
 from pertoken.model.execution import Execution
@@ -54,7 +54,7 @@ def test_nothing_is_read_before_it_is_written(batch, family, monkeypatch):
     def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.full(shape, float("nan"), dtype=dtype)
 
-    for module in (runner, cpu_attention, blocks, ops, loss):
+    for module in (runner, cpu_attention, blocks, halves, ops, loss):
         monkeypatch.setattr(module, "empty", poisoned)
     model = model_of(MODELS[family], torch.float32)
     _, found = gradient(model, batch_of(*batch), Execution(CpuEngine(torch.bfloat16)), low=True)

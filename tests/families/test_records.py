@@ -17,7 +17,7 @@ from pertoken.recipe.model import ModelConfig
 
 SOURCE = Path(pertoken.__file__).parent
 SAVED = [name for name, family in FAMILIES.items() if family.architecture is not None]
-OF_BOTH_NAMES = {"num_experts": "num_local_experts"}  # as transformers 5 calls it in every class
+OF_BOTH_NAMES = {"num_experts": "num_local_experts"}  # as transformers 5 calls it in most classes
 
 
 @pytest.mark.parametrize("model_type", SAVED)
@@ -25,9 +25,10 @@ def test_defaults_are_those_of_the_class(model_type):
     family, values = FAMILIES[model_type], CONFIG_MAPPING[model_type]().to_dict()
     assert family.model_type == model_type
     assert family.architecture == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-    values["rope_theta"] = values["rope_parameters"]["rope_theta"]
+    rope = values["rope_parameters"]
+    values["rope_theta"] = rope.get("full_attention", rope)["rope_theta"]
     for key, value in family.defaults.items():
-        assert values[OF_BOTH_NAMES.get(key, key)] == value, key
+        assert values.get(OF_BOTH_NAMES.get(key), values.get(key)) == value, key
     assert values["rms_norm_eps"] == family.defaults.get("rms_norm_eps", 1e-6)
     assert values["max_position_embeddings"] == family.defaults["max_position_embeddings"]
 
@@ -41,15 +42,17 @@ def test_what_is_always_written_is_what_the_class_has_without_it(model_type):
 
 
 def test_a_recipe_names_each_family_and_says_whether_there_are_experts():
-    assert recipe_names() == ["qwen3", "qwen2", "llama"]
-    assert recipe_names(use_moe=True) == ["qwen3", "llama"]
+    names = ["qwen3", "qwen2", "llama", "mistral", "smollm3", "olmo2", "olmoe", "granite", "gemma", "gemma3"]
+    assert recipe_names() == names
+    assert recipe_names(use_moe=True) == ["qwen3", "qwen2", "llama", "olmoe"]
     for name in recipe_names():
         for use_moe in (False, True):
             family = saved_as(name, use_moe=use_moe)
             assert (family is not None) == (name in recipe_names(use_moe=use_moe))
             if family is not None:
                 config = ModelConfig(family=name, use_moe=use_moe).resolve(100)
-                assert (config.qk_norm, config.qkv_bias) == (family.qk_norm, family.qkv_bias)
+                for feature in ("qk_norm", "qk_norm_of_all_heads", "qkv_bias", "norms", "offset_norms", "activation"):
+                    assert getattr(config, feature) == getattr(family, feature)
                 assert config.use_moe == (family.experts is not None)
     assert saved_as("minimind", use_moe=False) is None
 

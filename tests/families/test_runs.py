@@ -23,8 +23,34 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"model__family": "qwen2"},
     "qwen2, untied": {"model__family": "qwen2", "model__tie_word_embeddings": False},
     "llama3": {"model__family": "llama", "model__rope_theta": 500.0, "model__rope_scaling": dict(ROPE)},
+    "olmo2": {"model__family": "olmo2"},
+    "granite": {
+        "model__family": "granite",
+        "model__embedding_multiplier": 6.0,
+        "model__residual_multiplier": 0.7,
+        "model__attention_multiplier": 0.2,
+        "model__logits_scaling": 0.3,
+    },
+    "gemma": {"model__family": "gemma"},
+    "olmoe": {"model__family": "olmoe", "model__use_moe": True, "model__num_experts_per_tok": 2},
+    "shared expert": {"model__family": "qwen2", "model__use_moe": True, "model__num_experts_per_tok": 2},
+    "gemma3": {
+        "model__family": "gemma3",
+        "model__query_pre_attn_scalar": 5,
+        "model__final_logit_softcapping": 7.0,
+    },
 }
-CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen2, untied": "Qwen2ForCausalLM", "llama3": "LlamaForCausalLM"}
+CLASSES = {
+    "gemma": "GemmaForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "shared expert": "Qwen2MoeForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2, untied": "Qwen2ForCausalLM",
+    "llama3": "LlamaForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
 
 
 def weights(run: Path, step: int) -> str:
@@ -65,7 +91,7 @@ def test_a_trained_model_decodes_and_opens_in_transformers_with_the_same_logits(
     assert made == greedy.tolist()
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama3"])
+@pytest.mark.parametrize("name", ["qwen2", "llama3", "gemma3"])
 def test_a_resumed_run_is_the_uninterrupted_one(world: World, tmp_path: Path, name: str) -> None:
     keys = {**MODELS[name], "train__max_steps": 6, "checkpoint__save_interval": 3, "data__eval_path": []}
     train(world.recipe(tmp_path / "run", **keys))

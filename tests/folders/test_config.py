@@ -2,7 +2,20 @@ from copy import deepcopy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OlmoeConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from pertoken.errors import ModelError
 from pertoken.folders.config import NotCovered, config_from_hf, config_to_hf
@@ -20,7 +33,15 @@ SHARED = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
-FAMILIES = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
+FAMILIES = {
+    "qwen3": Qwen3Config,
+    "qwen2": Qwen2Config,
+    "llama": LlamaConfig,
+    "olmo2": Olmo2Config,
+    "granite": GraniteConfig,
+    "gemma": GemmaConfig,
+    "gemma3": Gemma3TextConfig,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -28,7 +49,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-MIXTURES = {"qwen3": Qwen3MoeConfig, "llama": MixtralConfig}
+MIXTURES = {"qwen3": Qwen3MoeConfig, "qwen2": Qwen2MoeConfig, "llama": MixtralConfig, "olmoe": OlmoeConfig}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -37,14 +58,16 @@ def test_a_configuration_survives_the_way_there_and_back(family):
     config = ModelConfig.model_validate(SHARED | keys).resolve(97)
     assert config_from_hf(config_to_hf(config, eos_token_id=2)) == config
     theirs = FAMILIES[family](**config_to_hf(config, eos_token_id=2))
-    assert theirs.rope_parameters["rope_theta"] == 777.0
+    assert theirs.rope_parameters.get("full_attention", theirs.rope_parameters)["rope_theta"] == 777.0
+    assert theirs.pad_token_id is None, "its embedding would be frozen"
     assert config_from_hf(theirs.to_dict()) == config
 
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_mixture_survives_the_way_there_and_back(family):
     keys = {"family": family, "rms_norm_eps": 1e-5, "use_moe": True, "num_experts": 6, "num_experts_per_tok": 3}
-    keys |= {"norm_topk_prob": False, "moe_intermediate_size": 24} if family == "qwen3" else {}
+    keys |= {} if family == "llama" else {"norm_topk_prob": False}
+    keys |= {"moe_intermediate_size": 24} if family in ("qwen3", "qwen2") else {}
     config = ModelConfig.model_validate(SHARED | keys | {"aux_loss_coef": 0.125}).resolve(97)
     assert config_from_hf(config_to_hf(config, eos_token_id=2)) == config
     theirs = MIXTURES[family](**config_to_hf(config, eos_token_id=2))
@@ -179,11 +202,15 @@ def test_absent_keys_mean_what_they_mean_to_transformers():
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for family, config_class in FAMILIES.items():
         values = {key: SHARED[key] for key in (*keys, "num_key_value_heads")}
-        assert config_from_hf({**values, "model_type": family}) == config_from_hf(config_class(**values).to_dict())
-    for model_type, config_class in (("qwen3_moe", Qwen3MoeConfig), ("mixtral", MixtralConfig)):
+        if family == "gemma3":  # or some layers would have a window
+            values["layer_types"] = GEMMA3["layer_types"]
+        ours = config_from_hf({**values, "model_type": config_class.model_type})
+        assert ours == config_from_hf(config_class(**values).to_dict())
+    for config_class in MIXTURES.values():
         values = {key: SHARED[key] for key in keys}
-        values["num_attention_heads"] = 8
-        assert config_from_hf({**values, "model_type": model_type}) == config_from_hf(config_class(**values).to_dict())
+        values |= {"num_attention_heads": 16, "hidden_size": 64}
+        ours = config_from_hf({**values, "model_type": config_class.model_type})
+        assert ours == config_from_hf(config_class(**values).to_dict())
 
 
 def test_minimind_configurations_are_read():
@@ -198,12 +225,16 @@ def test_minimind_configurations_are_read():
     assert (config.use_moe, config.moe_intermediate_size, config.aux_loss_coef) == (True, 320, 0.01)
 
 
+GEMMA3 = {"model_type": "gemma3_text", "layer_types": ["full_attention"] * 2}
 REFUSED = [
-    ({"model_type": "mistral"}, "model_type='mistral'"),
+    ({"model_type": "starcoder2"}, "model_type='starcoder2'"),
     ({"model_type": None}, "model_type=None"),
-    ({"model_type": "qwen2_moe"}, "model_type='qwen2_moe'"),
-    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
-    ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "layer_types="),
+    ({"model_type": "qwen2_moe", "qkv_bias": False}, "qkv_bias=False"),
+    ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 2}, "layer_types="),
+    ({"model_type": "llama", "layer_types": ["sliding_attention"] * 2}, "layer_types="),
+    ({"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 64}, "layer_types: missing"),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 0, 1]}, "no_rope_layers: 3 entries"),
+    ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0"),
     ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias=True"),
     ({"model_type": "qwen2", "num_experts": 8}, "num_experts=8"),
     ({"model_type": "qwen2", "rope_scaling": LLAMA3}, "rope_scaling="),
@@ -227,6 +258,16 @@ REFUSED = [
     ({"model_type": "qwen3_moe", "use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
     ({"model_type": "mixtral", "sliding_window": 4096}, "sliding_window=4096"),
     ({"model_type": "mixtral", "norm_topk_prob": False}, "norm_topk_prob=False"),
+    ({"model_type": "gemma3_text", "layer_types": ["full_attention"]}, "layer_types="),
+    (GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+    (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    (GEMMA3 | {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+    (GEMMA3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, "rope_parameters={"),
+    (GEMMA3 | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0"),
+    ({"model_type": "granite", "residual_multiplier": -1.0}, "residual_multiplier=-1.0"),
+    ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv=8.0"),
+    ({"model_type": "gemma", "hidden_act": "silu"}, "hidden_act='silu'"),
+    ({"model_type": "olmo2", "attention_bias": True}, "attention_bias=True"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling="),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 16}}, "rope_scaling="),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "rope_parameters="),
@@ -239,8 +280,6 @@ REFUSED = [
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config="),
     ({"num_experts": 8}, "num_experts=8"),
     ({"num_local_experts": 8}, "num_local_experts=8"),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
-    ({"use_sliding_window": True, "sliding_window": 4096}, "sliding_window=4096"),
     ({"vocab_size": None}, "vocab_size: missing"),
     ({"num_key_value_heads": 4}, "num_key_value_heads=4"),
     ({"head_dim": 7}, "head_dim=7"),
@@ -279,6 +318,7 @@ def test_what_transformers_may_have_is_left_to_it(keys):
         {"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 1},
         {"model_type": "llama", "rope_scaling": {"type": "default"}, "num_key_value_heads": None},
         {"layer_types": ["full_attention"] * 2, "use_sliding_window": True, "sliding_window": 4096},
+        {"model_type": "gemma", "hidden_act": "gelu"},
         {"rope_scaling": {"rope_type": "default"}},
         {"attention_bias": False, "mlp_bias": None, "num_experts": 0},
     ],
@@ -290,6 +330,8 @@ def test_what_is_switched_off_is_not_refused(keys):
 
 def test_null_key_value_heads_are_as_many_as_query_heads():
     values = SHARED | {"num_key_value_heads": None}
-    for model_type, config_class in FAMILIES.items():
-        config = config_from_hf({**values, "model_type": model_type})
+    for family, config_class in FAMILIES.items():
+        if family in ("gemma", "gemma3"):  # whose classes take no null
+            continue
+        config = config_from_hf({**values, "model_type": config_class.model_type})
         assert config.num_key_value_heads == config_class(**values).num_key_value_heads == 6

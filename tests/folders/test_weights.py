@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,16 +8,32 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from pertoken.data.batch.pack import MicroBatch
@@ -46,6 +63,12 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "gemma": (GemmaConfig, GemmaForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "granite": (GraniteConfig, GraniteForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
 }
 # Texts are longer than the original length, and the frequencies are of all three kinds: kept, divided, in between.
 LLAMA3 = {
@@ -58,8 +81,43 @@ LLAMA3 = {
         "original_max_position_embeddings": 64,
     }
 }
-DENSE = [*((family, {}) for family in FAMILIES), ("llama", LLAMA3)]
-MIXTURES = {"qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM), "mixtral": (MixtralConfig, MixtralForCausalLM)}
+MULTIPLIED = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 5.0,
+}
+SLIDING, FULL = "sliding_attention", "full_attention"
+WINDOWS = [  # shorter than the longest texts, in all layers and in some
+    ("mistral", {"sliding_window": 7}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 20, "layer_types": [SLIDING, FULL]}),
+    ("gemma3", {"sliding_window": 7, "layer_types": [SLIDING, FULL]}),
+    ("smollm3", {"no_rope_layers": [1, 0]}),
+    (
+        "smollm3",
+        {
+            "no_rope_layers": [0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "layer_types": [FULL, SLIDING],
+        },
+    ),
+]
+CAPPED = {"final_logit_softcapping": 7.0, "query_pre_attn_scalar": 5}
+DENSE = [
+    *((family, {}) for family in FAMILIES),
+    ("llama", LLAMA3),
+    ("granite", MULTIPLIED),
+    ("gemma3", CAPPED),
+    *WINDOWS,
+]
+MIXTURES = {
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM),
+}
 VARIANTS = (
     [
         pytest.param(family, keys, id=f"{family}-{'-'.join(map(str, keys)) or 'plain'}")
@@ -73,6 +131,9 @@ VARIANTS = (
     ]
     + [
         pytest.param("llama", LLAMA3, id="llama3"),
+        *(pytest.param(family, keys, id=f"{family}-layers-{i}") for i, (family, keys) in enumerate(WINDOWS)),
+        pytest.param("granite", MULTIPLIED, id="granite-multiplied"),
+        pytest.param("gemma3", CAPPED, id="gemma3-capped"),
         pytest.param("llama", LLAMA3 | {"head_dim": 20, "tie_word_embeddings": False}, id="llama3-head_dim"),
     ]
     + [
@@ -85,6 +146,11 @@ VARIANTS = (
                 {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 24},
             ),
             ("qwen3_moe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": False, "head_dim": 20}),
+            (
+                "qwen2_moe",
+                {"num_experts": 5, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 24, "head_dim": 8},
+            ),
+            ("olmoe", {"num_experts": 5, "num_experts_per_tok": 2}),
             ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1}),
             ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
         )
@@ -95,13 +161,19 @@ VARIANTS = (
 def random_hf_model(family, **keys):
     """Every weight random, norms too, and large enough that each one shows in the logits."""
     config_class, model_class = (FAMILIES | MIXTURES)[family]
-    model = model_class(config_class(**SHARED | keys)).eval()
+    shared = SHARED | {"pad_token_id": None}  # whose embedding it would freeze
+    if family == "gemma3":
+        shared["layer_types"] = [FULL] * SHARED["num_hidden_layers"]
+        local = {SLIDING: {"rope_type": "default", "rope_theta": 77.0}}
+        keys = {key: {FULL: value} | local if key == "rope_parameters" else value for key, value in keys.items()}
+    model = model_class(config_class(**shared | keys)).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = parameter.ndim == 1 and not name.endswith("bias")
-            parameter.copy_(1 + 0.3 * noise if is_norm else 0.3 * noise if parameter.ndim == 1 else 0.15 * noise)
+            around = 1.0 if is_norm and not family.startswith("gemma") else 0.0
+            parameter.copy_(around + (0.3 if parameter.ndim == 1 else 0.15) * noise)
     return model
 
 
@@ -186,6 +258,43 @@ def test_gradients_equal_those_of_transformers(family, keys, kernels, tmp_path):
         assert float((ours - parameter.grad).norm() / parameter.grad.norm()) < 1e-5, name
 
 
+class Float64:
+    """`torch` for transformers' modules, which would take rotary angles, norms and routers in float32 even here."""
+
+    float32 = float = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@pytest.mark.parametrize(("family", "keys"), DENSE)
+def test_float64_gradients_are_those_of_a_plain_loop_over_transformers_in_float64(family, keys, tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    for module in (sys.modules[FAMILIES[family][1].__module__], transformers.modeling_rope_utils):
+        monkeypatch.setattr(module, "torch", Float64())
+    try:
+        hf_model = random_hf_model(family, **keys)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    hf_model.save_pretrained(tmp_path)
+    model, docs = load_folder(tmp_path, dtype=torch.float64), documents([3, 30, 131])
+    for execution in (PLAIN, Execution(loss_impl="reference"), Execution(activation_checkpointing=True)):
+        model.zero_grad()
+        hf_model.zero_grad()
+        loss_sum = model(flat(docs), execution).loss_sum
+        loss_sum.backward()
+        total = 0.0
+        for doc in docs:
+            loss = torch.nn.functional.cross_entropy(hf_model(doc[None]).logits[0], doc, reduction="sum")
+            loss.backward()
+            total += float(loss.detach())
+        assert float(loss_sum.detach()) == pytest.approx(total, rel=1e-12)
+        for name, parameter in model.named_parameters():
+            theirs = hf_model.get_parameter(name).grad
+            assert float((parameter.grad - theirs).abs().max() / theirs.abs().max()) < 1e-10, name
+
+
 @pytest.mark.parametrize("family", MIXTURES)
 def test_gradients_of_experts_equal_those_of_transformers(family, tmp_path):
     hf_model = random_hf_model(family, num_experts=4, num_experts_per_tok=2).double()
@@ -203,6 +312,10 @@ def test_gradients_of_experts_equal_those_of_transformers(family, tmp_path):
             gate_up = torch.cat([expert.gate_proj.weight.grad, expert.up_proj.weight.grad])
             pairs += [(gate_up, theirs.experts.gate_up_proj.grad[i])]
             pairs += [(expert.down_proj.weight.grad, theirs.experts.down_proj.grad[i])]
+        if family == "qwen2_moe":
+            pairs += [(ours.shared_expert_gate.weight.grad, theirs.shared_expert_gate.weight.grad)]
+            for name, parameter in theirs.shared_expert.named_parameters():
+                pairs += [(ours.shared_expert.get_parameter(name).grad, parameter.grad)]
         for a, b in pairs:
             # transformers takes its rotary angles, its norms and its router in float32 even here
             assert float((a - b).norm() / b.norm()) < 1e-5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pertoken.hf_fallback.model import FallbackLM
 from pertoken.inference.generate import generate
 from pertoken.model.decoder import CausalLM
 from pertoken.model.execution import Execution
+from pertoken.objective.logit_map import PLAIN_LOGITS
 from pertoken.runs.data import prepare
 from pertoken.training.evaluate import evaluate
 from pertoken.training.precision import Precision
@@ -44,14 +46,17 @@ SIZES = {
     "max_position_embeddings": 1024,
     **NO_TOKENS,
 }
-# Dropout as GPT-2 and Gemma have it, or more; Gemma 3 has windows in one layer, and shorter than the samples.
+COHERE = {key: value for key, value in SIZES.items() if key != "head_dim"}
+# Dropout as GPT-2 and Cohere have it, or more; OLMo 3 has windows in one layer, and shorter than the samples.
 TRAINS = {
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024, **NO_TOKENS}),
-    "gemma": ("Gemma", {**SIZES, "attention_dropout": 0.1}),
-    "gemma3": (
-        "Gemma3Text",
-        {**SIZES, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "cohere": ("Cohere", {**COHERE, "attention_dropout": 0.1}),
+    "olmo3": (
+        "Olmo3",
+        {**COHERE, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "mixtral": ("Mixtral", {**SIZES, "num_local_experts": 4, "sliding_window": 16}),
+    "gemma2": ("Gemma2", {**SIZES, "final_logit_softcapping": 3.0}),
     "llama-scaled-rope": (
         "Llama",
         {**SIZES, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
@@ -90,7 +95,7 @@ def test_ten_steps_are_those_of_a_plain_loop_over_transformers(world, folders, t
 
     recipe = world.recipe(
         tmp_path / "run",
-        model={},
+        model={"aux_loss": "none"} if name == "mixtral" else {},
         init_from=str(folders[name]),
         train__max_steps=10,
         train__schedule="constant",
@@ -126,17 +131,7 @@ def test_ten_steps_are_those_of_a_plain_loop_over_transformers(world, folders, t
 
 
 REFUSED = {
-    "Gemma2": ({**SIZES}, "final_logit_softcapping=30.0"),
     "Phi": ({k: v for k, v in SIZES.items() if k != "head_dim"}, "its head has a bias"),
-    "Cohere": ({k: v for k, v in SIZES.items() if k != "head_dim"}, "logit_scale=0.0625"),
-    "Granite": (
-        {**{k: v for k, v in SIZES.items() if k != "head_dim"}, "logits_scaling": 8.0},
-        "logits_scaling=8.0",
-    ),
-    "Mixtral": (
-        {**SIZES, "num_local_experts": 2, "sliding_window": 64},
-        "a mixture of experts",
-    ),  # covered without windows
     "Gemma3Text": ({**SIZES, "use_bidirectional_attention": True}, "depend on the tokens after it"),
 }
 
@@ -153,8 +148,22 @@ def test_what_would_be_another_loss_is_refused_by_name(world, tmp_path, name):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_soft_cap_far_above_an_untrained_models_logits_is_found(world, tmp_path):
-    """The logits themselves are all but unchanged by it, so comparing losses would not show it."""
+@pytest.mark.parametrize("overrides", [[], ["model.aux_loss=sequence"]], ids=str)
+def test_a_mixture_trains_without_a_balance_loss_or_not_at_all(world, folders, tmp_path, overrides):
+    recipe = world.write_recipe(tmp_path / "recipe", model={}, init_from=str(folders["mixtral"]))
+    code, _, err = pertoken("train", recipe, f"out_dir={tmp_path / 'run'}", *overrides)
+    assert code == 2
+    assert 'model.aux_loss="sequence": mixtral (transformers) is a mixture of experts' in err
+    assert not (tmp_path / "run").exists()
+    model = load_model(folders["mixtral"])
+    with pytest.raises(RecipeError, match=r'set model\.aux_loss to "none"'):
+        model(collate(random_samples([9], model.facts.vocab_size)))
+    of_experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert model.num_parameters - model.num_active_parameters == of_experts // 2
+
+
+def test_a_soft_cap_far_above_an_untrained_models_logits_is_found(world, tmp_path, monkeypatch):
+    """The logits themselves are all but unchanged by it, so comparing losses would not show one that we do not know."""
     from transformers import AutoModelForCausalLM
 
     from pertoken.hf_fallback.head import check_logits
@@ -164,6 +173,8 @@ def test_a_soft_cap_far_above_an_untrained_models_logits_is_found(world, tmp_pat
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1e-3)
     assert model(input_ids=torch.arange(8)[None]).logits.abs().max() < 0.1
+    check_logits(model)
+    monkeypatch.setattr("pertoken.hf_fallback.head.logit_map_of", lambda model: PLAIN_LOGITS)
     with pytest.raises(ModelError, match=r"Gemma2ForCausalLM: final_logit_softcapping=50\.0"):
         check_logits(model)
     model.config.final_logit_softcapping = None
@@ -174,10 +185,10 @@ def test_a_model_that_still_drops_out_is_refused(folders, monkeypatch):
     """Rates that only a module's own attribute holds would escape the configuration."""
     from pertoken.hf_fallback import load
 
-    assert load_model(folders["gemma"]).hf.model.layers[0].self_attn.attention_dropout == 0.0
+    assert load_model(folders["cohere"]).hf.model.layers[0].self_attn.attention_dropout == 0.0
     monkeypatch.setattr(load, "_switch_off_dropout", lambda config: None)
     with pytest.raises(ModelError, match="something drops out"):
-        load_model(folders["gemma"])
+        load_model(folders["cohere"])
 
 
 def test_dropout_that_is_not_in_the_configuration_is_switched_off_too(folders):
@@ -191,9 +202,18 @@ def test_dropout_that_is_not_in_the_configuration_is_switched_off_too(folders):
     assert torch.equal(model.train()(micro_batch).loss_sum, model.eval()(micro_batch).loss_sum)
 
 
+def opened(folder: Path, dtype: torch.dtype = torch.float32) -> FallbackLM:
+    """As `model.aux_loss = "none"` lets it train."""
+    model = load_model(folder, dtype=dtype)
+    assert isinstance(model, FallbackLM)
+    if (balance_loss := model.facts.balance_loss) is not None:
+        model.set_balance_loss(replace(balance_loss, kind="none"))
+    return model
+
+
 @pytest.mark.parametrize("name", TRAINS)
 def test_no_dropout_rate_is_left_and_training_mode_computes_what_evaluation_does(folders, name):
-    model = load_model(folders[name])
+    model = opened(folders[name])
     assert isinstance(model, FallbackLM)
     assert {n for n, p in model.named_parameters() if p.data_ptr() % 64} == set(), "products depend on where they lie"
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {0.0}
@@ -203,13 +223,13 @@ def test_no_dropout_rate_is_left_and_training_mode_computes_what_evaluation_does
     assert torch.equal(model.train()(micro_batch).loss_sum, model.eval()(micro_batch).loss_sum)
 
 
-# Transformers' RMSNorm computes in float32 whatever comes in, so Gemma keeps float32's precision.
-TOLERANCE = {"gpt2": 1e-10, "gemma": 1e-5}
+# Transformers' other norms compute in float32 whatever comes in, and keep its precision.
+TOLERANCE = {"gpt2": 1e-10, "cohere": 1e-5, "mixtral": 1e-5}
 
 
 @pytest.mark.parametrize("name", TOLERANCE)
 def test_the_split_changes_no_float64_gradient(folders, name):
-    model = load_model(folders[name], dtype=torch.float64)
+    model = opened(folders[name], dtype=torch.float64)
     samples = random_samples([1, 7, 128, 129, 30, 30, 3], model.facts.vocab_size)
 
     def gradients(split: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -227,7 +247,7 @@ def test_the_split_changes_no_float64_gradient(folders, name):
 
 @pytest.mark.parametrize("name", TRAINS)
 def test_an_empty_micro_batch_gives_zeros_and_every_parameter_a_zero_gradient(folders, name):
-    model = load_model(folders[name])
+    model = opened(folders[name])
     out = model(collate([]))
     assert (out.loss_sum.item(), out.num_tokens.item()) == (0.0, 0)
     out.objective({"supervised": 1}).backward()
@@ -250,13 +270,13 @@ def test_padded_rows_are_counted_as_padding(folders):
 
 def test_the_padding_token_learns(world, tmp_path):
     """Transformers freezes its embedding; here it may be the end token, which chats are full of."""
-    keys = {**SIZES, "pad_token_id": 5, "tie_word_embeddings": False}
-    model = load_model(make_folder(world, tmp_path, "Gemma", keys))
+    keys = {**COHERE, "pad_token_id": 5, "tie_word_embeddings": False}
+    model = load_model(make_folder(world, tmp_path, "Cohere", keys))
     model(collate([Sample(np.array([5, 5, 6, 5]), np.ones(3, bool))])).loss_sum.backward()
     assert model.hf.get_input_embeddings().weight.grad[5].abs().max() > 0
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma3"])
+@pytest.mark.parametrize("name", ["gpt2", "olmo3"])
 def test_resume_is_bitwise(world, folders, tmp_path, name):
     recipe = world.write_recipe(
         tmp_path / "recipe",
@@ -349,7 +369,7 @@ def test_a_family_without_such_a_cache_computes_the_sequence_anew(folders, monke
 
 
 def test_new_tokens_start_as_the_mean_of_the_old(folders):
-    model = load_model(folders["gemma"])
+    model = load_model(folders["cohere"])
     old = model.head_weight.detach().clone()
     state = torch.get_rng_state()
     resize_embeddings(model, len(old) + 3)

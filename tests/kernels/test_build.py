@@ -138,8 +138,7 @@ def test_two_processes_replace_a_damaged_library_at_once(cold, monkeypatch):
     kept.unlink()
     kept.write_bytes(b"")
     code = (
-        "import torch; from pertoken.kernels.ops import Kernels\n"
-        "Kernels(torch.float32).swiglu_forward(torch.ones(2, 2))"
+        "import torch; from pertoken.kernels.ops import Kernels\nKernels(torch.float32).glu_forward(torch.ones(2, 2))"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)]
     said = [process.communicate(timeout=300)[1] for process in processes]

@@ -80,17 +80,34 @@ def test_bfloat16_is_rounded_as_torch_rounds_it():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(("n", "f"), [(1, 1), (5, 7), (33, 129)])
-def test_swiglu_and_its_gradient(dtype, n, f):
+def test_a_gated_unit_and_its_gradient(dtype, n, f, gelu):
     kernels, gate_up = Kernels(dtype), values(n, 2 * f, dtype=dtype) * 4
     d_out = values(n, f, seed=1, dtype=dtype)
     exact = gate_up.double().requires_grad_()
-    expected = F.silu(exact[:, :f]) * exact[:, f:]
+    gate = F.gelu(exact[:, :f], approximate="tanh") if gelu else F.silu(exact[:, :f])
+    expected = gate * exact[:, f:]
     expected.backward(d_out.double())
-    out = kernels.swiglu_forward(gate_up)
+    out = kernels.glu_forward(gate_up, gelu=gelu)
     close(out, expected.detach())
-    close(kernels.swiglu_backward(gate_up, d_out), expected.detach())
+    close(kernels.glu_backward(gate_up, d_out, gelu=gelu), expected.detach())
     close(gate_up, exact.grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1e-3, 3.0, 300.0])
+def test_a_soft_cap_and_its_gradient(dtype, size):
+    kernels, cap = Kernels(dtype), 30.0
+    logits, d_out = values(5, 133, dtype=dtype) * size, values(5, 133, seed=1, dtype=dtype)
+    exact = logits.double().requires_grad_()
+    expected = cap * torch.tanh(exact / cap)
+    expected.backward(d_out.double())
+    capped = torch.cat((logits, logits), 1)[:, :133]  # rows lie apart
+    kernels.soft_cap(capped, cap)
+    close(capped, expected.detach())
+    kernels.soft_cap_gradient(d_out, logits, cap)
+    close(d_out, exact.grad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,7 +184,7 @@ def test_what_is_not_finite_stays_so(dtype, what):
     labels = torch.zeros(1, dtype=torch.int64)
     assert not kernels.norm_forward(row, torch.ones(48), EPS)[0].isfinite().all()
     assert not kernels.cast_and_transpose(row)[1].isfinite().all()
-    assert not kernels.swiglu_forward(torch.cat((low, low), 1)).isfinite().all()
+    assert not kernels.glu_forward(torch.cat((low, low), 1)).isfinite().all()
     assert not kernels.cross_entropy(low.clone(), labels, None, gradient=True).isfinite().all()
     gradient, statistics, ones = low.clone(), torch.empty(1, 2), torch.ones(1)
     kernels.cross_entropy(gradient, labels, None, statistics, gradient=False)

@@ -28,7 +28,7 @@ def batch(lengths, share=1.0):
     return collate([Sample(rng.integers(0, 50, n + 1), np.arange(n) < share * n) for n in lengths])
 
 
-@pytest.mark.parametrize("changes", [{}, EXPERTS, {"family": "qwen2"}], ids=["dense", "experts", "biases"])
+@pytest.mark.parametrize("changes", [{}, EXPERTS, {"family": "qwen2"}, {"family": "gemma3"}])
 def test_the_body_is_every_active_matrix_but_embedding_and_head(changes):
     ours = model(**changes)
     vectors = sum(p.numel() for p in ours.parameters() if p.ndim == 1)

@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from pertoken import linear_cross_entropy
 from pertoken.errors import RecipeError
 from pertoken.objective.fused_heads import _kernel, fused_loss_sum, require_head
+from pertoken.objective.logit_map import LogitMap
 
 pytestmark = pytest.mark.numeric
 
@@ -37,18 +38,23 @@ class Liger:
 
     @staticmethod
     def apply(x, w, labels, *rest):
-        assert rest == (None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32), rest
+        (cap,) = rest[6:7]
+        assert rest == (None, None, -100, 0.0, 0.0, "sum", cap, False, torch.float32), rest
         assert x.dtype == w.dtype
         if not x.requires_grad:  # it then forms no gradient at all, of the weight neither
             w = w.detach()
-        return F.cross_entropy((x @ w.T).float(), labels, reduction="sum"), None, None, None
+        logits = (x @ w.T).float()
+        logits = logits if cap is None else torch.tanh(logits / cap) * cap
+        return F.cross_entropy(logits, labels, reduction="sum"), None, None, None
 
 
 def cut(e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False, filter_eps="high", impl="cce"):
     assert filter_eps is None, "it would leave gradients out"
     assert (reduction, impl) == ("none", "torch_compile")
     assert e.dtype == c.dtype
-    return F.cross_entropy((e @ c.T).float(), targets, reduction="none")
+    logits = (e @ c.T).float()
+    logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 @pytest.fixture
@@ -77,6 +83,18 @@ def test_the_contract_holds_whoever_computes(impl, weights, share):
     torch.testing.assert_close(out.loss_sum, ours.loss_sum)
     torch.testing.assert_close(out.num_tokens, ours.num_tokens, rtol=0, atol=0)
     for a, b in zip(*(torch.autograd.grad(o.loss_sum * 0.37, (hidden, weight)) for o in (out, ours)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("_stand_ins")
+@pytest.mark.parametrize("impl", ["liger", "cce"])
+def test_a_scale_and_a_soft_cap_reach_them(impl):
+    hidden, weight, labels, mask = problem(129, 16, 33, 0.4, torch.float32)
+    out, ours = (
+        linear_cross_entropy(hidden, weight, labels, mask, impl=i, logit_map=LogitMap(0.5, 2.0)) for i in (impl, "auto")
+    )
+    torch.testing.assert_close(out.loss_sum, ours.loss_sum)
+    for a, b in zip(*(torch.autograd.grad(o.loss_sum, (hidden, weight)) for o in (out, ours)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -174,9 +192,12 @@ def test_an_extra_that_is_not_installed_says_what_to_install(world, tmp_path, im
 def test_a_recipe_reaches_them_and_may_change_them_on_resume(world, tmp_path, impl, monkeypatch):
     used = []
     real = fused_loss_sum
-    monkeypatch.setattr(
-        "pertoken.objective.cross_entropy.fused_loss_sum", lambda name, *args: used.append(name) or real(name, *args)
-    )
+
+    def noted(name, *args, **keys):
+        used.append(name)
+        return real(name, *args, **keys)
+
+    monkeypatch.setattr("pertoken.objective.cross_entropy.fused_loss_sum", noted)
     recipe = world.write_recipe(tmp_path / "run", train__max_steps=2, train__loss_impl=impl)
     assert pertoken("train", recipe)[0] == 0
     assert set(used) == {impl}

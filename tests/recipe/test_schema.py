@@ -208,7 +208,7 @@ SCALED = [f"model.rope_scaling.{key}={value}" for key, value in ROPE.items()]
             ["model.family=llama", "model.use_moe=true", *SCALED],
             'model.rope_scaling.rope_type="llama3": mixtral models',
         ),
-        (["model.family=qwen2", "model.use_moe=true"], 'model.use_moe=True: model.family="qwen2" has no such models'),
+        (["model.family=olmo2", "model.use_moe=true"], 'model.use_moe=True: model.family="olmo2" has no such models'),
     ],
 )
 def test_features_that_a_family_has_not_are_refused(overrides, message):
@@ -267,6 +267,17 @@ def test_derived_model_keys():
     assert (config.head_dim, config.num_key_value_heads, config.intermediate_size) == (96, 8, 2432)
     assert (config.vocab_size, config.rope_theta) == (6400, 1e4)
     assert (config.qk_norm, config.qkv_bias) == (False, False)
+
+
+def test_what_a_family_multiplies_by_is_for_that_family_alone():
+    config = parse("model.family=granite", "model.logits_scaling=8.0").model.resolve(6400)
+    assert (config.embedding_scale, config.residual_multiplier, config.logits_scaling) == (1.0, 1.0, 8.0)
+    assert (config.attention_scale, config.attention_multiplier) == (64**-0.5, 64**-0.5)
+    config = parse("model.family=gemma3", "model.query_pre_attn_scalar=256").model.resolve(6400)
+    assert (config.embedding_scale, config.attention_scale) == (512**0.5, 1 / 16)
+    for given in ("logits_scaling=8.0", "attention_multiplier=1.0", "query_pre_attn_scalar=1"):
+        with pytest.raises(RecipeError, match=rf"^model\.{given}: qwen2 models have none; leave the key out"):
+            parse("model.family=qwen2", f"model.{given}")
 
 
 def test_a_family_brings_its_features_and_its_defaults():

@@ -46,8 +46,11 @@ ENDS = {
         {"tie_word_embeddings": False, "num_key_value_heads": 2},
         {"family": "llama", "head_dim": 6},
         {"family": "qwen2", "num_key_value_heads": 2},
+        {"family": "olmo2", "num_key_value_heads": 2},
+        {"family": "gemma3", "num_key_value_heads": 2},
         {"use_moe": True, "num_experts": 3, "moe_intermediate_size": 20},
         {"use_moe": True, "family": "llama", "tie_word_embeddings": False},
+        {"use_moe": True, "family": "qwen2", "shared_expert_intermediate_size": 20},
     ],
 )
 def test_the_number_of_parameters_by_arithmetic_is_that_of_the_model(changes):

@@ -70,7 +70,10 @@ def small_model(dtype: torch.dtype = torch.float64, **changes) -> CausalLM:
 EXPERTS = {"use_moe": True, "num_experts": 3, "moe_intermediate_size": 8}
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, EXPERTS, {"family": "qwen2"}])
+FAMILIES = [{"family": "qwen2"}, {"family": "gemma3"}]
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, EXPERTS, *FAMILIES])
 def test_muon_has_the_blocks_matrices_and_adamw_all_else(changes):
     model = small_model(**changes)
     optimizer = build_muon(model, weight_decay=0.5, betas=(0.9, 0.95), lr_ratio=3.0, dtype=torch.float64)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pertoken.errors import ModelError, RecipeError
-from pertoken.hf_fallback.head import check_logits, linear_head
+from pertoken.hf_fallback.head import check_logits, linear_head, logit_map_of
 from pertoken.objective.cross_entropy import linear_cross_entropy
 
 __all__ = ["PerTokenLoss", "fuse_loss"]
@@ -43,8 +43,8 @@ def fuse_loss(model: Model) -> Model:
     zero (transformers' is NaN). Called without labels, or with `with_logits=True`, the model does what it did before,
     so generation does not change.
 
-    Raises ModelError for a model whose logits are more than hidden states times the head's weight (a bias, a scale, a
-    soft cap), and, when called, for a mixture of experts that is asked for its balance loss.
+    Raises ModelError for a model whose logits are more than hidden states times the head's weight, scaled and capped
+    (a bias, say), and, when called, for a mixture of experts that is asked for its balance loss.
     """
     target: Any = model
     if hasattr(target, "get_base_model"):  # PEFT's wrapper, which calls the model within
@@ -89,7 +89,8 @@ def _loss_alone(
         assert labels is not None
         shift_labels = F.pad(labels[:, 1:], (0, 1), value=_IGNORED)
     targets = shift_labels.to(hidden.device).flatten()
-    sums = linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets, targets != _IGNORED)
+    mask, logit_map = targets != _IGNORED, logit_map_of(model)
+    sums = linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets, mask, logit_map=logit_map)
     count = sums.num_tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=hidden.device)
     return CausalLMOutputWithPast(
         loss=sums.loss_sum / count.clamp(min=1),

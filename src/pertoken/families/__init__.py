@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from pertoken.families.family import Experts, Family
+from pertoken.families.gemma import GEMMA
+from pertoken.families.gemma3 import GEMMA3
+from pertoken.families.granite import GRANITE
 from pertoken.families.llama import LLAMA
 from pertoken.families.minimind import MINIMIND
+from pertoken.families.mistral import MISTRAL
 from pertoken.families.mixtral import MIXTRAL
+from pertoken.families.olmo2 import OLMO2
+from pertoken.families.olmoe import OLMOE
 from pertoken.families.qwen2 import QWEN2
+from pertoken.families.qwen2_moe import QWEN2_MOE
 from pertoken.families.qwen3 import QWEN3
 from pertoken.families.qwen3_moe import QWEN3_MOE
+from pertoken.families.smollm3 import SMOLLM3
 
 __all__ = ["FAMILIES", "Experts", "Family", "recipe_names", "saved_as"]
 
@@ -16,8 +24,16 @@ FAMILIES: dict[str, Family] = {
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
     "qwen2": QWEN2,
+    "qwen2_moe": QWEN2_MOE,
     "llama": LLAMA,
+    "mistral": MISTRAL,
     "mixtral": MIXTRAL,
+    "smollm3": SMOLLM3,
+    "olmo2": OLMO2,
+    "olmoe": OLMOE,
+    "granite": GRANITE,
+    "gemma": GEMMA,
+    "gemma3_text": GEMMA3,
     "minimind": MINIMIND,
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["Experts", "Family"]
 
@@ -16,6 +16,7 @@ class Experts:
     switch: str | None = None  # the key that says whether there are any; None: every model of the type has them
     num_key: str = "num_experts"  # as it is written; `num_local_experts` and `num_experts` are both read
     own_width: bool = True  # experts have `moe_intermediate_size`; False: `intermediate_size` is theirs
+    shared: bool = False  # beside them one of `shared_expert_intermediate_size` that every token goes through
     may_not_normalize: bool = True  # `norm_topk_prob` may be false; False: the weights of a token's experts sum to 1
 
 
@@ -23,9 +24,9 @@ class Experts:
 class Family:
     """One model type of Hugging Face: its names, its defaults, and what sets it apart in the decoder.
 
-    Every family is a causal decoder with RMSNorm before attention and feed-forward, SwiGLU, and rotary embeddings over
-    whole heads; all layers are alike and see the whole document. A configuration that asks for anything else is
-    refused by name.
+    Every family is a causal decoder with RMSNorm, a gated feed-forward part, and rotary embeddings over whole heads;
+    where layers differ, it is in the window of attention and in the angles. A configuration that asks for anything else
+    is refused by name.
     """
 
     model_type: str  # config.json's
@@ -35,14 +36,34 @@ class Family:
     # What a key absent from config.json means: the class's own defaults. A `head_dim` absent here and there is
     # hidden_size / num_attention_heads, a `num_key_value_heads` num_attention_heads.
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    constants: Mapping[str, Any] = field(default_factory=dict)  # written beside the architecture, always the same
+    # Written beside the architecture, always the same: a null `pad_token_id` where the class would else have one.
+    constants: Mapping[str, Any] = field(default_factory=dict)
     weight_names: Mapping[str, str] = field(default_factory=dict)  # parts of a parameter's name: ours -> on disk
     # The class that transformers' AutoTokenizer makes of any tokenizer beside such a config.json, whatever the folder
     # of the tokenizer says; None: it does as the folder says.
     forced_tokenizer: str | None = None
     # `sliding_window` counts only where this key is true; None: no key switches it off.
     window_switch: str | None = "use_sliding_window"
+    # Which layers have the window: "all" of them, or those that `layer_types` names. Where that is absent: of a type
+    # with a switch those from `max_window_layers` on, else all but `full_attention_every`. None: no layer may have one.
+    windows: Literal["all", "layer_types"] | None = None
+    full_attention_every: int | None = None  # with a window, each so manieth layer sees everything; None: no layer
+    # `layer_types` alone says which layers have the window, and `rope_parameters` has those of each type of layer.
+    by_layer_type: bool = False
+    rope_local_base_freq: float | None = None  # of the layers with a window, where they have a base of their own
+    no_rope: bool = False  # `no_rope_layers` says in which layers queries and keys are not turned
     rope_types: tuple[str, ...] = ("default",)  # "default", "llama3"
     qk_norm: bool = False  # queries and keys are normalized, head by head, before they are turned
+    qk_norm_of_all_heads: bool = False  # by one norm over all of a token's queries, or keys, at once
     qkv_bias: bool = False  # the projections to queries, keys and values have a bias; the one out of attention has none
+    # Where attention and feed-forward have their norms: "before" them, "after" (of what they add to the residual
+    # stream), or on "both" sides.
+    norms: Literal["before", "after", "both"] = "before"
+    offset_norms: bool = False  # a norm multiplies by 1 + weight
+    activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"  # of the gate
+    activation_aliases: tuple[str, ...] = ()  # what its config.json may call it besides
+    activation_key: str = "hidden_act"  # under which a config.json has its name
+    scaled_embedding: bool = False  # times sqrt(hidden_size)
+    # Which of `NUMBERS` (recipe/model.py) its config.json has; what one absent means is among the defaults.
+    numbers: tuple[str, ...] = ()
     experts: Experts | None = None

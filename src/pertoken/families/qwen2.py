@@ -20,7 +20,7 @@ QWEN2 = Family(
         "rope_theta": 1e4,
         "tie_word_embeddings": False,
     },
-    constants={"use_sliding_window": False, "sliding_window": None},
     forced_tokenizer="Qwen2Tokenizer",
     qkv_bias=True,
+    windows="layer_types",
 )

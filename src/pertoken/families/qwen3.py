@@ -18,6 +18,7 @@ QWEN3 = Family(
         "rope_theta": 1e4,
         "tie_word_embeddings": False,
     },
-    constants={"attention_bias": False, "use_sliding_window": False, "sliding_window": None},
+    constants={"attention_bias": False},
     qk_norm=True,
+    windows="layer_types",
 )

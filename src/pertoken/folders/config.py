@@ -26,6 +26,8 @@ _KINDS: dict[str, type] = {
 _NULL_SAYS_SOMETHING = ("num_key_value_heads", "sliding_window")
 # In the dict of rotary parameters beside those of a scaling.
 _OF_EVERY_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_SHARED = "shared_expert_intermediate_size"
 _SCALED = RopeScaling.model_fields.keys() - {"rope_type"}
 
 
@@ -61,7 +63,7 @@ def config_from_hf(values: dict[str, Any]) -> ResolvedModelConfig:
     for key in _REQUIRED:
         if key not in values:
             raise ModelError(f"{key}: missing from config.json; add it")
-    rope = _rope(values)
+    rope = _rope(values, family)
     scaling = {key: rope[key] for key in _SCALED} if _rope_type(rope) != "default" else None
     try:
         return ModelConfig.model_validate(
@@ -72,6 +74,8 @@ def config_from_hf(values: dict[str, Any]) -> ResolvedModelConfig:
                 "rope_scaling": scaling,
                 "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
             }
+            | {key: values.get(key) for key in family.numbers}
+            | _layers(values, family)
             | _experts(values, family)
         ).resolve(values["vocab_size"])
     except ValidationError as error:
@@ -90,10 +94,15 @@ def _known_family(values: dict[str, Any]) -> Family:
     raise NotCovered(f"model_type={shown(model_type)}: pertoken has {known}; choose a model of these{own}", model_type)
 
 
-def _rope(values: dict[str, Any]) -> dict[str, Any]:
+def _rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
     """The rotary parameters that transformers takes where a file has those of version 4 and of version 5."""
-    found: dict[str, Any] = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    return found
+    return _of_full_attention(values.get("rope_scaling") or values.get("rope_parameters") or {}, family)
+
+
+def _of_full_attention(rope: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Of rotary parameters for each type of layer, those of the one type that there is."""
+    one = rope.get(_FULL, rope) if family.by_layer_type else rope
+    return one if isinstance(one, dict) else rope
 
 
 def _rope_type(rope: dict[str, Any]) -> Any:
@@ -104,6 +113,42 @@ def _has_experts(values: dict[str, Any], family: Family) -> bool:
     if family.experts is None:
         return False
     return family.experts.switch is None or bool(values.get(family.experts.switch))
+
+
+def _layers(values: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The keys on what differs from layer to layer."""
+    found: dict[str, Any] = {}
+    if family.no_rope:
+        interval = values.get("no_rope_layer_interval", 4)
+        count = values["num_hidden_layers"]
+        found["no_rope_layers"] = values.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(count)]
+    types = _layer_types(values, family)
+    if types is not None and _SLIDING in types:
+        found |= {"sliding_window": values.get("sliding_window"), "layer_types": types}
+    if family.rope_local_base_freq is not None:
+        of_windows = (values.get("rope_parameters") or {}).get(_SLIDING) or {}
+        found["rope_local_base_freq"] = of_windows.get("rope_theta", values.get("rope_local_base_freq"))
+    return found
+
+
+def _layer_types(values: dict[str, Any], family: Family) -> list[str] | None:
+    """Of each layer, as the type's own class works them out; None: no layer has a window."""
+    if family.windows is None or "sliding_window" not in values:
+        return None
+    if family.window_switch is not None and not values.get(family.window_switch):
+        return None
+    count = int(values["num_hidden_layers"])
+    if family.windows == "all":
+        return [_SLIDING] * count
+    if "layer_types" in values:
+        return list(values["layer_types"])
+    if family.no_rope:
+        reason = "which layers have the window is not said; add them"
+        raise NotCovered(f"layer_types: missing from config.json; {reason}", family.model_type)
+    if family.window_switch is None:
+        every = values.get("sliding_window_pattern", family.full_attention_every)
+        return [_FULL if every and (i + 1) % int(every) == 0 else _SLIDING for i in range(count)]
+    return [_SLIDING if i >= values.get("max_window_layers", 28) else _FULL for i in range(count)]
 
 
 def _experts(values: dict[str, Any], family: Family) -> dict[str, Any]:
@@ -117,6 +162,7 @@ def _experts(values: dict[str, Any], family: Family) -> dict[str, Any]:
         "num_experts_per_tok": values.get("num_experts_per_tok"),
         "norm_topk_prob": values.get("norm_topk_prob"),
         "moe_intermediate_size": values.get("moe_intermediate_size"),
+        _SHARED: values.get(_SHARED) if family.experts is not None and family.experts.shared else None,
         "aux_loss_coef": values.get("router_aux_loss_coef"),
     }
 
@@ -127,12 +173,18 @@ def _refuse(values: dict[str, Any], key: str, reason: str) -> NoReturn:
 
 def _refuse_what_is_missing(values: dict[str, Any], family: Family) -> None:
     _refuse_rope(values, family)
+    if not values.get("qkv_bias", True) and family.qkv_bias and "qkv_bias" in family.constants:
+        _refuse(values, "qkv_bias", "pertoken has these biases in every such model; choose one with them")
     # A family whose queries, keys and values have a bias has it in every model, and its class reads no such key.
     for key in ("mlp_bias",) if family.qkv_bias else ("attention_bias", "mlp_bias"):
         if values.get(key):
             _refuse(values, key, "pertoken has no such bias; choose a model without")
-    if values.get("hidden_act", "silu") != "silu":
-        _refuse(values, "hidden_act", "pertoken has silu only; choose a model with it")
+    if values.get(family.activation_key, family.activation) not in (family.activation, *family.activation_aliases):
+        reason = f"pertoken has {family.activation} only for model_type {family.model_type}; choose a model with it"
+        _refuse(values, family.activation_key, reason)
+    for key in ("attn_logit_softcapping", "use_bidirectional_attention", "clip_qkv"):
+        if values.get(key):
+            _refuse(values, key, "pertoken has plain causal attention; choose a model with it")
     # transformers dequantizes GGUF as it reads it, but leaves the note in what it writes out.
     if values.get("quantization_config", {}).get("quant_method", "gguf") != "gguf":
         _refuse(values, "quantization_config", "pertoken reads floating-point weights; write the model out dequantized")
@@ -141,8 +193,10 @@ def _refuse_what_is_missing(values: dict[str, Any], family: Family) -> None:
 
 
 def _refuse_rope(values: dict[str, Any], family: Family) -> None:
+    if family.by_layer_type and _FULL not in values.get("rope_parameters", {_FULL: {}}):
+        _refuse(values, "rope_parameters", "pertoken reads them by type of layer; write them so")
     for key in ("rope_parameters", "rope_scaling"):
-        rope = values.get(key, {})
+        rope = _of_full_attention(values.get(key, {}), family)
         kind = _rope_type(rope)
         if kind not in family.rope_types:
             has = (
@@ -157,7 +211,7 @@ def _refuse_rope(values: dict[str, Any], family: Family) -> None:
             _refuse(
                 values, key, f"a scaling has {', '.join(sorted(_SCALED))}, and nothing else; choose a model with these"
             )
-    if _rope_type(_rope(values)) != "default" and "original_max_position_embeddings" in values:
+    if _rope_type(_rope(values, family)) != "default" and "original_max_position_embeddings" in values:
         _refuse(
             values, "original_max_position_embeddings", "pertoken reads it among the rotary parameters; move it there"
         )
@@ -166,10 +220,16 @@ def _refuse_rope(values: dict[str, Any], family: Family) -> None:
 
 
 def _refuse_windows(values: dict[str, Any], family: Family) -> None:
+    if family.windows is not None:
+        if any(kind not in (_FULL, _SLIDING) for kind in values.get("layer_types", ())):
+            _refuse(values, "layer_types", f"pertoken has {_FULL} and {_SLIDING}; choose a model with these")
+        if len(values.get("layer_types", ())) not in (0, values.get("num_hidden_layers")):
+            _refuse(values, "layer_types", "one entry for each of num_hidden_layers is needed; correct it")
+        return
     if family.window_switch is None and "sliding_window" in values:
         _refuse(values, "sliding_window", "pertoken has full attention only; set it to null for short texts")
     if "layer_types" in values:
-        if any(kind != "full_attention" for kind in values["layer_types"]):
+        if any(kind != _FULL for kind in values["layer_types"]):
             _refuse(values, "layer_types", "pertoken has full attention only; choose a model without windows")
     elif family.window_switch and values.get(family.window_switch) and "sliding_window" in values:
         reason = f"pertoken has full attention only; set {family.window_switch} to false for short texts"
@@ -177,7 +237,8 @@ def _refuse_windows(values: dict[str, Any], family: Family) -> None:
 
 
 def _refuse_experts(values: dict[str, Any], family: Family) -> None:
-    for key in ("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size"):
+    has_shared = family.experts is not None and family.experts.shared
+    for key in ("n_shared_experts", "num_shared_experts", *(() if has_shared else (_SHARED,))):
         if values.get(key):
             _refuse(values, key, "pertoken has no shared experts; choose a model without")
     if _has_experts(values, family):
@@ -208,14 +269,17 @@ def config_to_hf(
     dtype_name = str(dtype).removeprefix("torch.")
     family = family_of(config)
     scaling = None if config.rope_scaling is None else config.rope_scaling.model_dump()
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
+    if family.by_layer_type:
+        rope = {_FULL: rope, _SLIDING: {"rope_theta": config.rope_local_base_freq, "rope_type": "default"}}
     values = {key: getattr(config, key) for key in (*_SIZES, "rope_theta", "rms_norm_eps")}
     values |= {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         # What transformers 5 writes, and what 4 reads. 5 prefers the second, with the base of `rope_theta`.
-        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
+        "rope_parameters": rope,
         "rope_scaling": scaling,
-        "hidden_act": "silu",
+        family.activation_key: family.activation,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
@@ -223,8 +287,10 @@ def config_to_hf(
         "eos_token_id": eos_token_id,
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
+        **{key: getattr(config, key) for key in family.numbers},
         **family.constants,
     }
+    values |= _layers_to_hf(config, family)
     if family.experts is not None:
         values |= {
             family.experts.num_key: config.num_experts,
@@ -236,4 +302,25 @@ def config_to_hf(
             values["norm_topk_prob"] = config.norm_topk_prob
         if family.experts.own_width:
             values["moe_intermediate_size"] = config.moe_intermediate_size
+        if family.experts.shared:
+            values[_SHARED] = config.shared_expert_intermediate_size
     return values
+
+
+def _layers_to_hf(config: ResolvedModelConfig, family: Family) -> dict[str, Any]:
+    """What differs from layer to layer, in the fields of transformers 4 and 5."""
+    found: dict[str, Any] = {}
+    if family.windows is not None:
+        types = list(config.layer_types or [_FULL] * config.num_hidden_layers)
+        if config.sliding_window is not None or not family.by_layer_type:  # whose class takes no null
+            found["sliding_window"] = config.sliding_window
+        if family.windows == "layer_types":
+            full = next((i for i, kind in enumerate(types) if kind == _SLIDING), len(types))
+            found |= {"layer_types": types, "max_window_layers": full}
+    if family.window_switch is not None:
+        found[family.window_switch] = config.sliding_window is not None
+    if family.rope_local_base_freq is not None:
+        found["rope_local_base_freq"] = config.rope_local_base_freq
+    if family.no_rope:
+        found["no_rope_layers"] = list(config.no_rope_layers or ())
+    return found

@@ -95,10 +95,11 @@ def save_minimind(model: LanguageModel, path: str | Path, *, dtype: torch.dtype 
     if not isinstance(model, CausalLM):
         raise ModelError(f"model.family={model.facts.family!r}: MiniMind has q/k-norm; export as hf")
     config = model.config
-    features = (config.qk_norm, config.qkv_bias, config.rope_scaling)
-    if features != (_MINIMIND.qk_norm, _MINIMIND.qkv_bias, None):
+    features = (config.qk_norm, config.norms, config.qkv_bias, config.rope_scaling)
+    if features != (_MINIMIND.qk_norm, _MINIMIND.norms, _MINIMIND.qkv_bias, None):
         raise ModelError(
-            f"model.family={config.family!r}: MiniMind has q/k-norm, no bias and plain rotary embeddings; export as hf"
+            f"model.family={config.family!r}: MiniMind has q/k-norm, no bias, plain rotary embeddings, and no "
+            "norm of what a layer adds; export as hf"
         )
     if (config.rope_theta, config.rms_norm_eps) != (_MINIMIND_ROPE_THETA, _MINIMIND_RMS_NORM_EPS):
         raise ModelError(

@@ -1,7 +1,7 @@
 """The linear head of a transformers model: found, and shown to be all that lies between hidden states and logits.
 
-`linear_cross_entropy` computes `hidden @ weight.T` and nothing else. What a family does beyond it (a bias, a scale, a
-soft cap) would change the loss without a word, so such a model is refused.
+`linear_cross_entropy` computes `hidden @ weight.T`, a scale and a soft cap, and nothing else. What a family does beyond
+it would change the loss without a word, so such a model is refused.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pertoken.errors import ModelError
+from pertoken.objective.logit_map import PLAIN_LOGITS, LogitMap
 
-__all__ = ["check_logits", "linear_head", "smallest_vocabulary"]
+__all__ = ["check_logits", "linear_head", "logit_map_of", "smallest_vocabulary"]
 
+_MAPPED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 # What families call the operations on their logits; only used to say why a model was refused.
 _KNOWN_CAUSES = (
-    *("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"),
+    *(*_MAPPED, "lm_head_multiplier", "output_multiplier"),
     *("dim_model_base", "scale_depth"),
 )
 
@@ -43,7 +45,8 @@ def linear_head(model: Any) -> tuple[nn.Module, nn.Linear]:
 
 @torch.no_grad()
 def check_logits(model: Any) -> None:
-    """Raise ModelError unless the model's logits are its hidden states times its head's weight, on a few random tokens.
+    """Raise ModelError unless the model's logits are its hidden states times its head's weight, with the scale and the
+    soft cap of `logit_map_of`, on a few random tokens.
 
     Soft caps bend large logits only, and an untrained model has small ones. So the head's input is multiplied, by a
     power of two (exact in floating point), until the largest logit is about 100.
@@ -68,16 +71,26 @@ def check_logits(model: Any) -> None:
     finally:
         hook.remove()
         model.train(was_training)
-    expected = expected.double() * boost
+    expected = logit_map_of(model)(expected.double() * boost)
     error = float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
     if not error <= max(1e-4, 4 * torch.finfo(head.weight.dtype).eps):
         config = model.config.get_text_config()
         causes = [f"{key}={value}" for key in _KNOWN_CAUSES if (value := getattr(config, key, None)) not in (None, 1.0)]
         raise ModelError(
             f"{type(model).__name__}: {', '.join([*causes, ''])}its logits are not hidden states times the head's "
-            f"weight (off by {error:.1%} of the largest), which is all that pertoken's loss computes; choose another "
-            "model"
+            f"weight, scaled and capped at most (off by {error:.1%} of the largest), which is all that pertoken's loss "
+            "computes; choose another model"
         )
+
+
+def logit_map_of(model: Any) -> LogitMap:
+    """What the configuration of a transformers model says of its logits, in any family's words. `check_logits` tells
+    whether the model does it."""
+    config = model.config.get_text_config()
+    cap, scale, divisor = (getattr(config, key, None) for key in _MAPPED)
+    if not any((cap, scale, divisor)):
+        return PLAIN_LOGITS
+    return LogitMap(float(scale or 1.0) / float(divisor or 1.0), None if not cap else float(cap))
 
 
 def smallest_vocabulary(model: Any) -> int:

@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pertoken.data.batch.pack import MicroBatch
-from pertoken.errors import ModelError, RecipeError
+from pertoken.errors import RecipeError
 from pertoken.hf_fallback.check import check_loss
-from pertoken.hf_fallback.head import linear_head, smallest_vocabulary
+from pertoken.hf_fallback.head import linear_head, logit_map_of, smallest_vocabulary
 from pertoken.hf_fallback.quiet import quiet
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.operations import padding_metric
 from pertoken.model.protocol import BalanceLoss, ModelFacts
 from pertoken.objective.cross_entropy import linear_cross_entropy
+from pertoken.objective.logit_map import LogitMap
 from pertoken.objective.terms import CROSS_ENTROPY, LossOutput, Objective
 
 __all__ = ["FallbackCache", "FallbackLM"]
@@ -48,25 +49,26 @@ class FallbackCache:
 class FallbackLM(nn.Module):
     """A transformers causal language model that takes a `MicroBatch` and returns sums, as `CausalLM` does.
 
-    Nothing drops out. A mixture of experts is refused: its balance loss is a mean over a micro-batch, padding included,
-    so it would depend on the split. Raises ModelError for what `linear_head`, `check_logits` or this rule refuse, and
-    where the loss differs from the loss of the model's own logits.
+    Nothing drops out. A mixture of experts trains without a balance loss or not at all (`set_balance_loss`):
+    transformers' is a mean over a micro-batch, padding included, so it would depend on the split. Raises ModelError for
+    what `linear_head` or `check_logits` refuse, and where the loss differs from the loss of the model's own logits.
     """
 
     def __init__(self, hf: Any) -> None:
         super().__init__()
         self.hf = hf
         linear_head(hf)
+        self._balance_loss: BalanceLoss | None = None
+        self._experts_as: str | None = getattr(hf.config, "_experts_implementation", None)
         if any("expert" in name for name, _ in hf.named_parameters()):
-            raise ModelError(
-                f"model_type={hf.config.model_type!r}: a mixture of experts; pertoken trains those only that its own "
-                "decoder covers, since transformers' balance loss depends on how a step is split"
-            )
+            coefficient = getattr(hf.config.get_text_config(), "router_aux_loss_coef", None)
+            self._balance_loss = BalanceLoss("sequence", float(coefficient or 0.0))  # until `set_balance_loss`
         self._checkpointing = False  # as transformers' modules stand
         for module in hf.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         _thaw_padding(hf)
+        self._base_model()
         check_loss(self, hf)
 
     @property
@@ -76,6 +78,8 @@ class FallbackLM(nn.Module):
             vocab_size=smallest_vocabulary(self.hf),
             max_position_embeddings=_longest(self.hf.config.get_text_config()),
             hidden_size=int(self.head_weight.shape[1]),
+            balance_loss=self._balance_loss,
+            experts_per_token=0 if self._balance_loss is None else _experts(self.hf.config)[0],
         )
 
     def setting(self, key: str) -> object:
@@ -88,7 +92,14 @@ class FallbackLM(nn.Module):
         return {**known, "hidden_size": facts.hidden_size, "use_moe": facts.has_experts}.get(key)
 
     def set_balance_loss(self, balance_loss: BalanceLoss) -> None:
-        raise AssertionError("a mixture of experts is refused")
+        """Raises RecipeError for any but "none"."""
+        assert self._balance_loss is not None, "a dense model"
+        if balance_loss.kind != "none":
+            raise RecipeError(
+                f'model.aux_loss="{balance_loss.kind}": {self.facts.family} is a mixture of experts in code whose '
+                'balance loss depends on how a step is split; set model.aux_loss to "none" to train without one'
+            )
+        self._balance_loss = balance_loss
 
     @property
     def head_weight(self) -> Tensor:
@@ -97,13 +108,22 @@ class FallbackLM(nn.Module):
         return weight
 
     @property
+    def logit_map(self) -> LogitMap:
+        """From the head's product to logits."""
+        return logit_map_of(self.hf)
+
+    @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def num_active_parameters(self) -> int:
-        """Those that a token meets: all, in a dense model."""
-        return self.num_parameters
+        """Those that a token meets: all, in a dense model, and as many of the experts as it chooses."""
+        if self._balance_loss is None:
+            return self.num_parameters
+        chosen, experts = _experts(self.hf.config)
+        of_experts = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
+        return self.num_parameters - of_experts * (experts - chosen) // max(experts, 1)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -140,11 +160,14 @@ class FallbackLM(nn.Module):
         `objective` adds its terms. An empty micro-batch gives zeros, and every parameter a zero gradient. Engines are
         for our own decoder, so the blocks are transformers'; the loss is by `execution.loss_impl`.
         """
+        if self._balance_loss is not None and torch.is_grad_enabled():
+            self.set_balance_loss(self._balance_loss)  # which refuses to leave it out unasked
         self._checkpoint_activations(execution.activation_checkpointing)
         out = linear_cross_entropy(
             *(self.hidden_states(micro_batch), self.head_weight, micro_batch.labels, micro_batch.loss_mask),
             impl=execution.loss_impl,
             row_terms=objective.row_terms,
+            logit_map=self.logit_map,
         )
         return replace(out, metrics=out.metrics | {"padding": self.padding(micro_batch)})
 
@@ -171,12 +194,21 @@ class FallbackLM(nn.Module):
         rows = rows.to(micro_batch.input_ids.device)
         padded = micro_batch.input_ids.new_zeros(len(lengths) * longest)
         padded[rows] = micro_batch.input_ids
-        hidden: Tensor = self.hf.base_model(input_ids=padded.view(-1, longest), use_cache=False)[0]
+        hidden: Tensor = self._base_model()(input_ids=padded.view(-1, longest), use_cache=False)[0]
         return hidden.flatten(0, 1)[rows]
+
+    def _base_model(self) -> Any:
+        """Token ids to hidden states, with experts that the weights' dtype allows."""
+        if self._balance_loss is not None and self._experts_as is not None:
+            wide = self.head_weight.dtype == torch.float64  # for which torch has no grouped product
+            wanted = "eager" if wide else self._experts_as
+            if self.hf.config._experts_implementation != wanted:
+                self.hf.set_experts_implementation(wanted)
+        return self.hf.base_model
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]"""
-        return F.linear(hidden, self.head_weight)
+        return self.logit_map(F.linear(hidden, self.head_weight))
 
     def new_cache(self, max_length: int) -> FallbackCache:
         """An empty cache for `decode`, for one sequence. It grows, so `max_length` is not needed."""
@@ -185,7 +217,7 @@ class FallbackLM(nn.Module):
     def decode(self, input_ids: Tensor, cache: FallbackCache) -> Tensor:
         """Logits [V] after the last of `input_ids` [T], which continue what the cache holds and are added to it."""
         cache.input_ids = torch.cat((cache.input_ids, input_ids))
-        base = self.hf.base_model
+        base = self._base_model()
         if "past_key_values" in inspect.signature(base.forward).parameters:
             out = base(input_ids=input_ids[None], past_key_values=cache.past, use_cache=True)
             cache.past = out.past_key_values
@@ -232,6 +264,14 @@ def _thaw_padding(hf: Any) -> None:
     for module in hf.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
+
+
+def _experts(config: Any) -> tuple[int, int]:
+    """How many experts a token chooses, and of how many; 0 where the configuration has other words for it."""
+    text = config.get_text_config()
+    numbers = (getattr(text, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    chosen = getattr(text, "num_experts_per_tok", None)
+    return (chosen if isinstance(chosen, int) else 0), next((n for n in numbers if isinstance(n, int)), 0)
 
 
 def _longest(config: Any) -> int:

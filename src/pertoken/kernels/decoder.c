@@ -76,6 +76,30 @@ INLINE float exp_(float x) { return exponential(x, 1); }
 /* Where the result becomes an activation: half a unit of bfloat16 is 2e-3. */
 INLINE float exp_act(float x) { return exponential(x, sizeof(act) == 4); }
 
+/* tanh(x) = (e - 1) / (e + 1) with e = exp(2x), and e - 1 formed without e, so that small x keep their precision. */
+INLINE float tanh_(float x) {
+    x = x > 10.0f ? 10.0f : x;
+    x = x < -10.0f ? -10.0f : x;
+    x *= 2.0f;
+    float n = x * 1.44269504f + 12582912.0f; /* as in `exponential` */
+    uint32_t bits;
+    memcpy(&bits, &n, 4);
+    n -= 12582912.0f;
+    float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    float p = 1.0f / 5040.0f;
+    p = p * r + 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    uint32_t power = (bits + 127u) << 23;
+    float scale;
+    memcpy(&scale, &power, 4);
+    float less_one = scale * (p * r) + (scale - 1.0f);
+    return less_one / (less_one + 2.0f);
+}
+
 /* Transposing: 16 x 16 words at a time, by four rounds of a perfect shuffle. Two rows of bfloat16 make a row of words. */
 typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));
 #define LINES 16
@@ -271,6 +295,40 @@ void swiglu_backward(act *gate_up, const act *d_out, act *out, int64_t N, int64_
     }
 }
 
+#define GELU_SCALE 0.797884561f /* sqrt(2 / pi) */
+#define GELU_CUBE 0.044715f
+
+/* As swiglu_forward, with gelu(x) = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) of the gate. */
+void geglu_forward(const act *gate_up, act *out, int64_t N, int64_t F, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < N; i++) {
+        const act *gate = gate_up + i * 2 * F, *up = gate + F;
+        act *to = out + i * F;
+#pragma omp simd
+        for (int64_t f = 0; f < F; f++) {
+            float x = load(gate[f]), t = tanh_(GELU_SCALE * (x + GELU_CUBE * x * x * x));
+            to[f] = low(0.5f * x * (1.0f + t) * load(up[f]));
+        }
+    }
+}
+
+/* As swiglu_backward. */
+void geglu_backward(act *gate_up, const act *d_out, act *out, int64_t N, int64_t F, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < N; i++) {
+        act *gate = gate_up + i * 2 * F, *up = gate + F, *again = out + i * F;
+        const act *grad = d_out + i * F;
+#pragma omp simd
+        for (int64_t f = 0; f < F; f++) {
+            float x = load(gate[f]), u = load(up[f]), g = load(grad[f]);
+            float t = tanh_(GELU_SCALE * (x + GELU_CUBE * x * x * x)), half = 0.5f * (1.0f + t), gelu = x * half;
+            again[f] = low(gelu * u);
+            up[f] = low(g * gelu);
+            gate[f] = low(g * u * (half + 0.5f * x * (1.0f - t * t) * GELU_SCALE * (1.0f + 3.0f * GELU_CUBE * x * x)));
+        }
+    }
+}
+
 /* Where a row sits in the padded, head-major layout of attention (attention.py says how it is laid out). */
 typedef struct {
     int32_t first;  /* row of its document's first row, for one head: all earlier documents' widths */
@@ -422,23 +480,25 @@ INLINE float total(const float *x) {
 INLINE int32_t within(int32_t limit, int64_t C) { return limit < 0 ? 0 : limit > C ? (int32_t)C : limit; }
 
 /* In place: a row of scores, times scale, becomes its soft-max over the columns that its query may see, zero after them;
- * log_z gets the logarithm of the sum. scores [documents, copies, R, C]; limits [documents, R] says how many columns,
- * and is kept within 0 and C.
+ * log_z gets the logarithm of the sum. scores [documents, copies, R, C]; limits [documents, R] says before which columns,
+ * and is kept within 0 and C; starts [documents, R], if not null, from which on, kept within 0 and the limit.
  * C is a multiple of VECTOR. */
-void softmax_forward(act *scores, float *log_z, const int32_t *limits, int64_t documents, int64_t copies, int64_t R,
-                     int64_t C, float scale, int threads) {
+void softmax_forward(act *scores, float *log_z, const int32_t *limits, const int32_t *starts, int64_t documents,
+                     int64_t copies, int64_t R, int64_t C, float scale, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 8)
     for (int64_t i = 0; i < documents * copies * R; i++) {
-        int32_t end = within(limits[i / (copies * R) * R + i % R], C), filled = (end + VECTOR - 1) / VECTOR * VECTOR;
+        int64_t at = i / (copies * R) * R + i % R;
+        int32_t end = within(limits[at], C), begin = starts ? within(starts[at], end) : 0;
+        int32_t filled = end > begin ? (end + VECTOR - 1) / VECTOR * VECTOR : 0;
         act *row = scores + i * C;
         log_z[i] = 0.0f;
-        if (end > 0) {
+        if (end > begin) {
             float tops[VECTOR], sums[VECTOR], kept[KEPT];
             for (int k = 0; k < VECTOR; k++) tops[k] = -INFINITY, sums[k] = 0.0f;
             for (int32_t j = 0; j < filled; j += VECTOR)
 #pragma omp simd
                 for (int k = 0; k < VECTOR; k++) {
-                    float s = j + k < end ? load(row[j + k]) : -INFINITY;
+                    float s = j + k >= begin && j + k < end ? load(row[j + k]) : -INFINITY;
                     tops[k] = s > tops[k] ? s : tops[k];
                 }
             float shift = largest(tops) * scale;
@@ -446,7 +506,7 @@ void softmax_forward(act *scores, float *log_z, const int32_t *limits, int64_t d
 #pragma omp simd
                 for (int k = 0; k < VECTOR; k++) {
                     float e = exp_act(load(row[j + k]) * scale - shift);
-                    e = j + k < end ? e : 0.0f;
+                    e = j + k >= begin && j + k < end ? e : 0.0f;
                     sums[k] += e;
                     if (j < KEPT) kept[j + k] = e;
                 }
@@ -454,7 +514,9 @@ void softmax_forward(act *scores, float *log_z, const int32_t *limits, int64_t d
             for (int32_t j = 0; j < filled; j += VECTOR)
 #pragma omp simd
                 for (int k = 0; k < VECTOR; k++) {
-                    float e = j < KEPT ? kept[j + k] : j + k < end ? exp_act(load(row[j + k]) * scale - shift) : 0.0f;
+                    float e = j < KEPT                         ? kept[j + k]
+                              : j + k >= begin && j + k < end ? exp_act(load(row[j + k]) * scale - shift)
+                                                              : 0.0f;
                     row[j + k] = low(e * inverse);
                 }
             log_z[i] = shift + logf(sum);
@@ -464,11 +526,13 @@ void softmax_forward(act *scores, float *log_z, const int32_t *limits, int64_t d
 }
 
 /* In place: scores become probabilities again, their gradient d_p the gradient of the unscaled scores. */
-void softmax_backward(act *scores, act *d_p, const float *log_z, const int32_t *limits, int64_t documents,
-                      int64_t copies, int64_t R, int64_t C, float scale, int threads) {
+void softmax_backward(act *scores, act *d_p, const float *log_z, const int32_t *limits, const int32_t *starts,
+                      int64_t documents, int64_t copies, int64_t R, int64_t C, float scale, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 8)
     for (int64_t i = 0; i < documents * copies * R; i++) {
-        int32_t end = within(limits[i / (copies * R) * R + i % R], C), filled = (end + VECTOR - 1) / VECTOR * VECTOR;
+        int64_t at = i / (copies * R) * R + i % R;
+        int32_t end = within(limits[at], C), begin = starts ? within(starts[at], end) : 0;
+        int32_t filled = end > begin ? (end + VECTOR - 1) / VECTOR * VECTOR : 0;
         act *row = scores + i * C, *grad = d_p + i * C;
         float z = log_z[i], sums[VECTOR];
         for (int k = 0; k < VECTOR; k++) sums[k] = 0.0f;
@@ -476,7 +540,7 @@ void softmax_backward(act *scores, act *d_p, const float *log_z, const int32_t *
 #pragma omp simd
             for (int k = 0; k < VECTOR; k++) {
                 float p = exp_act(load(row[j + k]) * scale - z);
-                p = j + k < end ? p : 0.0f;
+                p = j + k >= begin && j + k < end ? p : 0.0f;
                 sums[k] += p * load(grad[j + k]);
                 row[j + k] = low(p);
             }
@@ -540,6 +604,31 @@ void cross_entropy_gradient(act *logits, const int64_t *labels, const float *sta
 #pragma omp simd
         for (int64_t v = 0; v < V; v++) row[v] = low(factor * exp_act(load(row[v]) - top - log_sum));
         row[labels[i]] = low(factor * exp_(of_label - log_sum) - at_label[i]);
+    }
+}
+
+/* In place: logits [N, V] become cap * tanh(logits / cap). */
+void soft_cap(act *logits, int64_t N, int64_t V, int64_t stride, float cap, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < N; i++) {
+        act *row = logits + i * stride;
+#pragma omp simd
+        for (int64_t v = 0; v < V; v++) row[v] = low(cap * tanh_(load(row[v]) / cap));
+    }
+}
+
+/* In place: the gradient of capped logits becomes that of the `uncapped` [N, V], with a stride of their own. */
+void soft_cap_gradient(act *gradient, const act *uncapped, int64_t N, int64_t V, int64_t stride, int64_t apart, float cap,
+                       int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < N; i++) {
+        act *row = gradient + i * stride;
+        const act *from = uncapped + i * apart;
+#pragma omp simd
+        for (int64_t v = 0; v < V; v++) {
+            float t = tanh_(load(from[v]) / cap);
+            row[v] = low(load(row[v]) * (1.0f - t * t));
+        }
     }
 }
 

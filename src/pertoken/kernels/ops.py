@@ -138,23 +138,23 @@ class Kernels:
         self._call("add_residual", h_ND, delta_ND, out, h_ND.numel())
         return out
 
-    def swiglu_forward(self, gate_up_NF: Tensor) -> Tensor:
-        """[N, 2F], the gates first -> silu(gate) * up [N, F]."""
+    def glu_forward(self, gate_up_NF: Tensor, *, gelu: bool = False) -> Tensor:
+        """[N, 2F], the gates first -> silu(gate) * up [N, F]; with `gelu` (its tanh form) in place of silu."""
         expect("gate_up", gate_up_NF, self.dtype, -1, -1)
         n, f = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
         if gate_up_NF.shape[1] != 2 * f:
             raise ValueError(f"gate_up has {gate_up_NF.shape[1]} columns: must be an even number")
         out = empty(n, f, dtype=self.dtype)
-        self._call("swiglu_forward", gate_up_NF, out, n, f)
+        self._call("geglu_forward" if gelu else "swiglu_forward", gate_up_NF, out, n, f)
         return out
 
-    def swiglu_backward(self, gate_up_NF: Tensor, d_out_NF: Tensor) -> Tensor:
-        """In place: `gate_up` becomes its gradient. Returns what `swiglu_forward` gave."""
+    def glu_backward(self, gate_up_NF: Tensor, d_out_NF: Tensor, *, gelu: bool = False) -> Tensor:
+        """In place: `gate_up` becomes its gradient. Returns what `glu_forward` gave."""
         expect("d_out", d_out_NF, self.dtype, -1, -1)
         expect("gate_up", gate_up_NF, self.dtype, d_out_NF.shape[0], 2 * d_out_NF.shape[1])
         n, f = d_out_NF.shape
         again = empty(n, f, dtype=self.dtype)
-        self._call("swiglu_backward", gate_up_NF, d_out_NF, again, n, f)
+        self._call("geglu_backward" if gelu else "swiglu_backward", gate_up_NF, d_out_NF, again, n, f)
         return again
 
     def pad_heads(
@@ -245,30 +245,52 @@ class Kernels:
             if angles is None:
                 raise ValueError("norm without angles is not computed")
 
-    def softmax_forward(self, scores_BRC: Tensor, log_z_BR: Tensor, limits_SR: Tensor, scale: float) -> None:
-        """In place: scores [S * copies, R, C] times `scale` to probabilities, over the first `limits` [S, R] int32
-        columns of each row, zero after them; `log_z` [S * copies, R] gets the logarithm of the normalizer. C must be a
-        multiple of 16."""
-        documents, copies, r, c = self._expect_scores(scores_BRC, log_z_BR, limits_SR)
-        self._call("softmax_forward", scores_BRC, log_z_BR, limits_SR, documents, copies, r, c, C_FLOAT(scale))
-
-    def softmax_backward(
-        self, scores_BRC: Tensor, d_p_BRC: Tensor, log_z_BR: Tensor, limits_SR: Tensor, scale: float
+    def softmax_forward(
+        self,
+        scores_BRC: Tensor,
+        log_z_BR: Tensor,
+        limits_SR: Tensor,
+        scale: float,
+        starts_SR: Tensor | None = None,
     ) -> None:
-        """In place: scores to probabilities once more, and their gradient `d_p` to that of the scores."""
-        documents, copies, r, c = self._expect_scores(scores_BRC, log_z_BR, limits_SR)
-        expect("d_p", d_p_BRC, self.dtype, *scores_BRC.shape)
+        """In place: scores [S * copies, R, C] times `scale` to probabilities, over the columns of each row before
+        `limits` [S, R] int32, and with `starts` [S, R] int32 from these on; zero elsewhere.
+
+        `log_z` [S * copies, R] gets the logarithm of the normalizer. C must be a multiple of 16.
+        """
+        documents, copies, r, c = self._expect_scores(scores_BRC, log_z_BR, limits_SR, starts_SR)
         self._call(
-            "softmax_backward", scores_BRC, d_p_BRC, log_z_BR, limits_SR, documents, copies, r, c, C_FLOAT(scale)
+            "softmax_forward", scores_BRC, log_z_BR, limits_SR, starts_SR, documents, copies, r, c, C_FLOAT(scale)
         )
 
-    def _expect_scores(self, scores_BRC: Tensor, log_z_BR: Tensor, limits_SR: Tensor) -> tuple[int, int, int, int]:
-        """(S, copies, R, C). The kernels themselves keep limits within C."""
+    def softmax_backward(
+        self,
+        scores_BRC: Tensor,
+        d_p_BRC: Tensor,
+        log_z_BR: Tensor,
+        limits_SR: Tensor,
+        scale: float,
+        starts_SR: Tensor | None = None,
+    ) -> None:
+        """In place: scores to probabilities once more, and their gradient `d_p` to that of the scores."""
+        documents, copies, r, c = self._expect_scores(scores_BRC, log_z_BR, limits_SR, starts_SR)
+        expect("d_p", d_p_BRC, self.dtype, *scores_BRC.shape)
+        self._call(
+            "softmax_backward",
+            *(scores_BRC, d_p_BRC, log_z_BR, limits_SR, starts_SR, documents, copies, r, c, C_FLOAT(scale)),
+        )
+
+    def _expect_scores(
+        self, scores_BRC: Tensor, log_z_BR: Tensor, limits_SR: Tensor, starts_SR: Tensor | None
+    ) -> tuple[int, int, int, int]:
+        """(S, copies, R, C). The kernels themselves keep limits and starts within C."""
         expect("scores", scores_BRC, self.dtype, -1, -1, -1)
         b, r, c = scores_BRC.shape
         expect("log_z", log_z_BR, torch.float32, b, r)
         expect("limits", limits_SR, torch.int32, -1, r)
         documents = limits_SR.shape[0]
+        if starts_SR is not None:
+            expect("starts", starts_SR, torch.int32, documents, r)
         if c % 16:
             raise ValueError(f"scores have {c} columns: must be a multiple of 16")
         if b % documents if documents else b:
@@ -322,6 +344,18 @@ class Kernels:
             "cross_entropy_gradient",
             *(logits_NV, labels_N, statistics_N2, on_softmax_N, at_label_N, n, v, logits_NV.stride(0)),
         )
+
+    def soft_cap(self, logits_NV: Tensor, cap: float) -> None:
+        """In place: `logits` become cap * tanh(logits / cap)."""
+        expect("logits", logits_NV, self.dtype, -1, -1, apart=True)
+        self._call("soft_cap", logits_NV, *logits_NV.shape, logits_NV.stride(0), C_FLOAT(cap))
+
+    def soft_cap_gradient(self, gradient_NV: Tensor, uncapped_NV: Tensor, cap: float) -> None:
+        """In place: the gradient of `soft_cap`'s result becomes that of what it was given, `uncapped`."""
+        expect("gradient", gradient_NV, self.dtype, -1, -1, apart=True)
+        expect("uncapped", uncapped_NV, self.dtype, *gradient_NV.shape, apart=True)
+        strides = gradient_NV.stride(0), uncapped_NV.stride(0)
+        self._call("soft_cap_gradient", gradient_NV, uncapped_NV, *gradient_NV.shape, *strides, C_FLOAT(cap))
 
     def sum_of_squares(self, x: Tensor) -> Tensor:
         """Of float32 numbers [n], 0-d float64; the same to the bit for any number of threads."""

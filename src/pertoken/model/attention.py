@@ -116,11 +116,20 @@ def _cut_into_rectangles(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(reversed(rectangles))
 
 
-def attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, *, layout: AttentionLayout) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v within each document, every token seeing itself and what precedes it. [N, H, D]
+def attention(
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    *,
+    layout: AttentionLayout,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v within each document, every token seeing itself and what precedes it. [N, H, D]
 
-    H is a multiple of K; query head h uses key-value head h // (H / K). Documents are right-padded into rectangles:
-    causality alone keeps the padding out of every real row, so there is no mask.
+    `scale` is 1 / sqrt(D) if None. H is a multiple of K; query head h uses key-value head h // (H / K). Documents are
+    right-padded into rectangles: causality alone keeps the padding out of every real row, so there is no mask. With
+    `window` a token sees so many at most, itself one of them; only documents longer than that need a mask.
     """
     if not layout.rectangles:
         return q_NHD + (k_NKD.sum() + v_NKD.sum())  # N = 0: nothing to attend to, but all three have a (zero) gradient
@@ -131,13 +140,30 @@ def attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, *, layout: AttentionL
     parts = (torch.split(x, rows) for x in (q_NHD, k_NKD, v_NKD))
     for (s, t), *qkv in zip(layout.rectangles, *parts, strict=True):
         q_SHTD, k_SKTD, v_SKTD = (x.view(s, t, *x.shape[1:]).transpose(1, 2) for x in qkv)
-        out_SHTD = F.scaled_dot_product_attention(q_SHTD, k_SKTD, v_SKTD, is_causal=True, enable_gqa=True)
+        mask = None if window is None or t <= window else _band(t, 0, window, q_NHD.device)
+        out_SHTD = F.scaled_dot_product_attention(
+            q_SHTD, k_SKTD, v_SKTD, attn_mask=mask, is_causal=mask is None, enable_gqa=True, scale=scale
+        )
         outputs.append(out_SHTD.transpose(1, 2).flatten(0, 1))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out if layout.positions is None else out.index_select(0, layout.positions)
 
 
-def varlen_attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, *, layout: AttentionLayout) -> Tensor:
+def _band(rows: int, before: int, window: int | None, device: torch.device) -> Tensor:
+    """[rows, before + rows] bool: row i sees columns up to before + i, with `window` the last of these alone."""
+    sees = torch.ones(rows, before + rows, dtype=torch.bool, device=device).tril(before)
+    return sees if window is None else sees.triu(before - window + 1)
+
+
+def varlen_attention(
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    *,
+    layout: AttentionLayout,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
     """`attention` for a layout with `cu_seqlens`: the documents are read where they lie, and nothing is padded.
 
     In half precision on CUDA alone. A single operator whose shapes may vary, so the compiler can keep it in its graph.
@@ -146,9 +172,10 @@ def varlen_attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, *, layout: Att
 
     ends, longest = layout.cu_seqlens, layout.max_length
     assert ends is not None
+    before = -1 if window is None else window - 1  # tokens; -1: all
     out = varlen_attn(
-        q_NHD, k_NKD, v_NKD, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True
-    )  # (-1, 0): causal
+        q_NHD, k_NKD, v_NKD, ends, ends, longest, longest, window_size=(before, 0), enable_gqa=True, scale=scale
+    )  # (.., 0): causal
     assert isinstance(out, Tensor)
     return out
 
@@ -168,7 +195,16 @@ class KVCache:
         self.length = 0
 
 
-def cached_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, cache: KVCache, layer: int) -> Tensor:
+def cached_attention(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    *,
+    cache: KVCache,
+    layer: int,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
     """T new tokens of one sequence attend to the cached ones and, causally, to each other. [T, H, D]
 
     Writes the new keys and values behind `cache.length`, which the caller advances after the last layer.
@@ -180,9 +216,12 @@ def cached_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, cache: KVCa
     q_HTD = q_THD.transpose(0, 1)
     k_KLD, v_KLD = (x[layer, :, :end].to(q_THD.dtype) for x in (cache.keys, cache.values))
     mask = None
-    if start and end - start > 1:  # is_causal would align the first new token with the first cached one
-        mask = torch.ones(end - start, end, dtype=torch.bool, device=q_THD.device).tril(start)
+    if window is not None and end > window:
+        mask = _band(end - start, start, window, q_THD.device)
+    elif start and end - start > 1:  # is_causal would align the first new token with the first cached one
+        mask = _band(end - start, start, None, q_THD.device)
+    is_causal = mask is None and not start
     out_HTD = F.scaled_dot_product_attention(
-        q_HTD[None], k_KLD[None], v_KLD[None], attn_mask=mask, is_causal=not start, enable_gqa=True
+        q_HTD[None], k_KLD[None], v_KLD[None], attn_mask=mask, is_causal=is_causal, enable_gqa=True, scale=scale
     )[0]
     return out_HTD.transpose(0, 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pertoken.model.mlp import MLP
 from pertoken.model.moe import Documents, ExpertLoad, MixtureOfExperts
+from pertoken.model.norms import norm_of
 from pertoken.model.rope import Rope, rotate
 from pertoken.recipe.model import ResolvedModelConfig
 
@@ -37,18 +38,44 @@ class Decoder(nn.Module):
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(table, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = norm_of(config, config.hidden_size)
 
 
 class Layer(nn.Module):
-    """A block: attention and feed-forward, each with its norm and its residual sum."""
+    """A block: attention and feed-forward, each with its norms and its residual sum."""
 
     def __init__(self, config: ResolvedModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norms, self.residual_multiplier = config.norms, config.residual_multiplier
+        size = config.hidden_size
+        if self.norms != "after":
+            self.input_layernorm = norm_of(config, size)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MixtureOfExperts(config) if config.use_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.post_attention_layernorm = norm_of(config, size)
+        if self.norms == "both":
+            self.pre_feedforward_layernorm = norm_of(config, size)
+        self.mlp: MixtureOfExperts | MLP = (
+            MixtureOfExperts(config) if config.use_moe else MLP(size, config.intermediate_size, config.activation)
+        )
+        if self.norms != "before":
+            self.post_feedforward_layernorm = norm_of(config, size)
+
+    @property
+    def attention_norms(self) -> tuple[nn.RMSNorm | None, nn.RMSNorm | None]:
+        """Of what attention reads, and of what it adds to the residual stream; None for none."""
+        before = None if self.norms == "after" else self.input_layernorm
+        return before, None if self.norms == "before" else self.post_attention_layernorm
+
+    @property
+    def feed_forward_norms(self) -> tuple[nn.RMSNorm | None, nn.RMSNorm | None]:
+        """As `attention_norms`, of the feed-forward part."""
+        match self.norms:
+            case "before":
+                return self.post_attention_layernorm, None
+            case "after":
+                return None, self.post_feedforward_layernorm
+            case _:
+                return self.pre_feedforward_layernorm, self.post_feedforward_layernorm
 
     def forward(self, hidden: Tensor, run: RunBlock) -> Tensor | tuple[Tensor, ExpertLoad]:
         """`run(self, hidden)`: the pass brings what computes a block, `plain` or an engine's own code.
@@ -68,11 +95,11 @@ class Layer(nn.Module):
     ) -> Tensor | tuple[Tensor, ExpertLoad]:
         """The hidden states, of the rows `output_rows` if given; with `documents` the load of the experts, if any."""
         dtype = compute_dtype(hidden)
+        before, after = self.attention_norms
         # Cast once here, not once in every linear layer that reads it.
-        normed = self.input_layernorm(hidden).to(dtype)
-        hidden = (hidden if output_rows is None else hidden[output_rows]) + self.self_attn(
-            normed, rope, attend, output_rows
-        )
+        normed = (hidden if before is None else before(hidden)).to(dtype)
+        residual = hidden if output_rows is None else hidden[output_rows]
+        hidden = self._sum(residual, self.self_attn(normed, rope, attend, output_rows), after)
         return self.feed_forward(hidden, documents, dtype, call_experts)
 
     def feed_forward(
@@ -82,15 +109,23 @@ class Layer(nn.Module):
         dtype: torch.dtype,
         call_experts: Callable[..., Any] = call,
     ) -> Tensor | tuple[Tensor, ExpertLoad]:
-        """The second half of `plain`: MLP or experts with their norm and residual sum, products in `dtype`."""
-        normed = self.post_attention_layernorm(hidden)
+        """The second half of `plain`: MLP or experts with their norms and residual sum, products in `dtype`."""
+        before, after = self.feed_forward_norms
+        normed = hidden if before is None else before(hidden)
         if isinstance(self.mlp, MixtureOfExperts):
             update, load = call_experts(self.mlp, normed, dtype, documents)
-            hidden = hidden + update
+            hidden = self._sum(hidden, update, after)
             return hidden if load is None else (hidden, load)
-        update = self.mlp(normed.to(dtype))
-        out: Tensor = hidden + update
-        return out
+        return self._sum(hidden, self.mlp(normed.to(dtype)), after)
+
+    def _sum(self, residual: Tensor, update: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+        """residual + residual_multiplier * norm(update), as wide as the residual stream."""
+        if norm is not None:
+            update = norm(update.to(residual.dtype))
+        if self.residual_multiplier != 1.0:
+            # Not `torch.add(..., alpha=...)`, whose alpha the compiler loses where it is a module's number.
+            update = update.to(residual.dtype) * self.residual_multiplier
+        return residual + update
 
 
 class Attention(nn.Module):
@@ -105,8 +140,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.norms_all_heads = config.qk_norm_of_all_heads
+        query_norm, key_norm = config.qk_norm_sizes
+        self.q_norm = norm_of(config, query_norm) if config.qk_norm else None
+        self.k_norm = norm_of(config, key_norm) if config.qk_norm else None
 
     def forward(self, x: Tensor, rope: Rope, attend: Attend, output_rows: Tensor | None) -> Tensor:
         """Of `output_rows`, if given; the others have keys and values, and queries of zeros that nobody reads."""
@@ -127,7 +164,7 @@ class Attention(nn.Module):
         """Normalized and rotated in the width of `rope`, returned in the dtype it came in."""
         wide = x_NHD.to(rope[0].dtype)
         if norm is not None:
-            wide = norm(wide)
+            wide = norm(wide.flatten(1)).view_as(wide) if self.norms_all_heads else norm(wide)
         return rotate(wide, rope).to(x_NHD.dtype)
 
 

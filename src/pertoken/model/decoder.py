@@ -19,10 +19,11 @@ from pertoken.model.blocks import Decoder, compute_dtype
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.hooks import is_plain_linear
 from pertoken.model.moe import Documents, MixtureOfExperts
-from pertoken.model.plain import PlainPass, run_plain
+from pertoken.model.plain import PlainPass, attend_in, run_plain
 from pertoken.model.protocol import BalanceLoss, ModelFacts
 from pertoken.objective.balance import balanced_lengths, with_balance_loss
 from pertoken.objective.cross_entropy import cross_entropy, linear_cross_entropy
+from pertoken.objective.logit_map import LogitMap
 from pertoken.objective.terms import CROSS_ENTROPY, LossOutput, Objective
 from pertoken.recipe.model import ResolvedModelConfig
 
@@ -62,12 +63,13 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Norms 1, biases 0; matrices normal with standard deviation 0.02, those that write to the residual stream
-        divided by sqrt(2 * layers) (GPT-2, section 2.3). The same for every device and dtype, up to rounding."""
+        """Norms multiply by 1, biases are 0; matrices normal with standard deviation 0.02, those that write to the
+        residual stream divided by sqrt(2 * layers) (GPT-2, section 2.3). The same for every device and dtype, up to
+        rounding."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") or self.config.offset_norms else 1.0)
                 continue
             std = 0.02
             if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -79,6 +81,11 @@ class CausalLM(nn.Module):
         """[V, D], the embedding where tied."""
         weight: Tensor = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         return weight
+
+    @property
+    def logit_map(self) -> LogitMap:
+        """From the head's product to logits."""
+        return LogitMap(1.0 / self.config.logits_scaling, self.config.final_logit_softcapping)
 
     @property
     def num_parameters(self) -> int:
@@ -125,8 +132,9 @@ class CausalLM(nn.Module):
     @staticmethod
     def wide_modules(layer: nn.Module) -> list[nn.Module]:
         """What of a block autocast leaves as wide as its parameters: the norms and the router."""
-        routers = [m.gate for m in layer.modules() if isinstance(m, MixtureOfExperts)]
-        return [*(m for m in layer.modules() if isinstance(m, nn.RMSNorm)), *routers]
+        mixtures = [m for m in layer.modules() if isinstance(m, MixtureOfExperts)]
+        norms = [m for m in layer.modules() if isinstance(m, nn.RMSNorm)]
+        return norms + [router for mixture in mixtures for router in mixture.routers]
 
     def forward(
         self, micro_batch: MicroBatch, execution: Execution = PLAIN, *, objective: Objective = CROSS_ENTROPY
@@ -154,10 +162,15 @@ class CausalLM(nn.Module):
             impl = this.loss_impl if execution.loss_impl == "auto" else execution.loss_impl
             tied = this.tied if impl == "cpu" and self.lm_head is None else None
             out = linear_cross_entropy(
-                *(hidden, self.head_weight, labels, loss_mask), impl=impl, tied=tied, row_terms=objective.row_terms
+                *(hidden, self.head_weight, labels, loss_mask),
+                impl=impl,
+                tied=tied,
+                row_terms=objective.row_terms,
+                logit_map=self.logit_map,
             )
         else:
-            out = cross_entropy(self.lm_head(hidden), labels, loss_mask, row_terms=objective.row_terms)
+            logits = self.lm_head(hidden)
+            out = cross_entropy(logits, labels, loss_mask, row_terms=objective.row_terms, logit_map=self.logit_map)
         out = replace(out, metrics=out.metrics | {"padding": this.padding()})
         return with_balance_loss(out, loads, self.config, num_tokens) if self.config.use_moe else out
 
@@ -172,7 +185,7 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]"""
         logits: Tensor = F.linear(hidden, self.head_weight) if self.lm_head is None else self.lm_head(hidden)
-        return logits
+        return self.logit_map(logits)
 
     def new_cache(self, max_length: int) -> KVCache:
         """An empty cache for `decode`, for one sequence of at most `max_length` tokens."""
@@ -189,7 +202,9 @@ class CausalLM(nn.Module):
         """Logits [V] after the last of `input_ids` [T], which continue what the cache holds and are added to it."""
         start, end = cache.length, cache.length + input_ids.shape[0]
         position_ids = torch.arange(start, end, device=input_ids.device)
-        attends = [partial(cached_attention, cache=cache, layer=i) for i in range(self.config.num_hidden_layers)]
+        attend = partial(cached_attention, cache=cache, scale=self.config.attention_scale)
+        kinds = self.config.layer_kinds
+        attends = [attend_in(partial(attend, layer=i), kind) for i, kind in enumerate(kinds)]
         hidden, _ = run_plain(self, input_ids, position_ids, attends)
         cache.length = end
         return self.logits(hidden[-1])

@@ -54,6 +54,9 @@ class MixtureOfExperts(nn.Module):
         f_i = E / (k T_s) * (how many of its tokens chose i),   P_i = the mean over its tokens of i's probability,
 
     so 1 where the load is even.
+
+    Where there is a shared expert, sigmoid(its gate(x)) * shared_expert(x) is added to y (Qwen2-MoE). It has no part in
+    the balance loss.
     """
 
     def __init__(self, config: ResolvedModelConfig) -> None:
@@ -64,6 +67,14 @@ class MixtureOfExperts(nn.Module):
         self.experts = nn.ModuleList(
             MLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
         )
+        width = config.shared_expert_intermediate_size
+        self.shared_expert = None if width is None else MLP(config.hidden_size, width)
+        self.shared_expert_gate = None if width is None else nn.Linear(config.hidden_size, 1, bias=False)
+
+    @property
+    def routers(self) -> list[nn.Linear]:
+        """What weights experts, in at least float32."""
+        return [self.gate] if self.shared_expert_gate is None else [self.gate, self.shared_expert_gate]
 
     def forward(
         self, x_ND: Tensor, dtype: torch.dtype, documents: Documents | None
@@ -82,6 +93,10 @@ class MixtureOfExperts(nn.Module):
         counts_SE = self._count(chosen_Nk, documents)
         num_choices_E = counts_SE.sum(0)
         out_ND = self._mix(x_ND.to(dtype), chosen_Nk, weights_Nk, num_choices_E.tolist()).to(x_ND.dtype)
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
+            with torch.autocast(x_ND.device.type, enabled=False):
+                weight_N1 = self.shared_expert_gate(x_ND).sigmoid()
+            out_ND = out_ND + weight_N1 * self.shared_expert(x_ND.to(dtype)).to(x_ND.dtype)
         if documents is None:
             return out_ND, None
         scale = self.gate.out_features / self.num_chosen

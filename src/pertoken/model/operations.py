@@ -23,6 +23,8 @@ def body_parameters(config: ResolvedModelConfig) -> int:
     if config.use_moe:
         experts = config.num_experts_per_tok * 3 * config.hidden_size * config.moe_intermediate_size
         mlp = experts + config.hidden_size * config.num_experts
+        if config.shared_expert_intermediate_size is not None:
+            mlp += config.hidden_size * (3 * config.shared_expert_intermediate_size + 1)
     return config.num_hidden_layers * (attention + mlp)
 
 

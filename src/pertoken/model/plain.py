@@ -23,11 +23,12 @@ from pertoken.model.moe import Documents, ExpertLoad
 from pertoken.model.operations import padding_of
 from pertoken.model.rope import rope_angles
 from pertoken.objective.cross_entropy import LossImpl, TiedGradient
+from pertoken.recipe.model import LayerKind
 
 if TYPE_CHECKING:
     from pertoken.model.decoder import CausalLM
 
-__all__ = ["PLAIN_ENGINE", "PlainPass", "run_blocks", "run_plain"]
+__all__ = ["PLAIN_ENGINE", "PlainPass", "attend_in", "run_blocks", "run_plain", "scaled"]
 
 
 class _PlainEngine:
@@ -73,7 +74,8 @@ class PlainPass:
     def run(
         self, documents: Documents | None, output_rows: Tensor | None, *, recompute: bool
     ) -> tuple[Tensor, list[ExpertLoad]]:
-        attends = [partial(self._attend, layout=self._layout)] * len(self._model.model.layers)
+        attend = partial(self._attend, layout=self._layout, scale=self._model.config.attention_scale)
+        attends = [attend_in(attend, kind) for kind in self._model.config.layer_kinds]
         return run_plain(
             self._model,
             self._micro_batch.input_ids,
@@ -106,15 +108,26 @@ def run_plain(
 ) -> tuple[Tensor, list[ExpertLoad]]:
     """`ForwardPass.run`, for attention of any kind: `attends` has one for every layer."""
     decoder = model.model
-    hidden: Tensor = decoder.embed_tokens(input_ids)
-    rope = rope_angles(position_ids, model.config, hidden.dtype)
+    hidden: Tensor = scaled(decoder.embed_tokens(input_ids), model.config.embedding_scale)
+    kinds = model.config.layer_kinds
+    ropes = {name: rope_angles(position_ids, model.config, hidden.dtype, name) for name in {k.rope for k in kinds}}
     rows = [None] * (len(attends) - 1) + [output_rows]
     blocks = [
-        partial(block, rope=rope, attend=attend, documents=documents, output_rows=of_layer)
-        for attend, of_layer in zip(attends, rows, strict=True)
+        partial(block, rope=ropes[kind.rope], attend=attend, documents=documents, output_rows=of_layer)
+        for kind, attend, of_layer in zip(kinds, attends, rows, strict=True)
     ]
     hidden, loads = run_blocks(decoder.layers, hidden, blocks, recompute=recompute)
     return decoder.norm(hidden), loads
+
+
+def attend_in(attend: Callable[..., Tensor], kind: LayerKind) -> Callable[..., Tensor]:
+    """`attend` as the layer's kind wants it."""
+    return attend if kind.window is None else partial(attend, window=kind.window)
+
+
+def scaled(embedded: Tensor, scale: float) -> Tensor:
+    """`embedded` times `scale`, which is rounded to its dtype first."""
+    return embedded if scale == 1.0 else embedded * float(torch.tensor(scale, dtype=embedded.dtype))
 
 
 def run_blocks(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pertoken.data.batch.pack import MicroBatch
 from pertoken.model.execution import Execution
+from pertoken.objective.logit_map import LogitMap
 from pertoken.objective.terms import LossOutput, Objective
 
 __all__ = ["BalanceLoss", "LanguageModel", "ModelFacts", "TorchModule"]
@@ -68,6 +69,11 @@ class LanguageModel(TorchModule, Protocol):
     @property
     def head_weight(self) -> Tensor:
         """[V, D], the embedding where tied."""
+        ...
+
+    @property
+    def logit_map(self) -> LogitMap:
+        """From the head's product to logits."""
         ...
 
     @property

@@ -6,7 +6,7 @@ Shape suffixes: N flat tokens, H heads, D head dimension.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,15 +18,27 @@ __all__ = ["Rope", "frequencies", "rope_angles", "rotate"]
 Rope = tuple[Tensor, Tensor]  # cos and sin, [N, 1, D / 2] each
 
 
-def frequencies(config: ResolvedModelConfig, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+def frequencies(
+    config: ResolvedModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    *,
+    kind: Literal["global", "local", "none"] = "global",
+) -> Tensor:
     """By how many radians each pair of dimensions turns from one position to the next: [D / 2], falling.
 
+    `kind` is a layer's (`LayerKind.rope`): by `rope_theta`, by `rope_local_base_freq`, or zero, which turns nothing.
     With `rope_scaling` (Llama 3.1, "The Llama 3 Herd of Models", 2024, section 3.4.2, in the form of Meta's
     `apply_scaling`): let n be the number of turns within the original length. A frequency with n at least
     `high_freq_factor` stays, one with n at most `low_freq_factor` is divided by `factor`, and between the two the
     result goes linearly with n from the one to the other.
     """
+    if kind == "none":
+        return torch.zeros(config.head_dim // 2, dtype=dtype, device=device)
     exponents = torch.arange(0, config.head_dim, 2, dtype=dtype, device=device) / config.head_dim
+    if kind == "local":
+        assert config.rope_local_base_freq is not None, "layer_kinds has such layers only where there is one"
+        return 1.0 / config.rope_local_base_freq**exponents
     plain = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if scaling is None:
@@ -37,10 +49,15 @@ def frequencies(config: ResolvedModelConfig, dtype: torch.dtype, device: torch.d
     return plain * kept + plain / scaling.factor * (1 - kept)
 
 
-def rope_angles(position_ids: Tensor, config: ResolvedModelConfig, dtype: torch.dtype) -> Rope:
+def rope_angles(
+    position_ids: Tensor,
+    config: ResolvedModelConfig,
+    dtype: torch.dtype,
+    kind: Literal["global", "local", "none"] = "global",
+) -> Rope:
     """Cosine and sine of the rotary angles: [N, 1, D / 2], at least float32."""
     dtype = torch.promote_types(dtype, torch.float32)
-    angles = position_ids.to(dtype)[:, None] * frequencies(config, dtype, position_ids.device)
+    angles = position_ids.to(dtype)[:, None] * frequencies(config, dtype, position_ids.device, kind=kind)
     return angles[:, None, :].cos(), angles[:, None, :].sin()
 
 

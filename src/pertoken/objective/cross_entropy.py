@@ -19,6 +19,7 @@ from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import Kernels
 from pertoken.objective.fused_heads import fused_loss_sum
 from pertoken.objective.inputs import check_head, checked_labels
+from pertoken.objective.logit_map import PLAIN_LOGITS, LogitMap
 from pertoken.objective.row_terms import (
     RowTerm,
     refuse_row_terms,
@@ -58,12 +59,13 @@ def linear_cross_entropy(
     impl: LossImpl = "auto",
     tied: TiedGradient | None = None,
     row_terms: Sequence[RowTerm] = (),
+    logit_map: LogitMap = PLAIN_LOGITS,
 ) -> LossOutput:
     """Sum of negative log-likelihoods in nats over the supervised tokens, and their number.
 
     Equivalent to
 
-        nll = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none")
+        nll = F.cross_entropy(logit_map(F.linear(hidden, weight).float()), labels, reduction="none")
         LossOutput((nll * loss_mask).sum(), loss_mask.sum())
 
     with `hidden` [N, D], `weight` [V, D], `labels` [N] integers, real token ids (one under a false mask is never looked
@@ -96,7 +98,8 @@ def linear_cross_entropy(
     if impl == "liger" or impl == "cce":
         refuse_row_terms(impl, row_terms)
     if impl == "reference":
-        return _plain(F.linear(hidden, weight), labels, loss_mask, row_terms)
+        return _plain(F.linear(hidden, weight), labels, loss_mask, row_terms, logit_map)
+    hidden = logit_map.scale_hidden(hidden)
     num_tokens = _count(loss_mask)
     rows = loss_mask.nonzero().squeeze(1)
     if rows.numel() < loss_mask.numel():
@@ -108,24 +111,33 @@ def linear_cross_entropy(
     autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64  # which autocast leaves alone
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     if (impl == "liger" or impl == "cce") and len(labels):  # without rows ours still gives zero gradients
-        sums = [fused_loss_sum(impl, hidden, weight, labels, weights, dtype)]
+        sums = [fused_loss_sum(impl, hidden, weight, labels, weights, dtype, cap=logit_map.cap)]
     else:
         kernels = None if impl == "chunked" else _kernels(device, dtype, required=impl == "cpu")
-        sums = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, dtype, kernels, tied, tuple(row_terms))  # type: ignore[no-untyped-call]
+        settings = (dtype, kernels, tied, tuple(row_terms), logit_map)
+        sums = _ChunkedCrossEntropy.apply(hidden, weight, labels, weights, *settings)  # type: ignore[no-untyped-call]
     return _output(sums, num_tokens, row_terms)
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, loss_mask: Tensor, *, row_terms: Sequence[RowTerm] = ()
+    logits: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    *,
+    row_terms: Sequence[RowTerm] = (),
+    logit_map: LogitMap = PLAIN_LOGITS,
 ) -> LossOutput:
-    """`linear_cross_entropy` by its definition, of `logits` [N, V] that exist whole. Raises what that does."""
+    """`linear_cross_entropy` by its definition, of the head's product `logits` [N, V], which exists whole. Raises what
+    that does."""
     rows, vocab_size = logits.shape
     labels, loss_mask = checked_labels(labels, loss_mask, rows=rows, vocab_size=vocab_size, device=logits.device)
-    return _plain(logits, labels, loss_mask, row_terms)
+    return _plain(logits, labels, loss_mask, row_terms, logit_map)
 
 
-def _plain(logits: Tensor, labels: Tensor, loss_mask: Tensor, row_terms: Sequence[RowTerm]) -> LossOutput:
-    logits = logits.to(_accumulator(logits.dtype))
+def _plain(
+    logits: Tensor, labels: Tensor, loss_mask: Tensor, row_terms: Sequence[RowTerm], logit_map: LogitMap
+) -> LossOutput:
+    logits = logit_map(logits.to(_accumulator(logits.dtype)))
     labels = torch.where(loss_mask != 0, labels, 0)
     nll = F.cross_entropy(logits, labels, reduction="none")
     values = [nll]
@@ -193,8 +205,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         kernels: Kernels | None,
         tied: TiedGradient | None,
         terms: tuple[RowTerm, ...],
+        logit_map: LogitMap,
     ) -> tuple[Tensor, ...]:
-        ctx.tied, ctx.terms = tied, terms
+        ctx.tied, ctx.terms, ctx.logit_map = tied, terms, logit_map
         device = hidden.device.type
         with torch.autocast(device, enabled=False):
             if kernels is not None:
@@ -215,7 +228,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             d_weight = d_weight.mul_(grad).to(ctx.weight_dtype)  # in place: as large as the vocabulary
         if ctx.tied is not None:
             ctx.tied.of_head, d_weight = d_weight, None
-        return d_hidden, d_weight, None, None, None, None, None, None
+        return d_hidden, d_weight, *[None] * 7
 
 
 def _add(totals: list[Tensor], values: Sequence[Tensor], scale_C: Tensor | None) -> None:
@@ -240,6 +253,7 @@ def _forward(
         x_CD, label_C = x_ND[start : start + chunk], labels[start : start + chunk]
         scale_C = None if weights is None else weights[start : start + chunk].to(wide)
         logits_CV = torch.mm(x_CD, w_VD.t()).to(wide)
+        slope_CV = ctx.logit_map.cap_(logits_CV)
         log_z_C = logits_CV.logsumexp(1)
         nll_C = log_z_C - logits_CV.gather(1, label_C[:, None]).squeeze(1)
         values, factors = row_factors(ctx.terms, nll_C, log_z_C)
@@ -251,6 +265,8 @@ def _forward(
             d_logits_CV.mul_(factors.on_softmax[:, None])
         at_label_C = d_logits_CV.new_ones(len(label_C)) if factors is None else factors.at_label
         d_logits_CV.scatter_add_(1, label_C[:, None], -at_label_C[:, None])
+        if slope_CV is not None:
+            d_logits_CV.mul_(slope_CV)
         if scale_C is not None:
             d_logits_CV.mul_(scale_C[:, None])
         if boost != 1.0:
@@ -310,7 +326,13 @@ def _cpu_forward(
         x_CD, scale_C = x_ND[rows], None if weights is None else weights[rows]
         logits_CV = torch.mm(x_CD, w_VD.t(), out=empty(len(x_CD), vocab_size, dtype=dtype))
         label_C, gradient = labels[rows].contiguous(), needs_hidden or needs_weight
+        cap, uncapped_CV = ctx.logit_map.cap, None
+        if cap is not None:
+            uncapped_CV = logits_CV.clone() if gradient else None
+            kernels.soft_cap(logits_CV, cap)
         _add(totals, _native_rows(kernels, logits_CV, label_C, scale_C, ctx.terms, gradient=gradient), scale_C)
+        if uncapped_CV is not None:
+            kernels.soft_cap_gradient(logits_CV, uncapped_CV, cap)
         if d_hidden is not None:
             torch.mm(logits_CV, w_VD, out=d_hidden[rows])
         if d_weight is not None:

@@ -36,14 +36,22 @@ def require_head(impl: FusedHead, device_type: str, dtype: torch.dtype) -> None:
 
 
 def fused_loss_sum(
-    impl: FusedHead, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, dtype: torch.dtype
+    impl: FusedHead,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    cap: float | None = None,
 ) -> Tensor:
     """Sum of negative log-likelihoods in nats, float32, over all N >= 1 rows, times `weights` [N] where given.
 
-    `hidden` [N, D], `weight` [V, D], `labels` [N]; the products run in `dtype`. What differs from our own loop: neither
-    refuses a label outside of the vocabulary, both round the weight's gradient to `dtype`, Liger's float16 gradient
-    loses probabilities below 6e-8, and cut-cross-entropy even adds both gradients up in `dtype` where it has no option
-    against it (25.1.1 has none). On a CPU cut-cross-entropy runs its `torch.compile` form, logits and all, for tests.
+    `hidden` [N, D], `weight` [V, D], `labels` [N]; the products run in `dtype`; `cap` is `LogitMap`'s. What differs
+    from our own loop: neither refuses a label outside of the vocabulary, both round the weight's gradient to `dtype`,
+    Liger's float16 gradient loses probabilities below 6e-8, and cut-cross-entropy even adds both gradients up in
+    `dtype` where it has no option against it (25.1.1 has none). On a CPU cut-cross-entropy runs its `torch.compile`
+    form, logits and all, for tests.
 
     Raises RecipeError as `require_head` does, and for Liger with weights, whose gradient it forms before it sees them.
     """
@@ -57,14 +65,15 @@ def fused_loss_sum(
             if torch.is_grad_enabled() and weight.requires_grad and not x_ND.requires_grad:
                 x_ND = x_ND.detach().requires_grad_()  # it asks the hidden states alone whether gradients are wanted
             # bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss, ...
-            loss_sum: Tensor = kernel(
-                x_ND, w_VD, labels, None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32
-            )[0]
+            loss_sum: Tensor = kernel(x_ND, w_VD, labels, None, None, -100, 0.0, 0.0, "sum", cap, False, torch.float32)[
+                0
+            ]
             return loss_sum
         options: dict[str, Any] = {"impl": "torch_compile" if hidden.device.type == "cpu" else "cce"}
         if hidden.device.type != "cpu":
             known = inspect.signature(kernel).parameters
             options |= {name: True for name in ("accum_e_fp32", "accum_c_fp32") if name in known}
+        options |= {} if cap is None else {"softcap": cap}
         # Its default leaves gradients out that it thinks too small to matter.
         nll_N: Tensor = kernel(x_ND, w_VD, labels, reduction="none", filter_eps=None, **options).float()
         return nll_N.sum() if weights is None else (nll_N * weights.float()).sum()

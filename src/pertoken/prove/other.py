@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ def transformers_padded(name: str, case: Case) -> Result:
         squares = logits.float().logsumexp(-1).square()[labels != -100] @ weights[labels != -100]
         torch.autograd.backward((loss_sum + case.train.z_loss_coef * squares) / num_tokens)
         loss += float(loss_sum.detach()) / num_tokens
-    theirs = _under_our_names({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     ours = {plain_name(name): name for name, _ in case.model.named_parameters()}
+    theirs = _under_our_names({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, kept=ours)
     gradients = {ours.get(name, name): gradient for name, gradient in theirs.items()}
     if case.aux_loss_coef:  # a router that sends every token to one expert has no gradient but the balance loss's
         gradients = {n: torch.zeros_like(g) for n, g in reference.gradients.items() if ".mlp.gate." in n} | gradients
@@ -74,12 +75,13 @@ def _padded(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return input_ids, labels, weights, attention_mask
 
 
-def _under_our_names(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers 5 holds a layer's experts in one tensor each: [E, 2 I, D] for gate and up, [E, D, I] for down."""
+def _under_our_names(gradients: dict[str, Tensor], *, kept: Container[str]) -> dict[str, Tensor]:
+    """transformers 5 holds a layer's experts in one tensor each: [E, 2 I, D] for gate and up, [E, D, I] for down. So
+    does a model in its own code, whose names are `kept`."""
     named: dict[str, Any] = {}
     for name, gradient in gradients.items():
         match = _FUSED.match(name)
-        if match is None:
+        if match is None or name in kept:
             named[name] = gradient
             continue
         for expert, part in enumerate(gradient):

@@ -17,7 +17,6 @@ from pertoken.errors import CompilerError
 from pertoken.kernels.ops import Kernels
 from pertoken.model.execution import Execution
 from pertoken.objective.cross_entropy import LossImpl, linear_cross_entropy
-from pertoken.objective.terms import Objective
 from pertoken.prove.case import EXACT, FLOAT32, FLOAT32_FACTOR, FLOAT64, Case, gradient_of_step
 from pertoken.prove.report import Gradient, Result, compare, largest_error
 from pertoken.prove.samples import LONG, InMemory
@@ -34,8 +33,8 @@ _PLAIN_LOGITS = 2**24  # at a time
 def head_in_chunks(name: str, case: Case) -> Result:
     """Several chunks of logits of the model's own head, against the plain formula."""
     hidden, weight, labels, mask = _head_inputs(case)
-    expected = _plain_head(hidden, weight, labels, mask, case.train.z_loss_coef)
-    found = compare(_head(hidden, weight, labels, mask, "chunked", case.objective), expected)
+    expected = _plain_head(hidden, weight, labels, mask, case)
+    found = compare(_head(hidden, weight, labels, mask, "chunked", case), expected)
     return Result.judge(name, "float64", EXACT, found, _about(labels, weight))
 
 
@@ -45,11 +44,10 @@ def head_by_kernels(name: str, case: Case) -> Result:
     except CompilerError as error:
         return Result(name, "float32", "skipped", note=str(error))
     hidden, weight, labels, mask = _head_inputs(case)
-    z_loss_coef = case.train.z_loss_coef
-    expected = _plain_head(hidden, weight, labels, mask, z_loss_coef)
+    expected = _plain_head(hidden, weight, labels, mask, case)
     hidden, weight = hidden.float(), weight.float()
-    tolerance = FLOAT32_FACTOR * largest_error(_plain_head(hidden, weight, labels, mask, z_loss_coef), expected)
-    found = compare(_head(hidden, weight, labels, mask, "cpu", case.objective), expected)
+    tolerance = FLOAT32_FACTOR * largest_error(_plain_head(hidden, weight, labels, mask, case), expected)
+    found = compare(_head(hidden, weight, labels, mask, "cpu", case), expected)
     return Result.judge(name, "float32", tolerance, found, _about(labels, weight))
 
 
@@ -76,11 +74,10 @@ def _head_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden, weight, labels, mask
 
 
-def _head(
-    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, impl: LossImpl, objective: Objective
-) -> Gradient:
+def _head(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, impl: LossImpl, case: Case) -> Gradient:
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    out = linear_cross_entropy(hidden, weight, labels, mask, impl=impl, row_terms=objective.row_terms)
+    terms, logit_map = case.objective.row_terms, case.model.logit_map
+    out = linear_cross_entropy(hidden, weight, labels, mask, impl=impl, row_terms=terms, logit_map=logit_map)
     num_tokens = float(mask.sum())
     torch.autograd.backward(out.objective({"supervised": num_tokens}))
     assert hidden.grad is not None
@@ -88,15 +85,20 @@ def _head(
     return Gradient(float(out.loss_sum.detach()) / num_tokens, {"hidden states": hidden.grad, "head": weight.grad})
 
 
-def _plain_head(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, z_loss_coef: float) -> Gradient:
-    """softmax - one hot, plus 2 log Z * softmax of the z-loss, times what the logits are made of.
+def _plain_head(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, case: Case) -> Gradient:
+    """softmax - one hot, plus 2 log Z * softmax of the z-loss, times the slope of the logits' scale and cap, times what
+    the logits are made of.
 
     Some rows at a time.
     """
+    z_loss_coef, scale, cap = case.train.z_loss_coef, case.model.logit_map.scale, case.model.logit_map.cap
     d_hidden, d_weight, loss_sum = torch.zeros_like(hidden), torch.zeros_like(weight), 0.0
     supervised = mask.nonzero().squeeze(1)
     for rows in torch.split(supervised, max(1, _PLAIN_LOGITS // len(weight))):
-        logits = hidden[rows] @ weight.T
+        logits = hidden[rows] @ weight.T * scale
+        capped = None if cap is None else torch.tanh(logits / cap)
+        if cap is not None and capped is not None:
+            logits = cap * capped
         log_z = logits.logsumexp(1, keepdim=True)
         log_p = torch.log_softmax(logits, 1)
         at = torch.arange(len(rows))
@@ -105,6 +107,7 @@ def _plain_head(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, z_
         if z_loss_coef:
             d_logits *= 1 + 2 * z_loss_coef * log_z
         d_logits[at, labels[rows]] -= 1
+        d_logits *= scale if capped is None else scale * (1 - capped**2)
         d_hidden[rows] = d_logits @ weight / len(supervised)
         d_weight += d_logits.T @ hidden[rows] / len(supervised)
     return Gradient(loss_sum / len(supervised), {"hidden states": d_hidden, "head": d_weight})

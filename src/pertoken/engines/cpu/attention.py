@@ -58,8 +58,10 @@ class _Block:
     rows: int  # R
     first_key: int
     key_width: int  # T
+    first_column: int
     columns: int  # C
-    limits: Tensor  # [S, R] int32, how many columns each query sees
+    limits: Tensor  # [S, R] int32, before which of these columns each query sees
+    starts: Tensor | None  # [S, R] int32, from which of them on; None: from the first of the document on
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,11 @@ class AttentionPlan:
         return sum(block.documents * block.rows * block.columns for block in self.blocks)
 
     @classmethod
-    def of(cls, lengths: Sequence[int], heads: Heads, output_rows: Tensor | None = None) -> AttentionPlan:
-        """For consecutive documents of `lengths`; `output_rows` [M]: the rows whose queries are needed, None: all."""
+    def of(
+        cls, lengths: Sequence[int], heads: Heads, output_rows: Tensor | None = None, *, window: int | None = None
+    ) -> AttentionPlan:
+        """For consecutive documents of `lengths`; `output_rows` [M]: the rows whose queries are needed, None: all.
+        A query sees `window` keys at most, its own one of them; None: all before it."""
         lengths_S = np.asarray(lengths, dtype=np.int64)
         key_widths = _widths(lengths_S)
         keys, _ = _seat(lengths_S, key_widths, key_widths)
@@ -103,6 +108,9 @@ class AttentionPlan:
             for block in range(width // rows):
                 mine = np.ascontiguousarray(seen[:, block * rows : (block + 1) * rows])
                 columns = min(int(key_widths[start]), round_up(int(mine.max()), 32))
+                first_column, starts = _window_of(mine, window)
+                if starts is not None:
+                    mine, columns = np.maximum(mine - first_column, 0), columns - first_column
                 cut.append(
                     _Block(
                         documents=s,
@@ -112,8 +120,10 @@ class AttentionPlan:
                         rows=rows,
                         first_key=int(key_first[start]),
                         key_width=int(key_widths[start]),
+                        first_column=first_column,
                         columns=columns,
                         limits=torch.from_numpy(mine),
+                        starts=starts,
                     )
                 )
         return cls(
@@ -122,6 +132,15 @@ class AttentionPlan:
             tuple(cut),
             bool((counts > 0).all()) and all(b.columns == b.key_width or b.rows < b.query_width for b in cut),
         )
+
+
+def _window_of(limits: np.ndarray, window: int | None) -> tuple[int, Tensor | None]:
+    """The first column that a block needs, and the first that each of its queries sees, counted from there."""
+    if window is None or limits.max() <= window:
+        return 0, None
+    starts = np.maximum(limits - window, 0)
+    first = int(starts[limits > 0].min()) // 32 * 32
+    return first, torch.from_numpy(np.ascontiguousarray(np.maximum(starts - first, 0), dtype=np.int32))
 
 
 def _widths(lengths_S: np.ndarray) -> np.ndarray:
@@ -173,7 +192,7 @@ def _keys(x: Tensor, block: _Block, heads: Heads) -> Tensor:
     return x.as_strided(
         (block.documents * heads.kv, block.columns, heads.dim),
         (block.key_width * heads.dim, heads.dim, 1),
-        block.first_key * heads.kv * heads.dim,
+        (block.first_key * heads.kv + block.first_column) * heads.dim,
     )
 
 
@@ -186,7 +205,7 @@ def attention_forward(
         scores = torch.bmm(_queries(q, block, heads), _keys(k, block, heads).transpose(1, 2))
         shape = (block.documents * heads.query, block.rows)
         log_z = torch.empty(shape)
-        kernels.softmax_forward(scores.view(*shape, block.columns), log_z, block.limits, heads.scale)
+        kernels.softmax_forward(scores.view(*shape, block.columns), log_z, block.limits, heads.scale, block.starts)
         _put(_queries(out, block, heads), scores, _keys(v, block, heads))
         log_zs.append(log_z)
     return out, log_zs
@@ -214,7 +233,7 @@ def attention_backward(
         k_B, v_B, d_k_B, d_v_B = (_keys(x, block, heads) for x in (k, v, d_k, d_v))
         scores, d_p = torch.bmm(q_B, k_B.transpose(1, 2)), torch.bmm(d_out_B, v_B.transpose(1, 2))
         shape = (block.documents * heads.query, block.rows, block.columns)
-        kernels.softmax_backward(scores.view(shape), d_p.view(shape), log_z, block.limits, heads.scale)
+        kernels.softmax_backward(scores.view(shape), d_p.view(shape), log_z, block.limits, heads.scale, block.starts)
         _put(_queries(d_q, block, heads), d_p, k_B)
         if block.query_width == block.rows:
             _put(d_k_B, d_p.transpose(1, 2), q_B)
@@ -223,11 +242,11 @@ def attention_backward(
         if block.block == 0:
             size = (2, block.documents * heads.kv, block.key_width, heads.dim)
             wide[block.first_key] = torch.zeros(size, dtype=torch.float32)
-        sums = wide[block.first_key][:, :, : block.columns]
+        sums = wide[block.first_key][:, :, block.first_column : block.first_column + block.columns]
         sums[0] += torch.bmm(d_p.transpose(1, 2), q_B)
         sums[1] += torch.bmm(scores.transpose(1, 2), d_out_B)
         if (block.block + 1) * block.rows == block.query_width:
-            whole = replace(block, columns=block.key_width)
+            whole = replace(block, first_column=0, columns=block.key_width)
             for d_x, total in zip((d_k, d_v), wide.pop(block.first_key), strict=True):
                 _keys(d_x, whole, heads).copy_(total)
     return d_q, d_k, d_v

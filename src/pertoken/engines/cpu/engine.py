@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pertoken.data.batch.pack import MicroBatch
-from pertoken.engines.cpu.blocks import attention_block, mlp_block
+from pertoken.engines.cpu.blocks import attention_block
+from pertoken.engines.cpu.mlp import mlp_block
 from pertoken.engines.cpu.runner import CpuBatch, embed, final_norm
 from pertoken.engines.cpu.supported import unsupported
 from pertoken.kernels.ops import Kernels
@@ -18,7 +19,7 @@ from pertoken.model.execution import Casts, ForwardPass
 from pertoken.model.mlp import MLP
 from pertoken.model.moe import Documents, ExpertLoad
 from pertoken.model.operations import padding_of
-from pertoken.model.plain import PlainPass, run_blocks
+from pertoken.model.plain import PlainPass, run_blocks, scaled
 from pertoken.objective.cross_entropy import LossImpl, TiedGradient
 
 __all__ = ["CpuEngine"]
@@ -71,12 +72,16 @@ class _CpuPass:
         self, documents: Documents | None, output_rows: Tensor | None, *, recompute: bool
     ) -> tuple[Tensor, list[ExpertLoad]]:
         decoder, batch = self._model.model, self._batch
-        last = batch if output_rows is None else batch.with_output_rows(output_rows)
+        kinds = self._model.config.layer_kinds
+        of_kind = {kind: batch.in_layers_of(kind, self._model.config) for kind in dict.fromkeys(kinds)}
+        batches = [of_kind[kind] for kind in kinds]
+        if output_rows is not None:
+            batches[-1] = batches[-1].with_output_rows(output_rows)
         hidden = embed(decoder.embed_tokens.weight, self._micro_batch.input_ids, batch, self.tied)
-        batches = [batch] * (len(decoder.layers) - 1) + [last]
+        hidden = scaled(hidden, self._model.config.embedding_scale)
         blocks = [partial(_run_block, batch=of_layer, documents=documents) for of_layer in batches]
         hidden, loads = run_blocks(decoder.layers, hidden, blocks, recompute=recompute)
-        return final_norm(hidden, decoder.norm, last), loads
+        return final_norm(hidden, decoder.norm, batches[-1]), loads
 
 
 def _run_block(
@@ -85,8 +90,9 @@ def _run_block(
     """`Layer.plain`, from its weights; experts run plain."""
     dtype, attn = compute_dtype(hidden), layer.self_attn
     matrices = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)
-    hidden = attention_block(hidden, layer.input_layernorm, matrices, (attn.q_norm, attn.k_norm), batch)
-    if not isinstance(layer.mlp, MLP):
+    hidden = attention_block(hidden, layer.attention_norms, matrices, (attn.q_norm, attn.k_norm), batch)
+    mlp = layer.mlp
+    if not isinstance(mlp, MLP):
         return layer.feed_forward(hidden, documents, dtype)
-    matrices_of_mlp = (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
-    return mlp_block(hidden, layer.post_attention_layernorm, matrices_of_mlp, batch)
+    projections = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return mlp_block(hidden, layer.feed_forward_norms, projections, batch, gelu=mlp.activation == "gelu_pytorch_tanh")

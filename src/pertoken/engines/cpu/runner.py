@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,10 @@ from pertoken.engines.cpu.attention import AttentionPlan, Heads, round_up
 from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import Kernels
 from pertoken.model.execution import Casts
+from pertoken.model.norms import norm_factors
 from pertoken.model.rope import frequencies
 from pertoken.objective.cross_entropy import TiedGradient, first_order_only
-from pertoken.recipe.model import ResolvedModelConfig
+from pertoken.recipe.model import LayerKind, ResolvedModelConfig
 
 __all__ = ["CpuBatch", "embed", "final_norm"]
 
@@ -42,8 +43,11 @@ class CpuBatch:
     angles: Tensor  # [positions, head_dim] float32, cosines and then sines
     lengths: tuple[int, ...]  # of the documents
     num_rows: int  # real ones
+    residual_multiplier: float
+    norms_all_heads: bool  # of queries and keys, where they are normalized
     exact_rows: bool = False  # add none: experts would be given them
     output_rows: Tensor | None = None  # int64, the rows whose hidden states are needed after this block; None: all
+    window: int | None = None  # of attention
     casts: Casts | None = None  # kept from one micro-batch to the next; None: cast anew
 
     @classmethod
@@ -55,10 +59,9 @@ class CpuBatch:
         *,
         casts: Casts | None = None,
     ) -> CpuBatch:
-        """For consecutive documents of `lengths`."""
-        heads = Heads(
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim, float(config.head_dim) ** -0.5
-        )
+        """For consecutive documents of `lengths`, in a layer that sees all of them and turns by `rope_theta`."""
+        scale = config.attention_scale or float(config.head_dim) ** -0.5
+        heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim, scale)
         return cls(
             kernels,
             heads,
@@ -66,6 +69,8 @@ class CpuBatch:
             AttentionPlan.of(lengths, heads),
             _angles(max(lengths), config),
             num_rows=sum(lengths),
+            residual_multiplier=config.residual_multiplier,
+            norms_all_heads=config.qk_norm_of_all_heads,
             exact_rows=config.use_moe,
             casts=casts,
             lengths=tuple(lengths),
@@ -73,7 +78,18 @@ class CpuBatch:
 
     def with_output_rows(self, output_rows: Tensor) -> CpuBatch:
         """The same for the last block, whose hidden states are needed in some rows [M] only."""
-        return replace(self, plan=AttentionPlan.of(self.lengths, self.heads, output_rows), output_rows=output_rows)
+        plan = AttentionPlan.of(self.lengths, self.heads, output_rows, window=self.window)
+        return replace(self, plan=plan, output_rows=output_rows)
+
+    def in_layers_of(self, kind: LayerKind, config: ResolvedModelConfig) -> CpuBatch:
+        """The same for layers whose attention is of another kind."""
+        batch = self
+        if kind.rope != "global":
+            batch = replace(batch, angles=_angles(max(self.lengths), config, kind.rope))
+        if kind.window is not None and kind.window < max(self.lengths):
+            plan = AttentionPlan.of(self.lengths, self.heads, window=kind.window)
+            batch = replace(batch, plan=plan, window=kind.window)
+        return batch
 
     @property
     def num_output_rows(self) -> int:
@@ -102,9 +118,9 @@ class CpuBatch:
         return low
 
 
-def _angles(positions: int, config: ResolvedModelConfig) -> Tensor:
+def _angles(positions: int, config: ResolvedModelConfig, kind: Literal["global", "local", "none"] = "global") -> Tensor:
     """Cosines and sines of the rotary angles, [positions, head_dim]."""
-    angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies(config, torch.float32)
+    angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies(config, torch.float32, kind=kind)
     return torch.cat((angles.cos(), angles.sin()), 1)
 
 
@@ -140,7 +156,7 @@ class _Embed(torch.autograd.Function):
 
 def final_norm(hidden: Tensor, norm: nn.RMSNorm, batch: CpuBatch) -> Tensor:
     """The rows asked for, normalized, in the kernels' dtype."""
-    out: Tensor = _Norm.apply(hidden, norm.weight, batch)  # type: ignore[no-untyped-call]
+    out: Tensor = _Norm.apply(hidden, norm_factors(norm), batch)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -18,12 +18,21 @@ from pertoken.model.decoder import CausalLM
 from pertoken.model.hooks import has_global_hook, is_exactly, loaded, users_hook
 from pertoken.model.mlp import MLP
 from pertoken.model.moe import MixtureOfExperts
+from pertoken.model.norms import norm_kind
 from pertoken.recipe.model import ResolvedModelConfig
 
 __all__ = ["unsupported"]
 
 _Part = tuple[str, nn.Module | None, type[nn.Module], tuple[int, ...]]  # its name, it, what it must be, its weight
 
+_NORMS = {
+    "before": ("input_layernorm", "post_attention_layernorm"),
+    "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "both": (
+        *("input_layernorm", "post_attention_layernorm"),
+        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+}
 _QKV = (".q_proj", ".k_proj", ".v_proj")
 
 
@@ -53,13 +62,14 @@ def unsupported(model: object) -> str | None:
 
 def _parts(model: nn.Module, config: ResolvedModelConfig) -> Iterator[_Part]:
     """Every module that is skipped, or that gets other arguments, when the kernels run."""
+    norm_class = norm_kind(config)
     d, f, head_dim, vocab = config.hidden_size, config.intermediate_size, config.head_dim, config.vocab_size
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     decoder = model._modules.get("model")
     yield "model", decoder, Decoder, ()
     assert isinstance(decoder, Decoder)
     yield "model.embed_tokens", decoder._modules.get("embed_tokens"), nn.Embedding, (vocab, d)
-    yield "model.norm", decoder._modules.get("norm"), nn.RMSNorm, (d,)
+    yield "model.norm", decoder._modules.get("norm"), norm_class, (d,)
     head = model._modules.get("lm_head")
     if head is not None:
         yield "lm_head", head, nn.Linear, (vocab, d)
@@ -71,7 +81,8 @@ def _parts(model: nn.Module, config: ResolvedModelConfig) -> Iterator[_Part]:
         yield name, layer, Layer, ()
         assert isinstance(layer, Layer)
         of_layer = layer._modules
-        yield f"{name}.input_layernorm", of_layer.get("input_layernorm"), nn.RMSNorm, (d,)
+        for which in _NORMS[config.norms]:
+            yield f"{name}.{which}", of_layer.get(which), norm_class, (d,)
         attention = of_layer.get("self_attn")
         yield f"{name}.self_attn", attention, Attention, ()
         assert isinstance(attention, Attention)
@@ -80,11 +91,10 @@ def _parts(model: nn.Module, config: ResolvedModelConfig) -> Iterator[_Part]:
         yield f"{name}.self_attn.k_proj", of_attention.get("k_proj"), nn.Linear, (keys, d)
         yield f"{name}.self_attn.v_proj", of_attention.get("v_proj"), nn.Linear, (keys, d)
         yield f"{name}.self_attn.o_proj", of_attention.get("o_proj"), nn.Linear, (d, queries)
-        for which in ("q_norm", "k_norm"):
+        for which, size in zip(("q_norm", "k_norm"), config.qk_norm_sizes, strict=True):
             norm = of_attention.get(which)
             if norm is not None or config.qk_norm:  # a user may give other families one: it is not skipped
-                yield f"{name}.self_attn.{which}", norm, nn.RMSNorm, (head_dim,)
-        yield f"{name}.post_attention_layernorm", of_layer.get("post_attention_layernorm"), nn.RMSNorm, (d,)
+                yield f"{name}.self_attn.{which}", norm, norm_class, (size,)
         mlp = of_layer.get("mlp")
         yield f"{name}.mlp", mlp, MixtureOfExperts if config.use_moe else MLP, ()
         if isinstance(mlp, MLP):
@@ -111,7 +121,7 @@ def _difference(
         why = users_hook(module)
         if why is not None:
             return why
-    if kind is nn.RMSNorm and own["eps"] != eps:
+    if issubclass(kind, nn.RMSNorm) and own["eps"] != eps:
         return f"has an eps of {own['eps']}, not {eps}"
     if kind is nn.Embedding and not (
         own["padding_idx"] is None and own["max_norm"] is None and not own["scale_grad_by_freq"] and not own["sparse"]
@@ -139,6 +149,6 @@ def _parameter_difference(weight: Any, what: str, kind: type[nn.Module], shape: 
         return f"is on {weight.device}, not on the CPU"
     if weight.shape != shape:
         return f"has a {what} of {tuple(weight.shape)}, not {shape}"
-    if kind is nn.RMSNorm and not weight.is_contiguous():
+    if issubclass(kind, nn.RMSNorm) and not weight.is_contiguous():
         return "has a weight that is not contiguous"
     return None

@@ -41,7 +41,7 @@ def build_muon(
 def _matrices_of_blocks(model: LanguageModel) -> list[nn.Parameter]:
     """Those that map hidden states to hidden states: no embeddings, and no routers (a row of one is an expert)."""
     excluded = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    excluded |= {m.gate.weight for m in model.modules() if isinstance(m, MixtureOfExperts)}
+    excluded |= {r.weight for m in model.modules() if isinstance(m, MixtureOfExperts) for r in m.routers}
     parameters = (p for layer in model.layers for p in layer.parameters())
     return [p for p in parameters if p.requires_grad and p.ndim == 2 and p not in excluded]
 
