@@ -21,6 +21,7 @@ from pertoken.hf_fallback.check import check_loss
 from pertoken.hf_fallback.head import linear_head, smallest_vocabulary
 from pertoken.hf_fallback.quiet import quiet
 from pertoken.model.execution import PLAIN, Execution
+from pertoken.model.lora import Adapter
 from pertoken.model.operations import padding_metric
 from pertoken.model.protocol import BalanceLoss, ModelFacts
 from pertoken.objective.cross_entropy import linear_cross_entropy
@@ -56,6 +57,7 @@ class FallbackLM(nn.Module):
     def __init__(self, hf: Any) -> None:
         super().__init__()
         self.hf = hf
+        self.adapter: Adapter | None = None
         linear_head(hf)
         if any("expert" in name for name, _ in hf.named_parameters()):
             raise ModelError(

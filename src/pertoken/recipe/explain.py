@@ -36,7 +36,8 @@ def explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
         what = f"{key}={shown(value)}"
         match kind:
             case "extra_forbidden":
-                leaf = {k.rpartition(".")[2]: k for k in keys}
+                # adapter.r would be near to any other key of a letter or two
+                leaf = {short: k for k in keys if len(short := k.rpartition(".")[2]) > 1}
                 near = difflib.get_close_matches(key, keys, 1, 0.75) or [
                     leaf[k] for k in difflib.get_close_matches(key.rpartition(".")[2], leaf, 1, 0.6)
                 ]

@@ -19,6 +19,7 @@ from pertoken.data.formats import FORMATS
 from pertoken.errors import RecipeError
 from pertoken.files import check_path, plain_file, user_path
 from pertoken.hub.names import check_hub_name
+from pertoken.recipe.adapter import AdapterConfig
 from pertoken.recipe.data import DataConfig
 from pertoken.recipe.explain import explain
 from pertoken.recipe.homes import TRACKERS, known_name
@@ -66,6 +67,7 @@ class Recipe(Section):
     out_dir: str = Field(min_length=1)
     init_from: str | None = None
     model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
     data: DataConfig
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -106,6 +108,7 @@ class Recipe(Section):
             )
         if self.init_from is None:
             self.model.check_without_a_model()
+        self._check_adapter()
         gives = None if self.data.format == "auto" else FORMATS[self.data.format].gives
         if self.stage == "pretrain" and gives == "conversation":
             raise ValueError(
@@ -123,6 +126,31 @@ class Recipe(Section):
         if self.data.eval_split == "tail" and self.stage != "pretrain":
             raise ValueError('data.eval_split="tail": only raw text has a tail; use "rows" for conversations')
         return self
+
+    def _check_adapter(self) -> None:
+        """Raises ValueError for what an adapter cannot be trained with."""
+        if self.adapter.kind == "none":
+            for key, field in AdapterConfig.model_fields.items():
+                if (value := getattr(self.adapter, key)) != field.default:
+                    raise ValueError(
+                        f'adapter.{key}={shown(value)}: adapter.kind is "none"; set adapter.kind="lora", or leave the '
+                        "key out"
+                    )
+            return
+        if self.init_from is None:
+            raise ValueError(
+                f'adapter.kind="{self.adapter.kind}": the weights that it leaves frozen would be random ones; set '
+                "init_from to the model to adapt"
+            )
+        if self.init_from.endswith((".pth", ".gguf")):
+            raise ValueError(
+                f"init_from={self.init_from}: an adapter's folder names a Hugging Face folder as its base; make one of "
+                "it first (pertoken export)"
+            )
+        if self.train.optimizer == "muon":
+            raise ValueError(
+                'train.optimizer="muon": Muon is for whole matrices, not for the factors of an adapter; set "adamw"'
+            )
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
