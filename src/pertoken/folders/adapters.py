@@ -1,4 +1,4 @@
-"""Adapters in and out, in peft's format: adapter_config.json and adapter_model.safetensors, beside a base that both name.
+"""Adapters in and out, in peft's format: adapter_config.json, which names the base, and adapter_model.safetensors.
 
 The base's weights are not copied. Their checksums are kept in the metadata of the safetensors file, so that an adapter
 is never put onto weights that it was not trained on.
@@ -28,7 +28,7 @@ from pertoken.hf_fallback.model import FallbackLM
 from pertoken.hub.fetch import on_disk
 from pertoken.model.aligned import aligned
 from pertoken.model.decoder import CausalLM
-from pertoken.model.lora import Adapter, Base, add_lora, is_of_adapter, lora_layers, merge_lora
+from pertoken.model.lora import Adapter, Base, LoraLinear, add_lora, is_of_adapter, lora_layers, merge_lora
 from pertoken.model.moe import MixtureOfExperts
 from pertoken.model.protocol import LanguageModel
 from pertoken.recipe.adapter import ALL_LINEAR, AdapterConfig
@@ -229,16 +229,16 @@ def _adaptable(model: LanguageModel) -> dict[str, str]:
     """The layers that may be adapted: name on disk -> name in the model. Experts are not among them: transformers holds
     those of a layer in one tensor, which an adapter on disk has no matrices for."""
     if isinstance(model, FallbackLM):
-        head = model.hf.get_output_embeddings()
-        linear = (name for name, m in model.hf.named_modules() if _is_linear(m) and m is not head)
-        return {name: f"hf.{name}" for name in linear}
+        head, adapted = model.hf.get_output_embeddings(), {name for name, _ in adapted_layers(model)}
+        linear = [name for name, m in model.hf.named_modules() if name in adapted or (_is_linear(m) and m is not head)]
+        return {name: f"hf.{name}" for name in linear if not any(name.startswith(f"{other}.") for other in adapted)}
     assert isinstance(model, CausalLM), type(model)
     experts = {id(part) for m in model.modules() if isinstance(m, MixtureOfExperts) for part in m.modules()}
     names = [
         f"model.layers.{i}.{name}"
         for i, layer in enumerate(model.layers)
         for name, module in layer.named_modules()
-        if type(module) is nn.Linear and id(module) not in experts
+        if type(module) in (nn.Linear, LoraLinear) and not is_of_adapter(f"{name}.") and id(module) not in experts
     ]
     return {_on_disk(model, f"{name}.weight")[len(_PREFIX) : -len(".weight")]: name for name in names}
 
@@ -324,7 +324,7 @@ def save_adapter(
 
 
 def _targets(adapted: Sequence[str], modules: Collection[str]) -> list[str]:
-    """`target_modules` for peft: the last parts of the names if that means these layers and no other, else the names."""
+    """`target_modules` for peft: the last parts of the names if these mean no other layers, else the names."""
     last = sorted({name.rpartition(".")[2] for name in adapted})
     meant = sum(name.rpartition(".")[2] in last for name in modules)
     return last if meant == len(adapted) else sorted(adapted)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pertoken.engines.cpu.adapters import d_factors, factors_of
 from pertoken.engines.cpu.attention import attention_backward, attention_forward
 from pertoken.engines.cpu.runner import CpuBatch
 from pertoken.kernels.memory import empty
@@ -44,10 +45,10 @@ def attention_block(
     The projections of q, k and v have a bias all three or none.
     """
     weights = [p.weight for p in projections]
-    low = batch.cast(weights[:3]), batch.cast(weights[3:])
+    low = batch.cast(projections[:3]), batch.cast(projections[3:])
     norms = [None if n is None else n.weight for n in head_norms]
     biases = [p.bias for p in projections[:3]]
-    inputs = (hidden, norm.weight, *weights, *norms, *biases)
+    inputs = (hidden, norm.weight, *weights, *norms, *biases, *factors_of(projections))
     out: Tensor = _AttentionBlock.apply(batch, low, *inputs)  # type: ignore[no-untyped-call]
     return out
 
@@ -66,9 +67,10 @@ class _AttentionBlock(torch.autograd.Function):
         w_o: Tensor,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
-        *biases: Tensor | None,
+        *biases_and_factors: Tensor | None,
     ) -> Tensor:
         kernels, heads = batch.kernels, batch.heads
+        biases, factors = biases_and_factors[:3], biases_and_factors[3:]
         w_qkv, w_out = low
         x_ND, rstd = kernels.norm_forward(hidden, norm, batch.eps)
         b_qkv, b_q, b_kv = _low_biases(biases, w_q.shape[0], kernels.dtype)
@@ -87,22 +89,25 @@ class _AttentionBlock(torch.autograd.Function):
         mixed[batch.num_output_rows :].zero_()
         kernels.unpad_heads(seated, mixed, batch.plan.queries, heads.query, heads.group, heads.dim)
         out = kernels.add_residual(residual, _product(mixed, w_out.t()))
-        ctx.save_for_backward(hidden, norm, rstd, q_rows, projected, mixed, w_qkv, w_out, q_norm, k_norm, *log_zs)
+        saved = (hidden, norm, rstd, q_rows, projected, mixed, w_qkv, w_out, q_norm, k_norm)
+        ctx.save_for_backward(*saved, *factors, *log_zs)
         ctx.batch, ctx.sizes = batch, [w.shape[0] for w in (w_q, w_k, w_v)]
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         first_order_only()
-        hidden, norm, rstd, q_rows, projected, mixed, w_qkv, w_out, q_norm, k_norm, *log_zs = ctx.saved_tensors
+        hidden, norm, rstd, q_rows, projected, mixed, w_qkv, w_out, q_norm, k_norm, *rest = ctx.saved_tensors
+        factors, log_zs = rest[:8], rest[8:]
         batch: CpuBatch = ctx.batch
         kernels, heads, plan = batch.kernels, batch.heads, batch.plan
-        needs = _AttentionNeeds(*ctx.needs_input_grad[2:])
+        needs, needs_factors = _AttentionNeeds(*ctx.needs_input_grad[2:13]), ctx.needs_input_grad[13:]
         d_out = grads[0].contiguous()
         low, low_t = kernels.cast_and_transpose(d_out) if needs.w_o else (d_out.to(kernels.dtype), None)
         d_w_out = None if low_t is None else _widened(torch.mm(low_t, mixed))
-        if not any(needs._replace(w_o=False)):
-            return *[None] * 7, d_w_out, *[None] * 5
+        d_factors_out = d_factors(mixed, [low], factors[6:], needs_factors[6:])
+        if not any(needs._replace(w_o=False)) and not any(needs_factors[:6]):
+            return *[None] * 7, d_w_out, *[None] * 11, *d_factors_out
         d_mixed = _product(low, w_out)
         del low, low_t
         query_size = ctx.sizes[0]
@@ -121,6 +126,7 @@ class _AttentionBlock(torch.autograd.Function):
         )
         d_weights = _d_qkv(batch, needs, (hidden, norm, rstd), (d_q_rows, d_projected), ctx.sizes)
         d_biases = _d_biases(needs, (d_q_rows, d_kv_rows), ctx.sizes)
+        d_factors_qkv = _d_factors_qkv(batch, needs_factors, (hidden, norm), (d_q_rows, d_kv_rows), ctx.sizes, factors)
         d_hidden = d_norm = None
         if needs.hidden or needs.norm:
             if batch.output_rows is None:
@@ -130,7 +136,8 @@ class _AttentionBlock(torch.autograd.Function):
                 d_x.index_add_(0, batch.output_rows, torch.mm(d_q_rows, w_qkv[:query_size])[: batch.num_output_rows])
                 d_residual = torch.zeros_like(hidden).index_copy_(0, batch.output_rows, d_out[: batch.num_output_rows])
             d_hidden, d_norm = kernels.norm_backward(d_x, hidden, norm, rstd, d_residual)
-        return None, None, d_hidden, d_norm, *d_weights, d_w_out, d_q_norm, d_k_norm, *d_biases
+        d_all = (d_hidden, d_norm, *d_weights, d_w_out, d_q_norm, d_k_norm, *d_biases, *d_factors_qkv, *d_factors_out)
+        return None, None, *d_all
 
 
 class _AttentionNeeds(NamedTuple):
@@ -165,6 +172,26 @@ def _d_biases(needs: _AttentionNeeds, d_rows: tuple[Tensor, Tensor], sizes: list
     d_q_rows, d_kv_rows = d_rows
     parts = (d_q_rows[:, : sizes[0]], *torch.split(d_kv_rows, sizes[1:], 1))
     return [part.sum(0, dtype=torch.float32) if wants else None for part, wants in zip(parts, needs[-3:], strict=True)]
+
+
+def _d_factors_qkv(
+    batch: CpuBatch,
+    needs: Sequence[bool],
+    normed: tuple[Tensor, Tensor],
+    d_rows: tuple[Tensor, Tensor],
+    sizes: list[int],
+    factors: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of the factors of q, k and v from those of their rows; `normed`: hidden states, norm."""
+    if not any(needs[:6]):
+        return [None] * 6
+    hidden, norm = normed
+    d_q_rows, d_kv_rows = d_rows
+    x_ND = x_MD = batch.kernels.norm_forward(hidden, norm, batch.eps)[0]
+    if batch.output_rows is not None:
+        x_MD = _rows(x_ND, batch.output_rows, d_q_rows.shape[0])
+    of_q = d_factors(x_MD, [d_q_rows[:, : sizes[0]]], factors[:2], needs[:2])
+    return of_q + d_factors(x_ND, torch.split(d_kv_rows, sizes[1:], 1), factors[2:6], needs[2:6])
 
 
 def _d_qkv(
@@ -253,8 +280,9 @@ def _unpad_all(
 def mlp_block(hidden: Tensor, norm: nn.RMSNorm, projections: Sequence[nn.Linear], batch: CpuBatch) -> Tensor:
     """hidden + mlp(norm(hidden)); projections of gate, up and down."""
     weights = [p.weight for p in projections]
-    low = batch.cast(weights[:2]), batch.cast(weights[2:])
-    out: Tensor = _MLPBlock.apply(batch, low, hidden, norm.weight, *weights)  # type: ignore[no-untyped-call]
+    low = batch.cast(projections[:2]), batch.cast(projections[2:])
+    inputs = (hidden, norm.weight, *weights, *factors_of(projections))
+    out: Tensor = _MLPBlock.apply(batch, low, *inputs)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -269,34 +297,43 @@ class _MLPBlock(torch.autograd.Function):
         w_gate: Tensor,
         w_up: Tensor,
         w_down: Tensor,
+        *factors: Tensor | None,
     ) -> Tensor:
         kernels = batch.kernels
         w_gate_up, w_low_down = low
         x_ND, rstd = kernels.norm_forward(hidden, norm, batch.eps)
         gate_up = _product(x_ND, w_gate_up.t())
         out = kernels.add_residual(hidden, _product(kernels.swiglu_forward(gate_up), w_low_down.t()))
-        ctx.save_for_backward(hidden, norm, rstd, gate_up, w_gate_up, w_low_down)
+        ctx.save_for_backward(hidden, norm, rstd, gate_up, w_gate_up, w_low_down, *factors)
         ctx.batch = batch
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         first_order_only()
-        hidden, norm, rstd, gate_up, w_gate_up, w_down = ctx.saved_tensors
+        hidden, norm, rstd, gate_up, w_gate_up, w_down, *factors = ctx.saved_tensors
         batch: CpuBatch = ctx.batch
         kernels = batch.kernels
-        needs_hidden, needs_norm, *needs_gate_up, needs_down = ctx.needs_input_grad[2:]
+        needs_hidden, needs_norm, *needs_gate_up, needs_down = ctx.needs_input_grad[2:7]
+        needs_factors = ctx.needs_input_grad[7:]
         d_out = grads[0].contiguous()
         low, low_t = kernels.cast_and_transpose(d_out) if needs_down else (d_out.to(kernels.dtype), None)
-        if not any(ctx.needs_input_grad[2:-1]):
-            return *[None] * 6, None if low_t is None else _widened(torch.mm(low_t, kernels.swiglu_forward(gate_up)))
+        if not any(ctx.needs_input_grad[2:6]) and not any(needs_factors[:4]):
+            activated = kernels.swiglu_forward(gate_up)
+            d_w_down = None if low_t is None else _widened(torch.mm(low_t, activated))
+            return *[None] * 6, d_w_down, *[None] * 4, *d_factors(activated, [low], factors[4:], needs_factors[4:])
         activated = kernels.swiglu_backward(gate_up, _product(low, w_down))  # gate_up is its gradient from here on
         torch.autograd.graph.increment_version(gate_up)  # so that a second backward pass is refused
         d_w_down = None if low_t is None else _widened(torch.mm(low_t, activated))
+        d_factors_down = d_factors(activated, [low], factors[4:], needs_factors[4:])
         del low, low_t, activated
         sizes = [w_gate_up.shape[0] // 2] * 2
         d_gate, d_up = _d_weights(batch, (hidden, norm, rstd), gate_up, sizes, needs_gate_up)
+        d_factors_gate_up: list[Tensor | None] = [None] * 4
+        if any(needs_factors[:4]):
+            x_ND, _ = kernels.norm_forward(hidden, norm, batch.eps)
+            d_factors_gate_up = d_factors(x_ND, torch.split(gate_up, sizes, 1), factors[:4], needs_factors[:4])
         d_hidden = d_norm = None
         if needs_hidden or needs_norm:
             d_hidden, d_norm = kernels.norm_backward(_product(gate_up, w_gate_up), hidden, norm, rstd, d_out)
-        return None, None, d_hidden, d_norm, d_gate, d_up, d_w_down
+        return None, None, d_hidden, d_norm, d_gate, d_up, d_w_down, *d_factors_gate_up, *d_factors_down
