@@ -12,6 +12,7 @@ import torch
 from pertoken.data.tokens.tokenizer import as_transformers
 from pertoken.errors import RecipeError
 from pertoken.model.protocol import LanguageModel
+from pertoken.prove.adapter import fill_b
 from pertoken.prove.case import Case
 from pertoken.prove.checks import every_sample_once, who_is_supervised
 from pertoken.prove.classes import CLASSES, split_of_balance
@@ -69,6 +70,7 @@ def prove(
     started = time.perf_counter()
     data = load_data(recipe, listener or Listener(), World())
     model = build_model(recipe, data, None, Precision("float32", torch.device("cpu")))
+    notes = [note] if (note := fill_b(model, recipe.train.seed)) is not None else []
     chosen, *later = (
         choose(data.train, tokens=tokens, batch_size=recipe.train.batch_size, seed=recipe.train.seed, step=step)
         for step in range(1, STEPS + 2)
@@ -127,7 +129,7 @@ def prove(
         cut=chosen.cut,
         tokens=sum(map(len, samples)),
         supervised=int(chosen.samples.num_tokens.sum()),
-        notes=(_PER_MICRO_BATCH,) if per_micro_batch else (),
+        notes=(*notes, *((_PER_MICRO_BATCH,) if per_micro_batch else ())),
         seconds=time.perf_counter() - started,
     )
 

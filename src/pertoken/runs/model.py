@@ -55,7 +55,7 @@ def _build_model(
     train, dtype = recipe.train, precision.parameter_dtype
     model: LanguageModel
     if checkpoint is not None:
-        model = _load_checkpoint(checkpoint.folder, recipe, data, dtype)
+        model = _load_checkpoint(checkpoint, recipe, data, dtype)
         _set_balance_loss(model, recipe)
     elif recipe.init_from is None:
         check_size(recipe, len(data.tokenizer), precision.device)
@@ -106,15 +106,18 @@ def prepare_model(
     return replace(choice, execution=execution)
 
 
-def _load_checkpoint(folder: Path, recipe: Recipe, data: RunData, dtype: torch.dtype) -> LanguageModel:
-    """An adapter's base is where `init_from` is now; whether it is still the same is checked."""
+def _load_checkpoint(checkpoint: Checkpoint, recipe: Recipe, data: RunData, dtype: torch.dtype) -> LanguageModel:
+    """An adapter's base is where it was, or where `init_from` says now; whether it is still the same is checked."""
     if recipe.adapter.kind == "none":
-        return load_model(folder, dtype=dtype)
+        return load_model(checkpoint.folder, dtype=dtype)
+    base = None
     assert data.init_from is not None
     try:
-        return load_adapter(folder, dtype=dtype, base=base_of(resolve_model_folder(data.init_from)))
+        if recipe.init_from != checkpoint.recipe.init_from or data.init_from != recipe.init_from:  # of the hub
+            base = base_of(resolve_model_folder(data.init_from))
+        return load_adapter(checkpoint.folder, dtype=dtype, base=base)
     except ModelError as error:
-        raise CheckpointError(str(error)) from None
+        raise CheckpointError(f"{error}; or say with init_from where the base is now") from None
 
 
 def _load_initial(recipe: Recipe, data: RunData, precision: Precision, listener: Listener) -> LanguageModel:
