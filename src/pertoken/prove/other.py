@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def _opened(model: LanguageModel, folder: Path) -> Any:
         import peft
 
         base = AutoModelForCausalLM.from_pretrained(base_folder(folder, model.adapter.base), dtype=torch.float32)
-        return peft.PeftModel.from_pretrained(base, folder, is_trainable=True).train()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+            return peft.PeftModel.from_pretrained(base, folder, is_trainable=True).train()
 
 
 def _without_peft(name: str) -> str:
