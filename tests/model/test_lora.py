@@ -15,7 +15,16 @@ from pertoken.engines.cpu.engine import CpuEngine
 from pertoken.kernels.ops import Kernels
 from pertoken.model.decoder import CausalLM
 from pertoken.model.execution import PLAIN, Execution
-from pertoken.model.lora import Adapter, Base, LoraLinear, add_lora, is_of_adapter, lora_layers, merge_lora
+from pertoken.model.lora import (
+    Adapter,
+    Base,
+    LoraLinear,
+    add_lora,
+    is_of_adapter,
+    keep_frozen_in,
+    lora_layers,
+    merge_lora,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -116,6 +125,36 @@ def test_a_new_adapter_changes_nothing_and_a_merged_one_computes_the_same():
     assert not list(lora_layers(model))
     assert all(p.requires_grad for p in model.parameters())
     assert (model.hidden_states(micro_batch) - hidden).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "plain"])
+def test_what_is_frozen_may_be_kept_in_bfloat16_where_products_are(kernels):
+    micro_batch = batch_of(*BATCHES["short"])
+    execution = Execution(CpuEngine(torch.bfloat16)) if kernels else PLAIN
+    for changes in ({}, EXPERTS):
+        _, wide = gradient(adapted(changes, torch.float32), micro_batch, execution, low=True)
+        model = adapted(changes, torch.float32)
+        keep_frozen_in(torch.bfloat16, model.layers)
+        low = [name for name, p in model.named_parameters() if p.dtype == torch.bfloat16]
+        matrices = [n for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n and not is_of_adapter(n)]
+        assert low == [name for name in matrices if not name.endswith(".mlp.gate.weight")]
+        assert execution.engine.supports(model) is None
+        _, found = gradient(model, micro_batch, execution, low=True)
+        if kernels:  # W + s B A is rounded once more
+            _, exact = gradient(adapted(changes, torch.float64), micro_batch)
+            assert largest_error(found, exact) <= 2 * largest_error(wide, exact)
+            assert any(not torch.equal(found[name], wide[name]) for name in wide)
+        else:
+            assert all(torch.equal(found[name], wide[name]) for name in wide)
+
+
+def test_what_the_kernels_read_is_rounded_once():
+    layer = next(layer for _, layer in lora_layers(adapted({}, torch.float32)))
+    with torch.autocast("cpu", torch.bfloat16):
+        merged = layer.merged_weight()
+    exact = layer.weight.double() + layer.scale * layer.lora_B.weight.double() @ layer.lora_A.weight.double()
+    assert merged.dtype == torch.float32
+    assert (merged - exact).abs().max() < 1e-6
 
 
 def test_rslora_divides_by_the_root_of_r():

@@ -13,7 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Adapter", "Base", "LoraLinear", "add_lora", "first_a", "is_of_adapter", "lora_layers", "merge_lora"]
+from pertoken.model.moe import MixtureOfExperts
+
+__all__ = [
+    "Adapter",
+    "Base",
+    "LoraLinear",
+    "add_lora",
+    "first_a",
+    "is_of_adapter",
+    "keep_frozen_in",
+    "lora_layers",
+    "merge_lora",
+]
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,8 @@ class LoraLinear(nn.Linear):
     def merged_weight(self) -> Tensor:
         """W + scale * B A [out, in], rounded once, to the dtype of A and B."""
         a, b = self.lora_A.weight, self.lora_B.weight
-        return torch.addmm(self.weight.to(a.dtype), b, a, alpha=self.scale)
+        with torch.autocast(a.device.type, enabled=False):
+            return torch.addmm(self.weight.to(a.dtype), b, a, alpha=self.scale)
 
 
 def is_of_adapter(name: str) -> bool:
@@ -115,3 +128,14 @@ def merge_lora(model: nn.Module) -> None:
         plain.weight, plain.bias = nn.Parameter(layer.merged_weight()), layer.bias
         setattr(model.get_submodule(parent_name), leaf, plain)
     model.requires_grad_(True)
+
+
+def keep_frozen_in(dtype: torch.dtype, layers: Iterable[nn.Module]) -> None:
+    """Keep the frozen matrices of a model's blocks in `dtype`, in place, which must be what their products are computed
+    in. A mixture's router computes in float32, and stays as it is."""
+    for layer in layers:
+        routers = {id(module.gate) for module in layer.modules() if isinstance(module, MixtureOfExperts)}
+        for module in layer.modules():
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.ndim == 2 and not weight.requires_grad and id(module) not in routers:
+                module.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)

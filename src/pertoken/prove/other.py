@@ -72,7 +72,7 @@ def _opened(model: LanguageModel, folder: Path) -> Any:
         base = AutoModelForCausalLM.from_pretrained(base_folder(folder, model.adapter.base), dtype=torch.float32)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
-            return peft.PeftModel.from_pretrained(base, folder, is_trainable=True).train()
+            return peft.PeftModel.from_pretrained(base, folder, is_trainable=True).eval()  # nothing drops out
 
 
 def _without_peft(name: str) -> str:

@@ -67,6 +67,8 @@ class ModelConfig(Section):
     moe_intermediate_size: int | None = Field(default=None, ge=1)
     aux_loss: Literal["sequence", "micro_batch", "none"] | None = None
     aux_loss_coef: float | None = Field(default=None, ge=0)
+    # Not of the architecture: how the blocks' matrices are kept that an adapter leaves frozen.
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @field_validator("family")
     @classmethod

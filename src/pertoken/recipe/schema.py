@@ -129,6 +129,15 @@ class Recipe(Section):
 
     def _check_adapter(self) -> None:
         """Raises ValueError for what an adapter cannot be trained with."""
+        if self.model.frozen_dtype == "bfloat16":
+            what = 'model.frozen_dtype="bfloat16"'
+            if self.adapter.kind == "none":
+                raise ValueError(f'{what}: without an adapter nothing is frozen; set adapter.kind="lora"')
+            if self.train.dtype != "bfloat16":
+                raise ValueError(
+                    f'{what}: with train.dtype="{self.train.dtype}" the frozen weights would be rounded to less than '
+                    'what products are computed in; set train.dtype="bfloat16"'
+                )
         if self.adapter.kind == "none":
             for key, field in AdapterConfig.model_fields.items():
                 if (value := getattr(self.adapter, key)) != field.default:

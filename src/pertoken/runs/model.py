@@ -16,7 +16,7 @@ from pertoken.folders.files import count_weights, weight_files
 from pertoken.folders.open import load_adapter, resize_embeddings
 from pertoken.hub.fetch import name_of
 from pertoken.model.decoder import CausalLM
-from pertoken.model.lora import Base
+from pertoken.model.lora import Base, keep_frozen_in
 from pertoken.model.protocol import LanguageModel
 from pertoken.objective.choose import objective_of
 from pertoken.objective.fused_heads import require_head
@@ -82,8 +82,12 @@ def prepare_model(
     total_steps: int,
     listener: Listener,
 ) -> Choice:
-    """What runs `model`: engine, loss and activation checkpointing as the recipe says. Raises RecipeError."""
+    """What runs `model`: engine, loss and activation checkpointing as the recipe says. Raises RecipeError.
+
+    Frozen matrices are put into `model.frozen_dtype`."""
     train = recipe.train
+    if recipe.model.frozen_dtype == "bfloat16":
+        keep_frozen_in(torch.bfloat16, model.layers)
     if train.activation_checkpointing and not model.can_checkpoint_activations:
         raise RecipeError(
             f"train.activation_checkpointing=true: {model.facts.family} does not offer it; set it to false"
@@ -129,7 +133,7 @@ def _load_initial(recipe: Recipe, data: RunData, precision: Precision, listener:
         _, numbers = count_weights(weight_files(base_of(folder)))
         check_parameters(f"init_from={init_from}", numbers, recipe, precision.device)
     model = load_model(folder, dtype=precision.parameter_dtype)
-    for key in sorted(recipe.model.model_fields_set - {"vocab_size"}):
+    for key in sorted(recipe.model.model_fields_set - {"vocab_size", "frozen_dtype"}):
         asked, has = getattr(recipe.model, key), model.setting(key)
         if asked is not None and key in MOE_KEYS and not model.facts.has_experts:
             raise RecipeError(f"model.{key}={asked}: the model at {init_from} has no experts; leave the key out")

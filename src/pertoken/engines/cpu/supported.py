@@ -157,7 +157,8 @@ def _parameter_difference(weight: Any, what: str, kind: type[nn.Module], shape: 
         return f"has no {what} of its own"
     if type(weight) is not nn.Parameter and type(weight) is not loaded("torch.distributed.tensor", "DTensor"):
         return f"has a {what} that is a {type(weight).__name__}"
-    if weight.dtype != torch.float32:
+    frozen_matrix = what == "weight" and issubclass(kind, nn.Linear) and not weight.requires_grad
+    if weight.dtype != torch.float32 and not (frozen_matrix and weight.dtype == torch.bfloat16):
         return f"is in {str(weight.dtype).removeprefix('torch.')}, not in float32"
     if not weight.is_cpu:
         return f"is on {weight.device}, not on the CPU"
