@@ -79,11 +79,13 @@ def test_a_checkpoint_holds_the_adapter_and_its_optimizer_state_alone(run, base)
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 32, False)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(world, base, tmp_path, dtype):
-    recipe = recipe_of(world, tmp_path / "whole", base, train__dtype=dtype, checkpoint__save_interval=4)
-    train(recipe)
-    cut = recipe_of(world, tmp_path / "cut", base, train__dtype=dtype, checkpoint__save_interval=4)
+@pytest.mark.parametrize(
+    ("dtype", "frozen"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(world, base, tmp_path, dtype, frozen):
+    changes = {"train__dtype": dtype, "model": {"frozen_dtype": frozen}, "checkpoint__save_interval": 4}
+    train(recipe_of(world, tmp_path / "whole", base, **changes))
+    cut = recipe_of(world, tmp_path / "cut", base, **changes)
     train(cut)
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000010")
     assert folder_of(tmp_path / "cut").name == "step-00000008"
