@@ -63,9 +63,9 @@ REFUSED = {
     "adapter.kind=lora": 'adapter.kind="lora": the weights that it leaves frozen would be random ones; set init_from',
     "adapter.r=8": 'adapter.r=8: adapter.kind is "none"; set adapter.kind="lora", or leave the key out',
     "adapter.dropout=0.05": "adapter.dropout=0.05: must be 0; with dropout a step's gradient would depend on how",
-    "adapter.targets=lm_head": "adapter.targets=('lm_head',): lm_head cannot be adapted",
-    'adapter.targets="*proj"': "adapter.targets=('*proj',): '*proj' is no name of a module",
-    'adapter.targets=["all-linear", "q_proj"]': "adapter.targets=('all-linear', 'q_proj'): \"all-linear\" are all",
+    "adapter.targets=lm_head": "adapter.targets='lm_head': lm_head cannot be adapted",
+    'adapter.targets="*proj"': "adapter.targets='*proj': '*proj' is no name of a module",
+    'adapter.targets=["all-linear", "q_proj"]': "adapter.targets=['all-linear', 'q_proj']: \"all-linear\" are all",
     "model.frozen_dtype=bfloat16": 'model.frozen_dtype="bfloat16": without an adapter nothing is frozen',
 }
 
