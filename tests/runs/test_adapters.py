@@ -298,6 +298,10 @@ def test_weights_that_do_not_fit_are_refused(run, tmp_path):
     assert "no matrices of an adapter" in refusal(weights | {"base_model.model.lm_head.weight": torch.ones(1)})
     other = name.replace("layers.0", "layers.7")
     assert "no linear layer of the base model" in refusal(weights | {other: weights[name].clone()})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 10**12}))  # more than any memory
+    assert "is not [1000000000000, " in refusal({key: torch.zeros(0, 1) for key in weights})
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     path.write_bytes(b"no tensors")
     with pytest.raises(ModelError, match="cannot be read"):
         load_model(folder)

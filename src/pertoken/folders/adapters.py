@@ -179,18 +179,32 @@ def put_on(model: LanguageModel, adapter: Adapter, folder: Path) -> None:
     known = _adaptable(model)
     if other := sorted(modules - known.keys()):
         raise ModelError(f"{path}: {listed(other)}: no linear layer of the base model; name the adapter's own base")
-    _adapt(model, adapter, [name for name in known if name in modules], seed=0)
-    expected = {_on_disk(model, name).removeprefix(_PREFIX): (name, t) for name, t in _adapter_state(model).items()}
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise ModelError(f"{path}: {listed(missing)}: missing; copy or download it again")
-    state = {}
-    for name, (ours, like) in expected.items():
-        if tensors[name].shape != like.shape:
+    for name, expected in _shapes(model, adapter, {name: known[name] for name in modules}).items():
+        found = tensors.get(name)
+        if found is None:
+            raise ModelError(f"{path}: {name}: missing; copy or download it again")
+        if found.shape != expected:
             raise ModelError(
-                f"{path}: {name}: shape {[*tensors[name].shape]} is not {[*like.shape]}; name the adapter's own base"
+                f"{path}: {name}: shape {[*found.shape]} is not {[*expected]}; name the adapter's own base"
             )
-        state[ours] = aligned(tensors[name].to(like.dtype))
+    _adapt(model, adapter, [name for name in known if name in modules], seed=0)
+    state = {}
+    for ours, like in _adapter_state(model).items():
+        state[ours] = aligned(tensors[_on_disk(model, ours).removeprefix(_PREFIX)].to(like.dtype))
     model.load_state_dict(state, strict=False, assign=True)
+
+
+def _shapes(model: LanguageModel, adapter: Adapter, layers: dict[str, str]) -> dict[str, tuple[int, int]]:
+    """What A and B must be of these layers, before there is memory for them; `layers`: name on disk -> in the model."""
+    shapes = {}
+    for name, ours in layers.items():
+        layer = model.get_submodule(ours)
+        out_features, in_features = layer.get_parameter("weight").shape
+        if type(layer).__name__ == "Conv1D":
+            out_features, in_features = in_features, out_features
+        shapes[f"{name}.lora_A.weight"] = (adapter.r, in_features)
+        shapes[f"{name}.lora_B.weight"] = (out_features, adapter.r)
+    return shapes
 
 
 def adapt(model: LanguageModel, config: AdapterConfig, base: Base, *, seed: int) -> None:
