@@ -82,6 +82,7 @@ def test_what_an_adapter_cannot_be_trained_with_is_refused(override):
     lora = ("init_from=runs/base", "adapter.kind=lora", "train.dtype=float32")
     assert parse(*lora).adapter.targets == ("all-linear",)
     assert parse(*lora, "adapter.targets=q_proj").adapter.targets == ("q_proj",)
+    assert parse(*lora).train.learning_rate == 10 * parse().train.learning_rate == 2e-4
     with pytest.raises(RecipeError) as refusal:
         parse(*lora, override)
     assert str(refusal.value).startswith(REFUSED_OF_AN_ADAPTER[override])

@@ -295,7 +295,10 @@ def test_weights_that_do_not_fit_are_refused(run, tmp_path):
 
     assert "missing" in refusal({key: value for key, value in weights.items() if key != name})
     assert "is not [" in refusal(weights | {name: weights[name][:, :1].contiguous()})
-    assert "no matrices of an adapter" in refusal(weights | {"base_model.model.lm_head.weight": torch.ones(1)})
+    assert "no tensor: not the matrices of an adapter" in refusal({})
+    assert "lm_head.weight: not the matrices of an adapter" in refusal(
+        weights | {"base_model.model.lm_head.weight": torch.ones(1)}
+    )
     other = name.replace("layers.0", "layers.7")
     assert "no linear layer of the base model" in refusal(weights | {other: weights[name].clone()})
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -304,6 +307,9 @@ def test_weights_that_do_not_fit_are_refused(run, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     path.write_bytes(b"no tensors")
     with pytest.raises(ModelError, match="cannot be read"):
+        load_model(folder)
+    path.rename(folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match="pertoken does not unpickle adapters"):
         load_model(folder)
 
 

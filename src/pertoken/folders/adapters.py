@@ -108,13 +108,26 @@ def _is_number(value: object) -> bool:
 _MERGE = "merge it into its model (peft's merge_and_unload) and name that one's folder"
 
 
+def _open_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of the adapter's file by their names, and its metadata."""
+    path = folder / _WEIGHTS
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise ModelError(
+            f"{folder / 'adapter_model.bin'}: pertoken does not unpickle adapters; open it with peft and save it again"
+        )
+    try:
+        with safe_open(plain_file(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read ({reason(error)}); copy or download it again") from None
+
+
 def _base_files(folder: Path) -> dict[str, str]:
     """The checksums of the base's files, where pertoken has written the adapter."""
     try:
-        with safe_open(plain_file(folder / _WEIGHTS), framework="pt") as file:
-            known = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ModelError(f"{folder / _WEIGHTS}: cannot be read ({reason(error)}); copy or download it again") from None
+        known = json.loads(_open_weights(folder)[1].get(_METADATA, "{}"))
+    except (ValueError, RecursionError):
+        known = {}
     return {str(name): str(digest) for name, digest in known.items()} if isinstance(known, dict) else {}
 
 
@@ -159,16 +172,11 @@ def check_base(folder: Path, adapter: Adapter, where: Path) -> None:
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     """By module and matrix, "model.layers.0.self_attn.q_proj.lora_A.weight"."""
-    path = folder / _WEIGHTS
-    tensors = {}
-    try:
-        with safe_open(plain_file(path), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - no mapping
-                tensors[name] = file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: cannot be read ({reason(error)}); copy or download it again") from None
-    if other := sorted(name for name in tensors if not _TENSOR.fullmatch(name)):
-        raise ModelError(f"{path}: {listed(other)}: no matrices of an adapter's linear layers; {_MERGE}")
+    path, (tensors, _) = folder / _WEIGHTS, _open_weights(folder)
+    other = sorted(name for name in tensors if not _TENSOR.fullmatch(name))
+    if other or not tensors:
+        what = listed(other) if other else "no tensor"
+        raise ModelError(f"{path}: {what}: not the matrices of an adapter's linear layers; {_MERGE}")
     return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
 
 

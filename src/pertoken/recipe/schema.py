@@ -87,11 +87,14 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _stage_defaults(cls, values: Any) -> Any:
-        """The learning rate left out becomes the stage's usual one, and is recorded as such."""
+        """The learning rate left out becomes the stage's usual one, for an adapter ten times as much in fine-tuning, and
+        is recorded as such."""
         if isinstance(values, dict) and isinstance(values.get("train", {}), dict):
-            train = dict(values.get("train", {}))
+            train, adapter = dict(values.get("train", {})), values.get("adapter")
             if train.get("learning_rate") is None and "stage" in values:
-                train["learning_rate"] = {"pretrain": 5e-4, "sft": 2e-5}.get(str(values["stage"]), 1e-4)
+                has_adapter = isinstance(adapter, dict) and adapter.get("kind", "none") != "none"
+                usual = {"pretrain": 5e-4, "sft": 2e-4 if has_adapter else 2e-5}
+                train["learning_rate"] = usual.get(str(values["stage"]), 1e-4)
                 values = {**values, "train": train}
         return values
 

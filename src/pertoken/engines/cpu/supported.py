@@ -1,7 +1,8 @@
 """Whether the kernels compute what the modules of a model would.
 
 The kernels read parameters past the modules that hold them, so they may stand in only for modules that are exactly what
-the decoder is built of. Whatever else a user has put there (an adapter, a bias, a hook, a parametrization) runs plain.
+the decoder is built of, or a `LoraLinear` in place of a linear layer. Whatever else a user has put there (another
+adapter, a bias, a hook, a parametrization) runs plain.
 """
 
 from __future__ import annotations
