@@ -87,8 +87,8 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _stage_defaults(cls, values: Any) -> Any:
-        """The learning rate left out becomes the usual one of the stage, or ten times as much for an adapter in "sft". It
-        is recorded as such."""
+        """A learning rate left out becomes the stage's usual one (for an adapter ten times as much in "sft"), and is
+        recorded as such."""
         if isinstance(values, dict) and isinstance(values.get("train", {}), dict):
             train, adapter = dict(values.get("train", {})), values.get("adapter")
             if train.get("learning_rate") is None and "stage" in values:
