@@ -123,6 +123,12 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def peft() -> Any:
+    """The optional package."""
+    return pytest.importorskip("peft", reason="needs the optional package peft")
+
+
+@pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Chats with skewed shares of supervised tokens, and their tokenizer."""
     return World.make(tmp_path_factory.mktemp("world"))

@@ -23,9 +23,11 @@ import pertoken.data.batch.order
 import pertoken.data.batch.share
 import pertoken.data.chat.render
 import pertoken.data.samples
+import pertoken.engines.cpu.blocks
 import pertoken.engines.cpu.engine
 import pertoken.engines.cpu.mlp
 import pertoken.engines.cpu.runner
+import pertoken.folders.adapters
 import pertoken.model.attention
 import pertoken.model.plain
 import pertoken.objective.cross_entropy
@@ -40,6 +42,7 @@ from pertoken.data.tokens.encode import TextWithSpans
 from pertoken.engines.cpu.runner import CpuBatch
 from pertoken.kernels.ops import Kernels
 from pertoken.model.execution import Casts, Execution
+from pertoken.model.lora import Adapter, LoraLinear
 from pertoken.objective.choose import objective_of
 from pertoken.objective.logit_map import LogitMap
 from pertoken.objective.row_terms import RowFactors
@@ -403,6 +406,41 @@ def frozen_matrix_learns(patch: Patch) -> None:
         return run(self, *args, **settings)
 
     patch.setattr(pertoken.engines.cpu.engine._CpuPass, "run", all_learn)
+
+
+def adapter_scale_lost_by_the_kernels(patch: Patch) -> None:
+    """W + B A is what their blocks read."""
+
+    def unscaled(self: LoraLinear) -> torch.Tensor:
+        return (self.weight + self.lora_B.weight @ self.lora_A.weight).detach()
+
+    patch.setattr(LoraLinear, "merged_weight", unscaled)
+
+
+def adapter_gradients_without_the_last_row(patch: Patch) -> None:
+    """The gradients of A and B leave out the last row."""
+    d_factors = pertoken.engines.cpu.blocks.d_factors
+
+    def shorter(x: torch.Tensor, d_rows: Any, *more: Any) -> Any:
+        return d_factors(x[:-1], [d[:-1] for d in d_rows], *more)
+
+    patch.setattr(pertoken.engines.cpu.blocks, "d_factors", shorter)
+
+
+def adapter_scaled_by_alpha(patch: Patch) -> None:
+    """By every engine alike, so that only another formula can tell."""
+    patch.setattr(Adapter, "scale", property(lambda self: self.alpha))
+
+
+def frozen_weights_in_the_norm(patch: Patch) -> None:
+    """Everything keeps its gradient, whether it is trained or not."""
+    add_lora = pertoken.folders.adapters.add_lora
+
+    def all_learn(model: nn.Module, *more: Any) -> None:
+        add_lora(model, *more)
+        model.requires_grad_(True)
+
+    patch.setattr(pertoken.folders.adapters, "add_lora", all_learn)
 
 
 def optimizer_state_lost(patch: Patch) -> None:

@@ -18,6 +18,7 @@ LIGHT = [
     "bench",
     "finetune",
     "head",
+    "lora",
     "norm",
     "pretrain",
     "saving",

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import pertoken
 
-from pertoken import Recipe
+from pertoken import Recipe, train
 from pertoken.data.files.records import BadRow, Record
 from pertoken.data.formats import FORMATS, Conversation, formats_that_give, read_row, to_conversation
 from pertoken.data.store.build import build_store
@@ -117,6 +118,29 @@ def test_the_loss_of_the_docs_is_the_focal_loss():
     ((1 - (-nll).exp()) ** 2 * nll / 100).sum().backward()
     for ours, theirs in zip((hidden, weight), exact, strict=True):
         assert (ours.grad.double() - theirs.grad).abs().max() <= 1e-5 * theirs.grad.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # between peft and transformers
+def test_the_adapter_of_the_docs_trains_exports_and_opens_in_peft(world, tmp_path, monkeypatch, peft):
+    page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^```toml$(.*?)^```$", page, re.M | re.S)
+    (python,) = re.findall(r"^```python$(.*?)^```$", page, re.M | re.S)
+    commands = re.findall(r"^pertoken (.*?) *(?:#.*)?$", page, re.M)
+    train(world.recipe(tmp_path / "base", train__max_steps=1))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.toml").write_text(recipe)
+    keys = [f"data.path={world.folder / 'chats.jsonl'}", f"data.eval_path={world.folder / 'held-out.jsonl'}"]
+    keys += [f"data.store={tmp_path / 'store'}", f"init_from={tmp_path / 'base'}", "train.max_steps=2"]
+    assert pertoken("train", "recipe.toml", *keys, "train.dtype=float32")[0] == 0
+    assert len(commands) == 2
+    for command in commands:
+        assert pertoken(*command.split())[0] == 0
+    names: dict[str, Any] = {}
+    exec(compile(python, "docs/adapters.md", "exec"), names)
+    merged, ids = load_folder(tmp_path / "merged"), torch.arange(9)
+    with torch.no_grad():
+        expected = names["model"](input_ids=ids[None]).logits[0, -1]
+        assert (merged.decode(ids, merged.new_cache(9)) - expected).abs().max() < 1e-5
 
 
 def examples(title: str) -> list[tuple[str, dict[str, Any], str]]:

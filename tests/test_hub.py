@@ -438,6 +438,26 @@ def test_a_run_keeps_its_commits_and_its_resume_takes_them(
         train(recipe(world, tmp_path / "new"))
 
 
+def test_an_adapter_names_the_commit_of_its_base_and_finds_it_again(
+    hub: Hub, world: World, model_files: Files, data_files: Files, tmp_path: Path
+) -> None:
+    commit = hub.repo(MODEL).commit(model_files)
+    hub.repo(DATA).commit(data_files)
+    lora: dict[str, Any] = {"adapter__kind": "lora", "adapter__r": 4}
+    result = train(recipe(world, tmp_path / "run", **lora))
+    config = json.loads((result.checkpoint / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/tiny", commit)
+
+    hub.repo(MODEL).commit({})  # which the name means from now on
+    hub.requests.clear()
+    further = train(recipe(world, tmp_path / "run", train__max_steps=3, **lora), resume=True)
+    assert json.loads((further.checkpoint / "adapter_config.json").read_text()) == config
+    model = load_model(tmp_path / "run")
+    assert model.adapter is not None
+    assert model.adapter.base.revision == commit
+    assert hub.requests == []
+
+
 def test_data_are_prepared_without_weights(
     hub: Hub, world: World, model_files: Files, data_files: Files, tmp_path: Path
 ) -> None:

@@ -174,6 +174,8 @@ def _summary_text(s: Summary) -> Text:
         steps += f", going on after step {s.start_step:,}"
     is_mixture = s.num_active_parameters < s.num_parameters
     active = f" ({_millions(s.num_active_parameters)} active for a token)" if is_mixture else ""
+    if s.num_trained_parameters < s.num_parameters:
+        active += f", {_millions(s.num_trained_parameters)} of them trained"
     rows = [
         ("run", f"{s.stage} into {s.out_dir}"),
         ("model", f"{s.family}, {_millions(s.num_parameters)} parameters{active}, {s.dtype} on {s.device}"),

@@ -9,11 +9,15 @@ from typing import Any
 
 import mutants
 import pytest
-from tiny import WORDS, World
+from tiny import MODEL, WORDS, World
 
 import pertoken.prove.ranks
+from pertoken import load_tokenizer
+from pertoken.folders.open import save_folder
+from pertoken.model.decoder import CausalLM
 from pertoken.prove.report import Result
 from pertoken.prove.run import NAMES, prove
+from pertoken.recipe.model import ModelConfig
 
 pytestmark = pytest.mark.numeric
 
@@ -42,6 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "train__dtype": "bfloat16",
     },
     "two blocks": {"model__vocab_size": 9001},  # of the vocabulary
+    "adapter": {"model": {}, "adapter__kind": "lora", "adapter__r": 4},
 }
 PLANTED = [
     # mistake, the class that must fail, recipe of RECIPES
@@ -90,6 +95,11 @@ PLANTED = [
     ("hook_not_seen", "changed modules", "dense"),
     ("hook_not_seen", "changed modules", "moe"),
     ("frozen_matrix_learns", "changed modules", "dense"),
+    ("adapter_scale_lost_by_the_kernels", "kernels", "adapter"),
+    ("adapter_gradients_without_the_last_row", "kernels", "adapter"),
+    ("adapter_scaled_by_alpha", "adapter, by the textbook", "adapter"),
+    ("frozen_weights_in_the_norm", "adapter, by the textbook", "adapter"),
+    ("optimizer_state_lost", "resume in mid-epoch", "adapter"),
     ("optimizer_state_lost", "resume in mid-epoch", "dense"),
     # What is not the gradient of one step.
     ("label_lost_at_each_cut", "rows, token by token", "pretrain"),
@@ -149,6 +159,10 @@ def results_of(world: World, folder: Path, names: Sequence[str], recipe: str) ->
         text = folder / "text.txt"
         text.write_text(" ".join(WORDS * 20))
         changes["data__path"] = str(text)
+    if recipe == "adapter":
+        model = CausalLM(ModelConfig(**MODEL).resolve(len(load_tokenizer(world.folder / "tokenizer"))))
+        save_folder(model, folder / "base", eos_token_id=None)
+        changes["init_from"] = str(folder / "base")
     parsed = world.recipe(folder / "run", data__store=str(folder / "store"), train__batch_size=8, **changes)
     proof = prove(parsed, only=names, tokens=40 if recipe == "large vocabulary" else 600)
     assert [result.name for result in proof.results] == list(names)

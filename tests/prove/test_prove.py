@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 import torch
 from tiny import pertoken
 
-from pertoken import Recipe
+from pertoken import Recipe, train
 from pertoken.engines.cpu import attention as cpu_attention
 from pertoken.errors import RecipeError
 from pertoken.objective import cross_entropy
@@ -42,8 +43,9 @@ def test_every_class_passes_for_a_mixture_of_experts_and_the_table_says_so(world
     assert (code, err) == (0, ""), out
     proof = json.loads((tmp_path / "proof.json").read_text())
     assert proof["holds"] is True
-    # The objective has no balance loss per micro-batch, and the recipe is not in float16.
-    names = [name for name in NAMES if name not in ("balance loss per micro-batch", "float16 under its loss scale")]
+    # The objective has no balance loss per micro-batch, and the recipe is not in float16 and has no adapter.
+    others = ("balance loss per micro-batch", "float16 under its loss scale", "adapter, by the textbook")
+    names = [name for name in NAMES if name not in others]
     assert [result["name"] for result in proof["results"]] == names
     for result in proof["results"]:
         assert result["verdict"] == "passed" or result["name"] == "compiled", result
@@ -55,6 +57,20 @@ def test_every_class_passes_for_a_mixture_of_experts_and_the_table_says_so(world
     assert sum(result["worst"].startswith("model.") for result in exact) == 17  # the others are of no parameter
     assert "every class passed" in out
     assert 500 < proof["tokens"] < 700
+
+
+def test_every_kind_of_class_passes_for_an_adapter_whose_b_are_not_zero(world, tmp_path):
+    train(world.recipe(tmp_path / "base", train__max_steps=1))
+    lora = {"model": {}, "init_from": str(tmp_path / "base"), "adapter__kind": "lora", "adapter__r": 4}
+    names = ["adapter, by the textbook", "kernels", "resume in mid-epoch", "update, clipped", "changed modules"]
+    names += ["transformers, padded", "FSDP2, 2 ranks", "update, FSDP2, 3 ranks"]
+    proof = prove(world.recipe(tmp_path / "run", **lora), only=names)
+    assert sorted(result.name for result in proof.results) == sorted(names)
+    for result in proof.results:
+        has_no_peft = result.name == "transformers, padded" and importlib.util.find_spec("peft") is None
+        assert result.verdict == ("skipped" if has_no_peft else "passed"), result
+        assert has_no_peft or ".lora_" in result.worst, result
+    assert any("B are zero" in note for note in proof.notes)
 
 
 def test_a_balance_loss_of_micro_batches_is_said_to_depend_on_the_split(world, tmp_path):
@@ -126,7 +142,7 @@ def test_pretraining_is_proved_too(tmp_path, text_file, bpe_folder):
     assert [(r.name, r.note) for r in proof.results if r.verdict != "passed"] == [
         ("long documents", "no sample has more than 384 inputs")
     ]
-    assert len(proof.results) == len(only) - 2
+    assert len(proof.results) == len(only) - 3  # of experts, of float16, of an adapter
 
 
 ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}

@@ -64,7 +64,33 @@ REFUSED = {
     "data.eval_split=tail": 'data.eval_split="tail": only raw text has a tail',
     "stage=dpo": "stage='dpo': must be one of 'pretrain' or 'sft'",
     'log.trackers=["mlflow"]': "log.trackers.0='mlflow': must be one of",
+    "adapter.kind=dora": "adapter.kind='dora': must be one of 'none' or 'lora'",
+    "adapter.kind=lora": 'adapter.kind="lora": the weights that it leaves frozen would be random ones; set init_from',
+    "adapter.r=8": 'adapter.r=8: adapter.kind is "none"; set adapter.kind="lora", or leave the key out',
+    "adapter.dropout=0.05": "adapter.dropout=0.05: must be 0; with dropout a step's gradient would depend on how",
+    "adapter.targets=lm_head": "adapter.targets='lm_head': lm_head cannot be adapted",
+    'adapter.targets="*proj"': "adapter.targets='*proj': '*proj' is no name of a module",
+    'adapter.targets=["all-linear", "q_proj"]': "adapter.targets=['all-linear', 'q_proj']: \"all-linear\" are all",
+    "model.frozen_dtype=bfloat16": 'model.frozen_dtype="bfloat16": without an adapter nothing is frozen',
 }
+
+
+REFUSED_OF_AN_ADAPTER = {
+    "init_from=out/sft.pth": "init_from=out/sft.pth: an adapter's folder names a Hugging Face folder as its base",
+    "train.optimizer=muon": 'train.optimizer="muon": Muon is for whole matrices, not for the factors of an adapter',
+    "model.frozen_dtype=bfloat16": 'model.frozen_dtype="bfloat16": with train.dtype="float32" the frozen weights',
+}
+
+
+@pytest.mark.parametrize("override", REFUSED_OF_AN_ADAPTER)
+def test_what_an_adapter_cannot_be_trained_with_is_refused(override):
+    lora = ("init_from=runs/base", "adapter.kind=lora", "train.dtype=float32")
+    assert parse(*lora).adapter.targets == ("all-linear",)
+    assert parse(*lora, "adapter.targets=q_proj").adapter.targets == ("q_proj",)
+    assert parse(*lora).train.learning_rate == 10 * parse().train.learning_rate == 2e-4
+    with pytest.raises(RecipeError) as refusal:
+        parse(*lora, override)
+    assert str(refusal.value).startswith(REFUSED_OF_AN_ADAPTER[override])
 
 
 NEAREST = {

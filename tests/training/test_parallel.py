@@ -11,10 +11,12 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny import World, rows_of, untimed
 
@@ -93,7 +95,7 @@ def alone(runs: Path, way: str) -> Path:
 
 
 def run_jobs(ranks: int, folder: Path, jobs: list[tuple[Recipe, bool]]) -> None:
-    listed = [{"recipe": r.model_dump(mode="json", exclude_none=True), "resume": resume} for r, resume in jobs]
+    listed = [{"recipe": tomllib.loads(r.to_toml()), "resume": resume} for r, resume in jobs]
     (folder / "jobs.json").write_text(json.dumps(listed))
     done = run_ranks(ranks, JOBS, folder)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -396,3 +398,25 @@ def test_ten_runs_end_without_an_abort(world, runs, tmp_path, how, ranks):
         done = run_ranks(ranks, "-m", "pertoken", "train", path)
         assert done.returncode == 0, (i, done.stderr)
         same_curve(runs / "alone", tmp_path / f"run{i}")
+
+
+def test_an_adapter_on_two_ranks_is_the_one_of_one_rank(world, tmp_path):
+    train(recipe_of(world, tmp_path / "base", train__max_steps=12))
+    lora = {"model": {}, "init_from": str(tmp_path / "base"), "adapter__kind": "lora", "train__learning_rate": 1e-2}
+    lora |= {"train__max_steps": 6, "adapter__r": 4}
+    train(recipe_of(world, tmp_path / "alone", **lora))
+    jobs = [recipe_of(world, tmp_path / how, **lora, train__parallel=how) for how in HOW]
+    jobs.append(recipe_of(world, tmp_path / "part", **lora | {"train__max_steps": 3}, train__parallel="fsdp"))
+    run_jobs(2, tmp_path, [(recipe, False) for recipe in jobs])
+    run_jobs(2, tmp_path, [(recipe_of(world, tmp_path / "part", **lora, train__parallel="fsdp"), True)])
+    expected = load_model(tmp_path / "alone").state_dict()
+    for name in (*HOW, "part"):
+        for ours, theirs in zip(rows_of(tmp_path / "alone"), rows_of(tmp_path / name), strict=True):
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5), name
+            assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4), name
+        found = load_model(tmp_path / name).state_dict()
+        assert all(torch.allclose(found[key], expected[key], atol=1e-4) for key in expected)
+        newest = tmp_path / name / "checkpoints" / "step-00000006"
+        state = {key for file in newest.glob("optimizer*.safetensors") for key in load_file(file)}
+        assert state
+        assert all(".lora_" in key for key in state)

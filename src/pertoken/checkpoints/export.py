@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from pertoken.checkpoints.read import load_model, resolve_model_folder
+from pertoken.checkpoints.read import load_model, resolve_model_folder, tokenizer_folder
 from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import ModelError, RecipeError
 from pertoken.files import user_path
+from pertoken.folders.adapters import merge as merge_adapter
 from pertoken.folders.minimind import save_minimind
 from pertoken.folders.open import save_folder
 from pertoken.text import reason
@@ -24,8 +25,11 @@ __all__ = ["export_model"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export_model(path: str, out: Path, *, format_: str, dtype: str | None) -> list[Path]:
+def export_model(path: str, out: Path, *, format_: str, dtype: str | None, merge: bool = False) -> list[Path]:
     """Write the model at `path` to `out` as "hf" or "minimind"; the files and folders written.
+
+    Of a run that trains an adapter "hf" writes peft's folder of it, or with `merge` the model with the adapter in its
+    weights.
 
     A Hugging Face folder keeps the precision it was trained in (float32) unless `dtype` says otherwise; MiniMind's
     `.pth` is float16, its own habit, unless it does. An `out` that exists already is refused, and nothing is left of
@@ -38,6 +42,12 @@ def export_model(path: str, out: Path, *, format_: str, dtype: str | None) -> li
         raise RecipeError(f"dtype={dtype}: must be one of {', '.join(_DTYPES)}")
     source = resolve_model_folder(path)
     model = load_model(source)
+    if merge and model.adapter is None:
+        raise RecipeError(f"merge=True: {path} has no adapter; leave it out")
+    if merge:
+        merge_adapter(model)
+    if format_ == "minimind" and model.adapter is not None:
+        raise RecipeError(f"format=minimind: a .pth has no place for the adapter of {path}; give merge=True")
     if format_ == "minimind":
         name = (
             f"pertoken_{model.facts.hidden_size}{'_moe' if model.facts.has_experts else ''}.pth"  # MiniMind's pattern
@@ -53,7 +63,7 @@ def export_model(path: str, out: Path, *, format_: str, dtype: str | None) -> li
             f"{path}: a .pth has no tokenizer; fine-tune from it with data.tokenizer set, then export the run"
         )
     _must_be_new(out)
-    tokenizer = open_tokenizer(source)
+    tokenizer = open_tokenizer(tokenizer_folder(source))
     with _whole_or_absent(out):
         out.mkdir(parents=True)
         save_folder(
@@ -86,8 +96,9 @@ def _must_be_new(path: Path) -> None:
 
 
 def _eos_token_id(folder: Path, otherwise: int | None) -> int | None:
-    """What generation stops at, as the folder itself has it."""
+    """What generation stops at, as the folder itself has it; an adapter's has no config.json."""
     import json
 
-    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id", otherwise)
+    path = next((folder / n for n in ("config.json", "generation_config.json") if (folder / n).is_file()), None)
+    found = otherwise if path is None else json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", otherwise)
     return found if isinstance(found, int) else otherwise

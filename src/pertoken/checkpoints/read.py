@@ -1,7 +1,10 @@
 """Checkpoints: a Hugging Face model folder plus the trainer's state, complete or absent. No pickle anywhere.
 
     checkpoints/step-00000300/
-      config.json generation_config.json model.safetensors tokenizer files   what AutoModelForCausalLM opens
+      config.json generation_config.json model.safetensors tokenizer files   what AutoModelForCausalLM opens; of an
+                                                                             adapter what PeftModel opens:
+                                                                             adapter_config.json and
+                                                                             adapter_model.safetensors
       optimizer.safetensors                                                  optimizer tensors by parameter name; where
                                                                              FSDP2 shards them, a file for each rank
                                                                              and optimizer.index.json; none with
@@ -32,6 +35,7 @@ from safetensors.torch import load_file
 from pertoken.checkpoints.state import read_state
 from pertoken.errors import CheckpointError, ModelError, RecipeError
 from pertoken.files import plain_file, sha256, user_path
+from pertoken.folders.adapters import base_folder, is_adapter, read_adapter
 from pertoken.folders.minimind import load_minimind
 from pertoken.folders.open import load_folder
 from pertoken.hub.fetch import on_disk
@@ -49,6 +53,7 @@ __all__ = [
     "STATE",
     "WRITING",
     "Checkpoint",
+    "base_of",
     "checkpoint_folder",
     "has_optimizer",
     "load_model",
@@ -64,6 +69,7 @@ __all__ = [
     "remove_unfinished",
     "resolve_model_folder",
     "set_best",
+    "tokenizer_folder",
 ]
 
 LEDGER = "metrics.ledger"  # safetensors by another name: its checksums cover timings, so equal runs differ in it
@@ -323,7 +329,7 @@ def resolve_model_folder(path: str | Path) -> Path:
     path = user_path(on_disk(str(path), "model", label="model"), "model")
     if path.suffix == ".pth" and path.is_file():
         return path
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or is_adapter(path):
         return path
     if (path / "checkpoints").is_dir():
         checkpoint, damaged = newest_checkpoint(path)
@@ -331,6 +337,17 @@ def resolve_model_folder(path: str | Path) -> Path:
             raise ModelError("\n".join([f"{path}: a run without a valid checkpoint; train it first", *damaged]))
         return checkpoint.folder
     raise ModelError(f"{path}: not a run, not a model folder (no config.json) and not a MiniMind .pth file")
+
+
+def base_of(folder: Path) -> Path:
+    """Where the weights of a model folder are: those of an adapter's base. Raises ModelError."""
+    return base_folder(folder, read_adapter(folder).base) if is_adapter(folder) else folder
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of a model folder is: peft saves none with an adapter, so its base's. Raises ModelError."""
+    has_one = any((folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
+    return folder if has_one else base_of(folder)
 
 
 def recipe_of(folder: Path) -> dict[str, Any] | None:
@@ -341,7 +358,8 @@ def recipe_of(folder: Path) -> dict[str, Any] | None:
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """A model from a run, a checkpoint, a Hugging Face folder or a MiniMind `.pth`, with parameters in `dtype`.
+    """A model from a run, a checkpoint, a Hugging Face folder, peft's folder of an adapter or a MiniMind `.pth`, with
+    parameters in `dtype`.
 
     Raises ModelError where the path is none of these, or neither pertoken nor transformers has the architecture.
     """

@@ -19,6 +19,7 @@ from pertoken.checkpoints.read import LEDGER, OPTIMIZER_INDEX, STATE, WRITING, c
 from pertoken.checkpoints.state import TrainerState
 from pertoken.errors import CheckpointError
 from pertoken.files import free_bytes, sync
+from pertoken.folders.adapters import saved_state
 from pertoken.folders.open import save_folder
 from pertoken.model.protocol import LanguageModel, TorchModule
 from pertoken.training.memory import out_of_memory
@@ -63,7 +64,7 @@ def take_snapshot(
     folder = checkpoint_folder(run_dir, state.step)
     aside = folder.with_name(f"{WRITING}{folder.name}-{world.gather(os.getpid())[0]}")
     needed = sum(world.gather(_optimizer_bytes(optimizer))) if with_optimizer else 0
-    needed += sum(_bytes(t) for t in model.state_dict().values())
+    needed += sum(_bytes(t) for t in saved_state(model).values())
     needed += sum(_bytes(column) for column in (ledger or {}).values())
 
     def make_room() -> None:
@@ -114,10 +115,10 @@ def _on_host(tensor: Tensor, *, copy: bool) -> Tensor:
     return host.clone() if copy and host.data_ptr() == tensor.data_ptr() else host
 
 
-def _whole_weights(model: TorchModule, world: World, *, copy: bool) -> dict[str, Tensor]:
-    """The state dict on the host, put together from its shards one by one; empty but on rank 0."""
+def _whole_weights(model: LanguageModel, world: World, *, copy: bool) -> dict[str, Tensor]:
+    """The state to save on the host, put together from its shards one by one; empty but on rank 0."""
     weights = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in saved_state(model).items():
         full = whole(tensor.detach())
         if world.is_main:
             weights[name] = _on_host(full, copy=copy)

@@ -24,12 +24,13 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; left out: as trained (hf), float16 (minimind)")
     ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Put a run's adapter into the weights of its base")] = False,
 ) -> None:
-    """Write a model for others: a Hugging Face folder, or MiniMind's .pth."""
+    """Write a model for others: a Hugging Face folder, peft's folder of an adapter, or MiniMind's .pth."""
     from pertoken.checkpoints.export import export_model
 
     drop_what_cannot_be_shown()
-    for path in export_model(from_hub(run), out, format_=format_, dtype=dtype):
+    for path in export_model(from_hub(run), out, format_=format_, dtype=dtype, merge=merge):
         print(plain(str(path)))
 
 

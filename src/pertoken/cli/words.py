@@ -12,7 +12,7 @@ import shlex
 
 __all__ = ["as_flags"]
 
-_SWITCHES = ("resume", "overwrite", "force", "verify_data")
+_SWITCHES = ("resume", "overwrite", "force", "verify_data", "merge")
 _OPTIONS = ("step", "out", "format", "dtype", "only", "tokens", "prompt", "json", "html", "samples", "worst")
 _POSITIONAL = {"recipe": "RECIPE", "model": "MODEL", "data": "DATA", "run": "RUN"}
 

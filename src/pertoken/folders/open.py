@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pertoken.folders import weights as hf
+from pertoken.folders.adapters import base_folder, check_base, is_adapter, put_on, read_adapter, save_adapter
 from pertoken.folders.config import NotCovered
 from pertoken.folders.files import check_fallback, save_tokenizer
 from pertoken.hf_fallback.load import load_fallback
@@ -16,15 +18,18 @@ from pertoken.hf_fallback.model import FallbackLM
 from pertoken.model.decoder import CausalLM
 from pertoken.model.protocol import LanguageModel
 
-__all__ = ["load_folder", "resize_embeddings", "save_folder"]
+__all__ = ["load_adapter", "load_folder", "resize_embeddings", "save_folder"]
 
 
 def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """The model of a Hugging Face folder (config.json and safetensors), with parameters in `dtype`.
 
     A family that the decoder lacks, and a feature that it lacks (other rotary embeddings, windows, biases), mean
-    transformers' own model. Raises ModelError where that cannot be either.
+    transformers' own model. A folder with an adapter means its base model, adapted. Raises ModelError where that cannot
+    be any of these.
     """
+    if is_adapter(Path(path)):
+        return load_adapter(Path(path), dtype=dtype)
     try:
         return hf.load_folder(path, dtype=dtype)
     except NotCovered as refusal:
@@ -32,6 +37,23 @@ def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Lang
             raise
         folder = Path(path)
         return load_fallback(folder, num_weights=check_fallback(folder), dtype=dtype)
+
+
+def load_adapter(folder: Path, *, dtype: torch.dtype = torch.float32, base: Path | None = None) -> LanguageModel:
+    """The base model with the folder's adapter, which alone is trainable; `base` is where the base is, if it is not
+    where the adapter says.
+
+    Raises ModelError where the base is not there or not the one that the adapter was trained on, and for an adapter
+    that pertoken lacks.
+    """
+    adapter = read_adapter(folder)
+    where = base or base_folder(folder, adapter.base)
+    check_base(folder, adapter, where)
+    if base is not None and base.resolve() != Path(adapter.base.name).resolve() and adapter.base.revision is None:
+        adapter = replace(adapter, base=replace(adapter.base, name=str(base.resolve())))
+    model = load_folder(where, dtype=dtype)
+    put_on(model, adapter, folder)
+    return model
 
 
 def _transformers_has(model_type: object) -> bool:
@@ -49,7 +71,10 @@ def save_folder(
     dtype: torch.dtype | None = None,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """`pertoken.folders.weights.save_folder`, for either kind of model."""
+    """`pertoken.folders.weights.save_folder`, for either kind of model; of an adapted one the adapter alone."""
+    if model.adapter is not None:
+        save_adapter(model, Path(folder), eos_token_id=eos_token_id, tokenizer=tokenizer, dtype=dtype, weights=weights)
+        return
     if isinstance(model, CausalLM):
         hf.save_folder(model, folder, eos_token_id=eos_token_id, tokenizer=tokenizer, dtype=dtype, weights=weights)
         return

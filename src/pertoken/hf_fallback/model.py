@@ -21,6 +21,7 @@ from pertoken.hf_fallback.check import check_loss
 from pertoken.hf_fallback.head import linear_head, logit_map_of, smallest_vocabulary
 from pertoken.hf_fallback.quiet import quiet
 from pertoken.model.execution import PLAIN, Execution
+from pertoken.model.lora import Adapter
 from pertoken.model.operations import padding_metric
 from pertoken.model.protocol import BalanceLoss, ModelFacts
 from pertoken.objective.cross_entropy import linear_cross_entropy
@@ -57,6 +58,7 @@ class FallbackLM(nn.Module):
     def __init__(self, hf: Any) -> None:
         super().__init__()
         self.hf = hf
+        self.adapter: Adapter | None = None
         linear_head(hf)
         self._balance_loss: BalanceLoss | None = None
         self._experts_as: str | None = getattr(hf.config, "_experts_implementation", None)

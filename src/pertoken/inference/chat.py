@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folder
+from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folder, tokenizer_folder
 from pertoken.data.chat.template import end_of_turn_id, render
 from pertoken.data.chat.typed_specials import mark_typed, typed_in, unmark
 from pertoken.data.formats import Conversation
@@ -41,7 +41,7 @@ class ChatSession:
         folder = resolve_model_folder(path)
         if not folder.is_dir():
             raise ModelError(f"{path}: has no tokenizer; `pertoken export` it as a Hugging Face folder with one first")
-        tokenizer = open_tokenizer(folder)
+        tokenizer = open_tokenizer(tokenizer_folder(folder))
         recipe = recipe_of(folder)
         # As it was trained, the date included; what others have trained is told today's.
         data: dict[str, Any] = recipe["data"] if recipe else {"template_date": date.today().isoformat()}

@@ -18,6 +18,7 @@ from pertoken.model.attention import KVCache, cached_attention
 from pertoken.model.blocks import Decoder, compute_dtype
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.hooks import is_plain_linear
+from pertoken.model.lora import Adapter
 from pertoken.model.moe import Documents, MixtureOfExperts
 from pertoken.model.plain import PlainPass, attend_in, run_plain
 from pertoken.model.protocol import BalanceLoss, ModelFacts
@@ -49,6 +50,7 @@ class CausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.adapter: Adapter | None = None
         with torch.device("meta"):  # the layers' own initialization would draw from the global random state
             self.model = Decoder(config)
             self.lm_head = (

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 import tempfile
+import warnings
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pertoken.data.batch.pack import Sample
+from pertoken.folders.adapters import base_folder
 from pertoken.folders.open import save_folder
 from pertoken.hf_fallback.quiet import quiet
+from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import Case
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient, Result, compare
@@ -28,16 +32,15 @@ _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 
 def transformers_padded(name: str, case: Case) -> Result:
     """The class is read from the folder that we save, so the names and shapes in it are proved with it."""
-    from transformers import AutoModelForCausalLM
-
+    if case.model.adapter is not None and importlib.util.find_spec("peft") is None:
+        return Result(name, "float32", "skipped", note="needs peft; pip install 'pertoken[lora]'")
     samples = [case.chosen.samples[i] for i in range(len(case.chosen.samples))]
     reference = case.reference
     if case.aux_loss_coef:  # transformers' balance loss is another one, and left out
         reference = reference_gradient(case.model, samples, z_loss_coef=case.train.z_loss_coef)
     with tempfile.TemporaryDirectory() as folder:
         save_folder(copy.deepcopy(case.model).float(), folder, eos_token_id=None)
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(Path(folder), dtype=torch.float32).train()
+        model = _opened(case.model, Path(folder))
     num_tokens = float(sum(sample.loss_mask.sum(dtype="float64") for sample in samples))
     loss = 0.0
     for batch in (samples[::2], samples[1::2]):
@@ -48,14 +51,33 @@ def transformers_padded(name: str, case: Case) -> Result:
         squares = logits.float().logsumexp(-1).square()[labels != -100] @ weights[labels != -100]
         torch.autograd.backward((loss_sum + case.train.z_loss_coef * squares) / num_tokens)
         loss += float(loss_sum.detach()) / num_tokens
-    ours = {plain_name(name): name for name, _ in case.model.named_parameters()}
+    ours = {_without_peft(plain_name(name)): name for name, _ in case.model.named_parameters()}
     theirs = _under_our_names({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, kept=ours)
-    gradients = {ours.get(name, name): gradient for name, gradient in theirs.items()}
+    gradients = {ours.get(_without_peft(name), name): gradient for name, gradient in theirs.items()}
     if case.aux_loss_coef:  # a router that sends every token to one expert has no gradient but the balance loss's
         gradients = {n: torch.zeros_like(g) for n, g in reference.gradients.items() if ".mlp.gate." in n} | gradients
     padding = 1 - sum(map(len, samples)) / sum(max(map(len, b)) * len(b) for b in (samples[::2], samples[1::2]))
     note = f"{type(model).__name__}, {padding:.0%} padding"
     return Result.judge(name, "float32", case.float32_tolerance, compare(Gradient(loss, gradients), reference), note)
+
+
+def _opened(model: LanguageModel, folder: Path) -> Any:
+    """What transformers, and for an adapter peft, make of the folder."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        if model.adapter is None:
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+        import peft
+
+        base = AutoModelForCausalLM.from_pretrained(base_folder(folder, model.adapter.base), dtype=torch.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+            return peft.PeftModel.from_pretrained(base, folder, is_trainable=True).eval()  # nothing drops out
+
+
+def _without_peft(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".default.weight", ".weight")
 
 
 def _padded(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

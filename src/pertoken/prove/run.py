@@ -12,6 +12,7 @@ import torch
 from pertoken.data.tokens.tokenizer import as_transformers
 from pertoken.errors import RecipeError
 from pertoken.model.protocol import LanguageModel
+from pertoken.prove.adapter import by_the_textbook, fill_b
 from pertoken.prove.case import Case
 from pertoken.prove.checks import every_sample_once, who_is_supervised
 from pertoken.prove.classes import CLASSES, split_of_balance
@@ -38,13 +39,13 @@ from pertoken.training.precision import Precision
 __all__ = ["NAMES", "prove"]
 
 _EPOCH, _ROWS, _SUPERVISED = "every sample once an epoch", "rows, token by token", "who is supervised"
-_CHANGED = "changed modules"
+_CHANGED, _ADAPTER = "changed modules", "adapter, by the textbook"
 _TRANSFORMERS, _BFLOAT16 = "transformers, padded", f"bfloat16, {STEPS} steps"
 _FLOAT16 = "float16 under its loss scale"
 _BALANCE = "balance loss per micro-batch"
 _OF_CASE = {**CLASSES, **CLIPPING_CLASSES, **UPDATE_CLASSES, **PATH_CLASSES, "evaluation": evaluation}
 _OF_DATA, _OF_STEPS = (_EPOCH, _ROWS, _SUPERVISED), (_FLOAT16, _BFLOAT16)
-NAMES = (*_OF_DATA, *_OF_CASE, _CHANGED, *_OF_STEPS, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
+NAMES = (*_OF_DATA, *_OF_CASE, _CHANGED, _ADAPTER, *_OF_STEPS, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
 _LEAST_TOKENS = 40
 
 
@@ -69,6 +70,7 @@ def prove(
     started = time.perf_counter()
     data = load_data(recipe, listener or Listener(), World())
     model = build_model(recipe, data, None, Precision("float32", torch.device("cpu")))
+    notes = [note] if (note := fill_b(model, recipe.train.seed)) is not None else []
     chosen, *later = (
         choose(data.train, tokens=tokens, batch_size=recipe.train.batch_size, seed=recipe.train.seed, step=step)
         for step in range(1, STEPS + 2)
@@ -104,6 +106,8 @@ def prove(
     for name, of_class in _OF_CASE.items():
         run(name, lambda of_class=of_class, name=name: of_class(name, case))  # type: ignore[misc]
     run(_CHANGED, lambda: changed_modules(_CHANGED, case))
+    if model.adapter is not None:
+        run(_ADAPTER, lambda: by_the_textbook(_ADAPTER, case))
     if recipe.train.dtype == "float16":
         run(_FLOAT16, lambda: float16(_FLOAT16, case))
     run(_BFLOAT16, lambda: bfloat16(_BFLOAT16, case))
@@ -118,7 +122,7 @@ def prove(
     if only and not results:  # which is no proof
         raise RecipeError(
             f'only={only[0]!r}: not of this recipe; {_FLOAT16!r} is about train.dtype="float16", {_BALANCE!r} about '
-            'model.aux_loss="micro_batch"'
+            f'model.aux_loss="micro_batch", {_ADAPTER!r} about adapter.kind="lora"'
         )
     return Proof(
         results=tuple(results),
@@ -127,7 +131,7 @@ def prove(
         cut=chosen.cut,
         tokens=sum(map(len, samples)),
         supervised=int(chosen.samples.num_tokens.sum()),
-        notes=(_PER_MICRO_BATCH,) if per_micro_batch else (),
+        notes=(*notes, *((_PER_MICRO_BATCH,) if per_micro_batch else ())),
         seconds=time.perf_counter() - started,
     )
 

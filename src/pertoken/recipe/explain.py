@@ -36,8 +36,9 @@ def _hint(key: str, keys: list[str]) -> str:
     in_wrong_section = "." in key and key.rpartition(".")[2] in leaf
     if not in_wrong_section and (said := said_of(_peer_name(key))) is not None:
         return said
+    long_enough = {short: k for short, k in leaf.items() if len(short) > 1}  # adapter.r is near to any short key
     near = difflib.get_close_matches(key, keys, 1, 0.75) or [
-        leaf[k] for k in difflib.get_close_matches(key.rpartition(".")[2], leaf, 1, 0.6)
+        leaf[k] for k in difflib.get_close_matches(key.rpartition(".")[2], long_enough, 1, 0.6)
     ]
     return f"did you mean {near[0]}?" if near else "see the README for the keys there are"
 

@@ -98,6 +98,8 @@ class ModelConfig(Section):
     shared_expert_intermediate_size: int | None = Field(default=None, ge=1)
     aux_loss: Literal["sequence", "micro_batch", "none"] | None = None
     aux_loss_coef: float | None = Field(default=None, ge=0)
+    # Not of the architecture: how the blocks' matrices are kept that an adapter leaves frozen.
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @field_validator("layer_types", "no_rope_layers", mode="before")
     @classmethod

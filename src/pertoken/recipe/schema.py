@@ -19,6 +19,7 @@ from pertoken.data.formats import FORMATS
 from pertoken.errors import RecipeError
 from pertoken.files import check_path, plain_file, user_path
 from pertoken.hub.names import check_hub_name
+from pertoken.recipe.adapter import AdapterConfig
 from pertoken.recipe.data import DataConfig
 from pertoken.recipe.explain import explain
 from pertoken.recipe.homes import TRACKERS, known_name
@@ -67,6 +68,7 @@ class Recipe(Section):
     out_dir: str = Field(min_length=1)
     init_from: str | None = None
     model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
     data: DataConfig
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -86,11 +88,14 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _stage_defaults(cls, values: Any) -> Any:
-        """The learning rate left out becomes the stage's usual one, and is recorded as such."""
+        """A learning rate left out becomes the stage's usual one (for an adapter ten times as much in "sft"), and is
+        recorded as such."""
         if isinstance(values, dict) and isinstance(values.get("train", {}), dict):
-            train = dict(values.get("train", {}))
+            train, adapter = dict(values.get("train", {})), values.get("adapter")
             if train.get("learning_rate") is None and "stage" in values:
-                train["learning_rate"] = {"pretrain": 5e-4, "sft": 2e-5}.get(str(values["stage"]), 1e-4)
+                has_adapter = isinstance(adapter, dict) and adapter.get("kind", "none") != "none"
+                usual = {"pretrain": 5e-4, "sft": 2e-4 if has_adapter else 2e-5}
+                train["learning_rate"] = usual.get(str(values["stage"]), 1e-4)
                 values = {**values, "train": train}
         return values
 
@@ -107,6 +112,7 @@ class Recipe(Section):
             )
         if self.init_from is None:
             self.model.check_without_a_model()
+        self._check_adapter()
         for data in self.data.all_settings:
             self._check_reading(data)
         if self.train.early_stopping is not None and not self.data.holds_out:
@@ -134,6 +140,40 @@ class Recipe(Section):
                 raise ValueError(
                     f'data.{key}={shown(value)}: only raw text is read so; remove it, or use stage = "pretrain"'
                 )
+
+    def _check_adapter(self) -> None:
+        """Raises ValueError for what an adapter cannot be trained with."""
+        if self.model.frozen_dtype == "bfloat16":
+            what = 'model.frozen_dtype="bfloat16"'
+            if self.adapter.kind == "none":
+                raise ValueError(f'{what}: without an adapter nothing is frozen; set adapter.kind="lora"')
+            if self.train.dtype != "bfloat16":
+                raise ValueError(
+                    f'{what}: with train.dtype="{self.train.dtype}" the frozen weights would be rounded to less than '
+                    'what products are computed in; set train.dtype="bfloat16"'
+                )
+        if self.adapter.kind == "none":
+            for key, field in AdapterConfig.model_fields.items():
+                if (value := getattr(self.adapter, key)) != field.default:
+                    raise ValueError(
+                        f'adapter.{key}={shown(value)}: adapter.kind is "none"; set adapter.kind="lora", or leave the '
+                        "key out"
+                    )
+            return
+        if self.init_from is None:
+            raise ValueError(
+                f'adapter.kind="{self.adapter.kind}": the weights that it leaves frozen would be random ones; set '
+                "init_from to the model to adapt"
+            )
+        if self.init_from.endswith((".pth", ".gguf")):
+            raise ValueError(
+                f"init_from={self.init_from}: an adapter's folder names a Hugging Face folder as its base; make one of "
+                "it first (pertoken export)"
+            )
+        if self.train.optimizer == "muon":
+            raise ValueError(
+                'train.optimizer="muon": Muon is for whole matrices, not for the factors of an adapter; set "adamw"'
+            )
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

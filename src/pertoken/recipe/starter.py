@@ -57,6 +57,11 @@ stage = "sft"
 out_dir = "runs/sft"
 init_from = "runs/pretrain"     # a run, a Hugging Face model folder, or a MiniMind .pth; left out: from scratch
 
+# [adapter]                     # train small matrices beside the frozen ones of init_from:
+# kind = "lora"
+# r = 16
+# alpha = 32
+
 [data]
 path = "chats.jsonl"            # files, folders or globs; one conversation a line
 # eval_path = "held-out.jsonl"  # or hold some rows out:

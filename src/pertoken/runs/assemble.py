@@ -230,7 +230,7 @@ def rebuild(recipe: Recipe, checkpoint: Checkpoint | None, known: Checkpoint | N
     if known is not None and (what := changed_data(known, data.accepted_fingerprints, data.files)) is not None:
         raise CheckpointError(f"{what}; restore it: these samples are not those of the run")
     total_steps = count_steps(recipe, len(data.train))
-    model = build_model(recipe, data, checkpoint, precision)
+    model = build_model(recipe, data, checkpoint, precision, reporter)
     choice = prepare_model(model, recipe, known, precision, total_steps, reporter)
     computation = set_up_computation(
         recipe, data, model, checkpoint, total_steps, precision, world, reporter, choice=choice

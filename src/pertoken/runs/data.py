@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pertoken.checkpoints.read import resolve_model_folder
+from pertoken.checkpoints.read import resolve_model_folder, tokenizer_folder
 from pertoken.data.chat.template import end_of_turn_id
 from pertoken.data.store.build import build_store, open_store
 from pertoken.data.store.dataset import Dataset
@@ -74,9 +74,10 @@ def load_data(
     """Tokenizer and samples, the same on every rank. Each machine's data are read by one rank of it at most.
 
     What the recipe names on the hub is downloaded first: at `commits` those that the run has used before, and weights
-    to start from only `with_weights`.
+    to start from only `with_weights`, or where an adapter's checkpoints have none of their own.
     """
     data, waiting = recipe.data, world.patient()
+    with_weights = with_weights or recipe.adapter.kind != "none"
     hub = HubNames(listener, waiting, dict(commits))
     init_from = recipe.init_from
     if init_from is not None and with_weights:
@@ -92,7 +93,7 @@ def load_data(
     eval_paths = hub.data(data.eval_path, "data.eval_path")
     folder = Path(source)
     if data.tokenizer is None or (folder / "checkpoints").is_dir():
-        folder = resolve_model_folder(folder)
+        folder = tokenizer_folder(resolve_model_folder(folder))
     tokenizer = open_tokenizer(folder, add_tokens=data.add_tokens, chat_template=data.chat_template)
     if recipe.stage == "sft":
         eos_token_id = end_of_turn_id(

@@ -16,7 +16,8 @@ from pertoken.tracking.run_files import claim, refuse_newer_run
 
 __all__ = ["changed_data", "earlier_run", "keep_others_out", "make_room", "refuse_changes"]
 
-# What may differ from the checkpoint on a resume. Paths of data and tokenizer may, since their contents are compared.
+# What may differ from the checkpoint on a resume. Paths of data and tokenizer may, since their contents are compared,
+# and so may that of an adapter's base.
 _MAY_CHANGE = {
     *("out_dir", "data.path", "data.eval_path", "data.tokenizer", "data.store", "data.workers"),
     *("train.epochs", "train.max_steps", "train.max_minutes", "train.eval_interval", "train.early_stopping"),
@@ -94,11 +95,12 @@ def _unwritable(out_dir: Path, error: OSError) -> CheckpointError:
 def refuse_changes(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Raises RecipeError, naming each key that cannot change on a resume."""
     before, now = _without_source_paths(checkpoint.recipe.flat()), _without_source_paths(recipe.flat())
+    may_change = _MAY_CHANGE | ({"init_from"} if recipe.adapter.kind != "none" else set())
     changed = [
         f"{key}={now.get(key)!r}: was {before.get(key)!r} when {checkpoint.folder.name} was saved, and cannot change "
         "with resume=True; put it back, or start a new run from it with init_from"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in _MAY_CHANGE and not key.startswith(_SECTIONS_MAY_CHANGE)
+        if before.get(key) != now.get(key) and key not in may_change and not key.startswith(_SECTIONS_MAY_CHANGE)
     ]
     if changed:
         raise RecipeError("\n".join(changed))

@@ -149,7 +149,7 @@ def _train(
         reporter.message('this processor emulates bfloat16; train.dtype="float32" is faster here')
 
     total_steps = count_steps(recipe, len(data.train))
-    model = build_model(recipe, data, checkpoint, precision)
+    model = build_model(recipe, data, checkpoint, precision, reporter)
     choice = prepare_model(model, recipe, checkpoint, precision, total_steps, reporter)
     family = saved_as(str(model.setting("family")), use_moe=model.facts.has_experts)
     if (unlike := forced_tokenizer(family, data.tokenizer)) is not None:

@@ -47,6 +47,7 @@ def summarize(
         dtype=state.precision.dtype,
         num_parameters=model.num_parameters,
         num_active_parameters=model.num_active_parameters,
+        num_trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         family=model.facts.family,
         engine=state.execution.engine.name,
         engine_note=engine_note,

@@ -18,6 +18,7 @@ class Summary:
     dtype: str
     num_parameters: int
     num_active_parameters: int  # what one token's way leads through: fewer only where there are experts
+    num_trained_parameters: int  # fewer where some are frozen
     family: str
     engine: str  # "plain", "cpu" or "compile"
     engine_note: str  # what it is, or why there is no faster one

@@ -120,9 +120,10 @@ def check_size(recipe: Recipe, vocab_size: int, device: torch.device | None = No
 
 
 def check_parameters(what: str, num_parameters: int, recipe: Recipe, device: torch.device | None) -> None:
-    """`check_size` for a model of so many parameters, which the message calls `what`."""
+    """`check_size` for a model of so many parameters, which the message calls `what`; under an adapter all frozen."""
     weights = num_parameters * _ITEM_BYTES.get(recipe.train.dtype, 4)
-    needed = weights * (2 + optimizer_kind(recipe.train.optimizer).state_numbers)
+    frozen = recipe.adapter.kind != "none"
+    needed = weights if frozen else weights * (2 + optimizer_kind(recipe.train.optimizer).state_numbers)
     on_gpu = device is not None and device.type == "cuda"
     there = machine_bytes()
     if there is not None and (weights if on_gpu else needed) > there:

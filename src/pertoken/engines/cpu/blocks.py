@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pertoken.engines.cpu.adapters import d_factors, factors_of
 from pertoken.engines.cpu.attention import attention_backward, attention_forward
 from pertoken.engines.cpu.halves import Normed, add_update, d_add_update, d_normed, d_weights, normed, product, widened
 from pertoken.engines.cpu.runner import CpuBatch
@@ -35,10 +36,10 @@ def attention_block(
     The projections of q, k and v have a bias all three or none.
     """
     weights = [p.weight for p in projections]
-    low = batch.cast(weights[:3]), batch.cast(weights[3:])
+    low = batch.cast(projections[:3]), batch.cast(projections[3:])
     before, after, q_norm, k_norm = (None if n is None else norm_factors(n) for n in (*norms, *head_norms))
     biases = [p.bias for p in projections[:3]]
-    inputs = (hidden, before, after, *weights, q_norm, k_norm, *biases)
+    inputs = (hidden, before, after, *weights, q_norm, k_norm, *biases, *factors_of(projections))
     out: Tensor = _AttentionBlock.apply(batch, low, *inputs)  # type: ignore[no-untyped-call]
     return out
 
@@ -58,9 +59,10 @@ class _AttentionBlock(torch.autograd.Function):
         w_o: Tensor,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
-        *biases: Tensor | None,
+        *biases_and_factors: Tensor | None,
     ) -> Tensor:
         kernels, heads = batch.kernels, batch.heads
+        biases, factors = biases_and_factors[:3], biases_and_factors[3:]
         w_qkv, w_out = low
         x_ND, rstd = normed(batch, hidden, before)
         b_qkv, b_q, b_kv = _low_biases(biases, w_q.shape[0], kernels.dtype)
@@ -81,9 +83,8 @@ class _AttentionBlock(torch.autograd.Function):
         update = product(mixed, w_out.t())
         out, rstd_after = add_update(batch, residual, update, after)
         of_sum = (None, None, None) if after is None else (update, after, rstd_after)
-        ctx.save_for_backward(
-            *(hidden, before, rstd, q_rows, projected, mixed, w_qkv, w_out, q_norm, k_norm), *of_sum, *log_zs
-        )
+        saved = (hidden, before, rstd, q_rows, projected, mixed, w_qkv, w_out, q_norm, k_norm)
+        ctx.save_for_backward(*saved, *of_sum, *factors, *log_zs)
         ctx.batch, ctx.sizes = batch, [w.shape[0] for w in (w_q, w_k, w_v)]
         return out
 
@@ -91,16 +92,17 @@ class _AttentionBlock(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         first_order_only()
         hidden, before, rstd, q_rows, projected, mixed, w_qkv, w_out, q_norm, k_norm, *rest = ctx.saved_tensors
-        of_sum, log_zs, given = rest[:3], rest[3:], Normed(hidden, before, rstd)
+        of_sum, factors, log_zs, given = rest[:3], rest[3:11], rest[11:], Normed(hidden, before, rstd)
         batch: CpuBatch = ctx.batch
         kernels, heads, plan = batch.kernels, batch.heads, batch.plan
-        needs = _AttentionNeeds(*ctx.needs_input_grad[2:])
+        needs, needs_factors = _AttentionNeeds(*ctx.needs_input_grad[2:14]), ctx.needs_input_grad[14:]
         d_out = grads[0].contiguous()
         d_update, d_after = d_add_update(batch, d_out, *of_sum)
         low, low_t = kernels.cast_and_transpose(d_update) if needs.w_o else (d_update.to(kernels.dtype), None)
         d_w_out = None if low_t is None else widened(torch.mm(low_t, mixed))
-        if not any(needs._replace(w_o=False, after=False)):
-            return *[None] * 4, d_after, *[None] * 3, d_w_out, *[None] * 5
+        d_factors_out = d_factors(mixed, [low], factors[6:], needs_factors[6:])
+        if not any(needs._replace(w_o=False, after=False)) and not any(needs_factors[:6]):
+            return *[None] * 4, d_after, *[None] * 3, d_w_out, *[None] * 11, *d_factors_out
         d_mixed = product(low, w_out)
         del d_update, low, low_t
         query_size = ctx.sizes[0]
@@ -118,6 +120,7 @@ class _AttentionBlock(torch.autograd.Function):
         d_q_norm, d_k_norm = _unpad_all(batch, (d_q, d_k, d_v), rows, (d_q_rows, d_kv_rows), q_norm, k_norm)
         d_weights = _d_qkv(batch, needs, given, (d_q_rows, d_projected), ctx.sizes)
         d_biases = _d_biases(needs, (d_q_rows, d_kv_rows), ctx.sizes)
+        d_factors_qkv = _d_factors_qkv(batch, needs_factors, given, (d_q_rows, d_kv_rows), ctx.sizes, factors)
         d_hidden = d_before = None
         if needs.hidden or needs.before:
             if batch.output_rows is None:
@@ -127,7 +130,8 @@ class _AttentionBlock(torch.autograd.Function):
                 d_x.index_add_(0, batch.output_rows, torch.mm(d_q_rows, w_qkv[:query_size])[: batch.num_output_rows])
                 d_residual = torch.zeros_like(hidden).index_copy_(0, batch.output_rows, d_out[: batch.num_output_rows])
             d_hidden, d_before = d_normed(batch, d_x, given, d_residual)
-        return None, None, d_hidden, d_before, d_after, *d_weights, d_w_out, d_q_norm, d_k_norm, *d_biases
+        d_of_inputs = (d_hidden, d_before, d_after, *d_weights, d_w_out, d_q_norm, d_k_norm, *d_biases)
+        return None, None, *d_of_inputs, *d_factors_qkv, *d_factors_out
 
 
 class _AttentionNeeds(NamedTuple):
@@ -163,6 +167,25 @@ def _d_biases(needs: _AttentionNeeds, d_rows: tuple[Tensor, Tensor], sizes: list
     d_q_rows, d_kv_rows = d_rows
     parts = (d_q_rows[:, : sizes[0]], *torch.split(d_kv_rows, sizes[1:], 1))
     return [part.sum(0, dtype=torch.float32) if wants else None for part, wants in zip(parts, needs[-3:], strict=True)]
+
+
+def _d_factors_qkv(
+    batch: CpuBatch,
+    needs: Sequence[bool],
+    given: Normed,
+    d_rows: tuple[Tensor, Tensor],
+    sizes: list[int],
+    factors: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of the factors of q, k and v from those of their rows."""
+    if not any(needs[:6]):
+        return [None] * 6
+    d_q_rows, d_kv_rows = d_rows
+    x_ND = x_MD = normed(batch, given.hidden, given.factors)[0]
+    if batch.output_rows is not None:
+        x_MD = _rows(x_ND, batch.output_rows, d_q_rows.shape[0])
+    of_q = d_factors(x_MD, [d_q_rows[:, : sizes[0]]], factors[:2], needs[:2])
+    return of_q + d_factors(x_ND, torch.split(d_kv_rows, sizes[1:], 1), factors[2:6], needs[2:6])
 
 
 def _d_qkv(

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pertoken.engines.cpu.adapters import weight_to_read
 from pertoken.engines.cpu.attention import AttentionPlan, Heads, round_up
 from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import Kernels
@@ -102,16 +103,18 @@ class CpuBatch:
         # At most sixteen sizes from one power of two to the next, and 3% of zero rows on average.
         return round_up(rows, max(16, 2 ** (rows.bit_length() - 5)))
 
-    def cast(self, weights: Sequence[Tensor]) -> Tensor:
-        """Matrices, one below the other, in the kernels' dtype."""
+    def cast(self, layers: Sequence[nn.Linear]) -> Tensor:
+        """The layers' matrices, one below the other, in the kernels' dtype."""
+        weights = [layer.weight for layer in layers]
         key = tuple(map(id, weights))
         kept = None if self.casts is None else self.casts.get(key)
         if kept is not None:
             return kept
         low = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=self.kernels.dtype)
         start = 0
-        for weight in weights:
-            low[start : start + len(weight)].copy_(weight.detach())
+        for layer in layers:
+            weight = weight_to_read(layer)
+            low[start : start + len(weight)].copy_(weight)
             start += len(weight)
         if self.casts is not None:
             self.casts.put(key, low)

@@ -1,7 +1,8 @@
 """Whether the kernels compute what the modules of a model would.
 
 The kernels read parameters past the modules that hold them, so they may stand in only for modules that are exactly what
-the decoder is built of. Whatever else a user has put there (an adapter, a bias, a hook, a parametrization) runs plain.
+the decoder is built of, or a `LoraLinear` in place of a linear layer. Whatever else a user has put there (another
+adapter, a bias, a hook, a parametrization) runs plain.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pertoken.kernels.ops import MAX_HEAD_DIM
 from pertoken.model.blocks import Attention, Decoder, Layer
 from pertoken.model.decoder import CausalLM
 from pertoken.model.hooks import has_global_hook, is_exactly, loaded, users_hook
+from pertoken.model.lora import LoraLinear
 from pertoken.model.mlp import MLP
 from pertoken.model.moe import MixtureOfExperts
 from pertoken.model.norms import norm_kind
@@ -54,9 +56,32 @@ def unsupported(model: object) -> str | None:
         return "torch.nn has a hook on all modules"
     for name, module, kind, shape in _parts(model, config):
         has_bias = config.qkv_bias and name.endswith(_QKV)
+        if type(module) is LoraLinear and kind is nn.Linear and name != "lm_head":
+            why = _lora_difference(name, module, shape, has_bias)
+            if why is not None:
+                return why
+            continue
         why = _difference(module, kind, shape, has_bias, config.rms_norm_eps)
         if why is not None:
             return f"{name} {why}"
+    return None
+
+
+def _lora_difference(name: str, layer: LoraLinear, shape: tuple[int, ...], has_bias: bool) -> str | None:
+    """What of an adapted layer is not as the kernels take it to be."""
+    if layer._modules.keys() != {"lora_A", "lora_B"}:
+        return f"{name} has other modules than lora_A and lora_B"
+    a, b = layer._modules["lora_A"], layer._modules["lora_B"]
+    r = a.out_features if isinstance(a, nn.Linear) else 0
+    parts = (
+        (name, layer, LoraLinear, shape, has_bias),
+        (f"{name}.lora_A", a, nn.Linear, (r, shape[1]), False),
+        (f"{name}.lora_B", b, nn.Linear, (shape[0], r), False),
+    )
+    for part, module, kind, of_weight, biased in parts:
+        why = _difference(module, kind, of_weight, biased, 0.0)
+        if why is not None:
+            return f"{part} {why}"
     return None
 
 
@@ -130,7 +155,7 @@ def _difference(
     if not shape:
         return None
     why = _parameter_difference(own["_parameters"].get("weight"), "weight", kind, shape)
-    if why is not None or kind is not nn.Linear:
+    if why is not None or not issubclass(kind, nn.Linear):
         return why
     bias = own["_parameters"].get("bias")
     if not has_bias:
@@ -143,7 +168,8 @@ def _parameter_difference(weight: Any, what: str, kind: type[nn.Module], shape: 
         return f"has no {what} of its own"
     if type(weight) is not nn.Parameter and type(weight) is not loaded("torch.distributed.tensor", "DTensor"):
         return f"has a {what} that is a {type(weight).__name__}"
-    if weight.dtype != torch.float32:
+    frozen_matrix = what == "weight" and issubclass(kind, nn.Linear) and not weight.requires_grad
+    if weight.dtype != torch.float32 and not (frozen_matrix and weight.dtype == torch.bfloat16):
         return f"is in {str(weight.dtype).removeprefix('torch.')}, not in float32"
     if not weight.is_cpu:
         return f"is on {weight.device}, not on the CPU"
