@@ -530,6 +530,8 @@ def test_a_minimind_mixture_goes_out_and_comes_back_with_one_expert_a_token(tmp_
         ({**MIXTURE, **MINIMIND, "num_experts_per_tok": 2}, "num_experts_per_tok=2"),
         ({**MIXTURE, **MINIMIND, "norm_topk_prob": False}, "norm_topk_prob=False"),
         ({"family": "llama", "rope_theta": 1e6}, "family"),
+        ({**MIXTURE, **MINIMIND, "family": "olmoe"}, "family"),  # whose norm of queries is over all heads
+        ({"family": "gemma3", "rope_theta": 1e6}, "family"),
         ({"rope_theta": 1e4}, "rope_theta"),
         ({"rope_theta": 1e6, "rms_norm_eps": 1e-5}, "rms_norm_eps"),
     ],

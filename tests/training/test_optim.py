@@ -70,7 +70,8 @@ def small_model(dtype: torch.dtype = torch.float64, **changes) -> CausalLM:
 EXPERTS = {"use_moe": True, "num_experts": 3, "moe_intermediate_size": 8}
 
 
-FAMILIES = [{"family": "qwen2"}, {"family": "gemma3"}]
+SHARED = {**EXPERTS, "family": "qwen2", "shared_expert_intermediate_size": 8}
+FAMILIES = [{"family": "qwen2"}, {"family": "gemma3"}, SHARED]
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, EXPERTS, *FAMILIES])
@@ -84,7 +85,8 @@ def test_muon_has_the_blocks_matrices_and_adamw_all_else(changes):
         mixes = name.endswith("_proj.weight")  # of attention, of an MLP, of each expert; not norms, tables, routers
         assert ("lr_ratio" in group) == mixes, name
         assert group["weight_decay"] == (0.5 if parameter.ndim == 2 else 0.0), name
-    assert sum("_proj.weight" in name for name, _ in model.named_parameters()) == (26 if changes is EXPERTS else 14)
+    matrices = 32 if changes is SHARED else 26 if changes is EXPERTS else 14
+    assert sum("_proj.weight" in name for name, _ in model.named_parameters()) == matrices
 
 
 def test_the_schedule_scales_muon_and_adamw_alike():

@@ -95,11 +95,11 @@ def save_minimind(model: LanguageModel, path: str | Path, *, dtype: torch.dtype 
     if not isinstance(model, CausalLM):
         raise ModelError(f"model.family={model.facts.family!r}: MiniMind has q/k-norm; export as hf")
     config = model.config
-    features = (config.qk_norm, config.norms, config.qkv_bias, config.rope_scaling)
-    if features != (_MINIMIND.qk_norm, _MINIMIND.norms, _MINIMIND.qkv_bias, None):
+    kinds = ("qk_norm", "qk_norm_of_all_heads", "qkv_bias", "norms", "offset_norms", "activation", "scaled_embedding")
+    if config.rope_scaling is not None or any(getattr(config, k) != getattr(_MINIMIND, k) for k in kinds):
         raise ModelError(
-            f"model.family={config.family!r}: MiniMind has q/k-norm, no bias, plain rotary embeddings, and no "
-            "norm of what a layer adds; export as hf"
+            f"model.family={config.family!r}: MiniMind has q/k-norm head by head, no bias, plain rotary embeddings, "
+            "and norms before attention and feed-forward alone; export as hf"
         )
     if (config.rope_theta, config.rms_norm_eps) != (_MINIMIND_ROPE_THETA, _MINIMIND_RMS_NORM_EPS):
         raise ModelError(
