@@ -38,7 +38,8 @@ def _absent(nearest: str, *peers: str) -> Option:
 
 _GLOBAL = "all samples of a step, so their samples per device x devices x accumulation steps"
 _SHARE = "a share of the rows; a number of rows is not taken"
-_LORA = "all weights are trained"
+_QUANTIZED = 'weights are kept in float32, with an adapter in model.frozen_dtype = "bfloat16"'
+_NO_DROPOUT = "0 alone: with dropout a step's gradient would depend on how the step is split"
 _NO_PADDING = "micro-batches contain no padding, and no sample sees another"
 _MIXED = '"bfloat16", "float16" or "float32"; weights and optimizer stay float32'
 _PATH = "files, folders or names of the hub"
@@ -151,17 +152,17 @@ PEERS: dict[str, Option] = {
     "use_moe": _key("model.use_moe", _MINIMIND),
     "router_aux_loss_coef": _key("model.aux_loss_coef", _TRL),
     "trust_remote_code": _absent("code that a folder brings is never run", _TRL, _FACTORY, _AXOLOTL),
-    "lora_r": _absent(_LORA, _TRL, _AXOLOTL),
-    "lora_rank": _absent(_LORA, _FACTORY, _SWIFT),
-    "lora_alpha": _absent(_LORA, _TRL, _FACTORY, _AXOLOTL, _SWIFT),
-    "lora_dropout": _absent(_LORA, _TRL, _FACTORY, _AXOLOTL, _SWIFT),
-    "lora_target": _absent(_LORA, _FACTORY),
-    "lora_target_modules": _absent(_LORA, _TRL, _AXOLOTL),
-    "target_modules": _absent(_LORA, _SWIFT),
-    "use_peft": _absent(_LORA, _TRL),
-    "finetuning_type": _absent(_LORA, _FACTORY),
-    "load_in_4bit": _absent(_LORA + ", in float32", _TRL, _AXOLOTL),
-    "load_in_8bit": _absent(_LORA + ", in float32", _TRL, _AXOLOTL),
+    "lora_r": _key("adapter.r", _TRL, _AXOLOTL),
+    "lora_rank": _key("adapter.r", _FACTORY, _SWIFT),
+    "lora_alpha": _key("adapter.alpha", _TRL, _FACTORY, _AXOLOTL, _SWIFT),
+    "lora_dropout": _key("adapter.dropout", _TRL, _FACTORY, _AXOLOTL, _SWIFT, remark=_NO_DROPOUT),
+    "lora_target": _key("adapter.targets", _FACTORY),
+    "lora_target_modules": _key("adapter.targets", _TRL, _AXOLOTL),
+    "target_modules": _key("adapter.targets", _SWIFT),
+    "use_peft": _key("adapter.kind", _TRL, remark='"lora", or "none" for all weights'),
+    "finetuning_type": _key("adapter.kind", _FACTORY, remark='"lora", or "none" for all weights'),
+    "load_in_4bit": _absent(_QUANTIZED, _TRL, _AXOLOTL),
+    "load_in_8bit": _absent(_QUANTIZED, _TRL, _AXOLOTL),
     # the optimizer
     "optim": _key("train.optimizer"),
     "adam_beta1": _key("train.betas", remark="both in one list"),
