@@ -6,7 +6,6 @@ never put onto weights that it was not trained on.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from pertoken.data.files.hashes import recall, remember, see
 from pertoken.errors import ModelError, RecipeError
 from pertoken.files import cache_folder, plain_file, sha256
-from pertoken.folders.files import read_json, save_tokenizer, weight_files
+from pertoken.folders.files import read_json, save_tokenizer, weight_files, write_json
 from pertoken.folders.weights import name_on_disk
 from pertoken.hf_fallback.adapter import adapt_fallback, adapted_layers, fan_in_fan_out, merge_fallback
 from pertoken.hf_fallback.model import FallbackLM
@@ -334,15 +333,15 @@ def save_adapter(
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    _write_json(folder / _CONFIG, config)
+    write_json(folder / _CONFIG, config)
     special = {"eos_token_id": eos_token_id}
     special |= {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "pad_token_id")}
-    _write_json(folder / "generation_config.json", {k: v for k, v in special.items() if v is not None})
+    write_json(folder / "generation_config.json", {k: v for k, v in special.items() if v is not None})
     state = _adapter_state(model) if weights is None else weights
     tensors = {_on_disk(model, name): tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     if adapter.base.files:
-        _write_json(folder / _BASE, {"format_version": _BASE_VERSION, "files": adapter.base.files})
+        write_json(folder / _BASE, {"format_version": _BASE_VERSION, "files": adapter.base.files})
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
 
@@ -352,7 +351,3 @@ def _targets(adapted: Sequence[str], modules: Collection[str]) -> list[str]:
     last = sorted({name.rpartition(".")[2] for name in adapted})
     meant = sum(name.rpartition(".")[2] in last for name in modules)
     return last if meant == len(adapted) else sorted(adapted)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
