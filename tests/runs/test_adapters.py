@@ -94,9 +94,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(world, base, tmp_path, d
     assert untimed(rows_of(tmp_path / "cut")) == untimed(whole)
     assert whole[-1]["loss"] < whole[0]["loss"] - 0.02
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
-        a, b = (load_file(folder_of(tmp_path / which) / name) for which in ("whole", "cut"))
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) for key in a)
+        a, b = ((folder_of(tmp_path / which) / name).read_bytes() for which in ("whole", "cut"))
+        assert a == b
 
 
 def test_plain_modules_train_the_same_adapter(world, run, base, tmp_path):

@@ -4,7 +4,8 @@
       config.json generation_config.json model.safetensors tokenizer files   what AutoModelForCausalLM opens; of an
                                                                              adapter what PeftModel opens:
                                                                              adapter_config.json and
-                                                                             adapter_model.safetensors
+                                                                             adapter_model.safetensors, and
+                                                                             pertoken_base.json, its base's checksums
       optimizer.safetensors                                                  optimizer tensors by parameter name; where
                                                                              FSDP2 shards them, a file for each rank
                                                                              and optimizer.index.json; none with

@@ -1,12 +1,11 @@
 """Adapters in and out, in peft's format: adapter_config.json, which names the base, and adapter_model.safetensors.
 
-The base's weights are not copied. Their checksums are kept in the metadata of the safetensors file, so that an adapter
-is never put onto weights that it was not trained on.
+The base's weights are not copied. Their checksums are kept in a file of our own beside these two, so that an adapter is
+never put onto weights that it was not trained on.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Sequence
@@ -14,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pertoken.data.files.hashes import recall, remember, see
 from pertoken.errors import ModelError, RecipeError
 from pertoken.files import cache_folder, plain_file, sha256
-from pertoken.folders.files import read_json, save_tokenizer, weight_files
+from pertoken.folders.files import read_json, save_tokenizer, weight_files, write_json
 from pertoken.folders.weights import name_on_disk
 from pertoken.hf_fallback.adapter import adapt_fallback, adapted_layers, fan_in_fan_out, merge_fallback
 from pertoken.hf_fallback.model import FallbackLM
@@ -51,7 +50,7 @@ __all__ = [
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_METADATA = "pertoken_base"
+_BASE, _BASE_VERSION = "pertoken_base.json", 1
 _TENSOR = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_[AB]\.weight")
 # Keys of adapter_config.json that are read here, or change nothing of what a saved adapter computes. Which layers are
 # adapted is read off the weights. All others must be null, false or empty.
@@ -108,27 +107,19 @@ def _is_number(value: object) -> bool:
 _MERGE = "merge it into its model (peft's merge_and_unload) and name that one's folder"
 
 
-def _open_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of the adapter's file by their names, and its metadata."""
-    path = folder / _WEIGHTS
-    if not path.exists() and (folder / "adapter_model.bin").exists():
-        raise ModelError(
-            f"{folder / 'adapter_model.bin'}: pertoken does not unpickle adapters; open it with peft and save it again"
-        )
-    try:
-        with safe_open(plain_file(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: cannot be read ({reason(error)}); copy or download it again") from None
-
-
 def _base_files(folder: Path) -> dict[str, str]:
     """The checksums of the base's files, where pertoken has written the adapter."""
-    try:
-        known = json.loads(_open_weights(folder)[1].get(_METADATA, "{}"))
-    except (ValueError, RecursionError):
-        known = {}
-    return {str(name): str(digest) for name, digest in known.items()} if isinstance(known, dict) else {}
+    path = folder / _BASE
+    if not path.exists():
+        return {}
+    values = read_json(path)
+    if values.get("format_version") != _BASE_VERSION:
+        version = shown(values.get("format_version"))
+        raise ModelError(f"{path}: format_version={version}: this version of pertoken reads {_BASE_VERSION}; update it")
+    files = values.get("files")
+    if not isinstance(files, dict):
+        raise ModelError(f"{path}: files={shown(files)}: not an object of checksums; copy the adapter again")
+    return {str(name): str(digest) for name, digest in files.items()}
 
 
 def base_folder(folder: Path, base: Base) -> Path:
@@ -172,7 +163,15 @@ def check_base(folder: Path, adapter: Adapter, where: Path) -> None:
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     """By module and matrix, "model.layers.0.self_attn.q_proj.lora_A.weight"."""
-    path, (tensors, _) = folder / _WEIGHTS, _open_weights(folder)
+    path = folder / _WEIGHTS
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise ModelError(
+            f"{folder / 'adapter_model.bin'}: pertoken does not unpickle adapters; open it with peft and save it again"
+        )
+    try:
+        tensors = load_file(plain_file(path))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read ({reason(error)}); copy or download it again") from None
     other = sorted(name for name in tensors if not _TENSOR.fullmatch(name))
     if other or not tensors:
         what = listed(other) if other else "no tensor"
@@ -334,13 +333,15 @@ def save_adapter(
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    _write_json(folder / _CONFIG, config)
+    write_json(folder / _CONFIG, config)
     special = {"eos_token_id": eos_token_id}
     special |= {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "pad_token_id")}
-    _write_json(folder / "generation_config.json", {k: v for k, v in special.items() if v is not None})
+    write_json(folder / "generation_config.json", {k: v for k, v in special.items() if v is not None})
     state = _adapter_state(model) if weights is None else weights
     tensors = {_on_disk(model, name): tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt", _METADATA: json.dumps(adapter.base.files)})
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    if adapter.base.files:
+        write_json(folder / _BASE, {"format_version": _BASE_VERSION, "files": adapter.base.files})
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
 
@@ -350,7 +351,3 @@ def _targets(adapted: Sequence[str], modules: Collection[str]) -> list[str]:
     last = sorted({name.rpartition(".")[2] for name in adapted})
     meant = sum(name.rpartition(".")[2] in last for name in modules)
     return last if meant == len(adapted) else sorted(adapted)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ from pertoken.errors import ModelError
 from pertoken.files import plain_file, plain_files
 from pertoken.text import names, reason, shown
 
-__all__ = ["check_fallback", "count_weights", "read_json", "save_tokenizer", "weight_files"]
+__all__ = ["check_fallback", "count_weights", "read_json", "save_tokenizer", "weight_files", "write_json"]
 
 
 _MOST_EXPERTS = 100_000  # a layer's may be one tensor, so their number does not show in that of the tensors
@@ -35,6 +35,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelError(f"{path}: not a JSON object; copy or download it again")
     return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """As Hugging Face writes it. Raises OSError."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -5,7 +5,6 @@ What the decoder cannot compute is refused by name, never approximated.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from pertoken.errors import ModelError
 from pertoken.files import plain_file
 from pertoken.folders.config import config_from_hf, config_to_hf, family_of
-from pertoken.folders.files import read_json, save_tokenizer, weight_files
+from pertoken.folders.files import read_json, save_tokenizer, weight_files, write_json
 from pertoken.model.aligned import aligned
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.model import ResolvedModelConfig
@@ -128,16 +127,12 @@ def save_folder(
     }
     special = {"eos_token_id": eos_token_id, "bos_token_id": getattr(tokenizer, "bos_token_id", None)}
     config = config_to_hf(model.config, dtype=dtype or model.head_weight.dtype, **special)
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     special["pad_token_id"] = getattr(tokenizer, "pad_token_id", None)
-    _write_json(folder / "generation_config.json", {k: v for k, v in special.items() if v is not None})
+    write_json(folder / "generation_config.json", {k: v for k, v in special.items() if v is not None})
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
