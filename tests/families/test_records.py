@@ -70,6 +70,17 @@ def test_no_other_file_tests_for_a_family_by_name(path):
     assert found <= ALLOWED.get(str(path.relative_to(SOURCE)), set())
 
 
+def test_the_page_of_models_has_every_type_by_its_name_in_a_recipe():
+    page = (SOURCE.parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    lines = [row.split("|") for row in page.splitlines() if row.startswith("| `") and "`model_type`" not in row]
+    rows = {cells[1].strip(): cells[2].strip() for cells in lines}
+    found = {key.split("`")[1]: name.split("`")[1::2] for key, name in rows.items()}
+    assert found.keys() == FAMILIES.keys()
+    for name, family in FAMILIES.items():
+        has_experts = family.experts is not None and family.experts.switch is None
+        assert found[name] == [family.recipe_name, *(["use_moe"] if has_experts else [])]
+
+
 def test_reading_a_record_imports_nothing_heavy():
     code = "import sys, pertoken.families; print([m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
