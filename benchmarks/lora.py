@@ -44,12 +44,12 @@ def main() -> None:
         settings=found.settings(arguments),
         rows=found.rows,
         claims=[
-            claim(f"LoRA, times against {fastest}", ratio(speed.get(OURS), speed.get(fastest)), at_least=2.0, aim=3),
+            claim(f"LoRA, times against {fastest}", ratio(speed.get(OURS), speed.get(fastest)), at_least=2.5, aim=3),
             claim(
                 f"LoRA with a bf16 base, peak memory against {smallest}",
                 ratio(peak.get(OURS_LOW), peak.get(smallest)),
-                at_most=0.6,
-                aim=0.4,
+                at_most=0.4,
+                aim=0.3,
             ),
         ],
         notes=[f"{name}: {reason}" for name, reason in found.reasons.items()],
