@@ -16,6 +16,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
 LIGHT = [
     "bench",
+    "families",
     "finetune",
     "head",
     "lora",
