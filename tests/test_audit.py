@@ -109,7 +109,7 @@ PLANTED: list[tuple[str, Any, str]] = [  # (kind, row, what the problem says)
         "",
     ),
     ("assistant_first", {"messages": [{"role": "assistant", "content": "Hi"}, *_chat("who", "me")["messages"]]}, ""),
-    ("duplicate", None, "already"),
+    ("empty_message", _chat("", "what?"), "empty"),
     ("duplicate", None, "already"),
     ("unused_key", _chat("where from", "here", source="web"), "source"),
 ]

@@ -225,7 +225,7 @@ def _problems(recipe: Recipe, data: RunData, *, held_out: bool) -> list[Problem]
             findings.extend(store.report.findings)
         if recipe.stage == "sft":
             find_answers(store, ends, recipe.data.max_seq_len, findings)
-        find_duplicates(store, findings)
+        find_duplicates(store, train[: train.index(store)] if store in train else [], findings)
         if store in evaluation and not held_out:
             find_in_both(train, store, findings)
         for kind in findings.kinds():
@@ -265,13 +265,13 @@ def _problems(recipe: Recipe, data: RunData, *, held_out: bool) -> list[Problem]
 
 def _not_as_rendered(recipe: Recipe, data: RunData) -> Iterator[Problem]:
     """Some samples, and the longest ones, against a second reading of their rows, as the proof makes it."""
-    train = data.train
-    spread = np.linspace(0, len(train) - 1, num=min(len(train), _CHECKED), dtype=np.int64)
-    longest = np.argsort(train.lengths, kind="stable")[-_CHECKED_LONGEST:]
-    ids = list(dict.fromkeys(int(i) for i in (*spread, *longest)))
-    for i, how in trained_otherwise(train, ids, recipe, data.tokenizer).items():
-        what = f"1 sample is not what its row and the chat template say: {how}"
-        yield Problem("not_as_rendered", True, what, 1, (train.where(i),))
+    for samples in filter(None, (data.train, data.eval)):
+        spread = np.linspace(0, len(samples) - 1, num=min(len(samples), _CHECKED), dtype=np.int64)
+        longest = np.argsort(samples.lengths, kind="stable")[-_CHECKED_LONGEST:]
+        ids = list(dict.fromkeys(int(i) for i in (*spread, *longest)))
+        for i, how in trained_otherwise(samples, ids, recipe, data.tokenizer).items():
+            what = f"1 sample is not what its row and the chat template say: {how}"
+            yield Problem("not_as_rendered", True, what, 1, (samples.where(i),))
 
 
 def _rows(count: int) -> str:

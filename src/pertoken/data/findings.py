@@ -69,6 +69,7 @@ KINDS: dict[str, Kind] = {
         "{count} conversations with two messages of the user, or two of the assistant, one after the other", harms=False
     ),
     "assistant_first": Kind("{count} conversations that begin with the assistant", harms=False),
+    "empty_message": Kind("{count} conversations with an empty message of the user or the system", harms=False),
     "replacement_characters": Kind(
         "{count} rows with the replacement character U+FFFD, which stands for text that was lost before", harms=True
     ),

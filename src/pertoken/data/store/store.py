@@ -5,9 +5,10 @@ A store is a folder of the cache (`folder.py`), named by a hash over everything 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, SupportsIndex
+from typing import Literal, SupportsIndex
 
 import numpy as np
 
@@ -18,9 +19,6 @@ from pertoken.data.store.columns import Columns
 from pertoken.data.store.report import StoreReport
 from pertoken.errors import DataError
 from pertoken.text import one_line
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Part", "Store"]
 
@@ -137,7 +135,7 @@ class Store:
         return f"{self.files[self._columns.value('file', row)]}:{self._columns.value('line', row)}"
 
     def subset(self, *, max_rows: int | None = None, fraction: float | None = None) -> Store:
-        """The samples of `max_rows` of the distinct rows, or of that fraction of them (rounded, at least one).
+        """The samples of `max_rows` of the distinct rows, or of that fraction of them (to the nearest, at least one).
 
         Rows are chosen by their content: the same in every run, and a larger subset contains the smaller ones.
         Duplicates of a chosen row come with it.
@@ -149,6 +147,14 @@ class Store:
         if max_rows >= len(rows):
             return self
         return self._select(self.row_digests <= rows[max_rows - 1], f"{max_rows:,} of {len(rows):,} distinct rows")
+
+    def without(self, digests: Sequence[np.ndarray]) -> Store:
+        """The samples of all rows but those of `digests`, which other sources hold out; this store if it has none."""
+        outside = np.isin(self.row_digests, np.concatenate(digests)) if digests else np.zeros(len(self), dtype=np.bool_)
+        if not outside.any():
+            return self
+        rows = len(np.unique(self.row_digests[outside]))
+        return self._select(~outside, f"all rows but {rows:,}, which other sources hold out for evaluation")
 
     def split(self, eval_fraction: float, eval_split: Literal["rows", "tail"]) -> tuple[Store, Store]:
         """(train, eval), together every sample once; the same in every run.
