@@ -19,7 +19,8 @@ from pertoken.data.formats import FORMATS, Conversation, formats_that_give, read
 from pertoken.data.store.build import build_store
 from pertoken.errors import RecipeError
 from pertoken.families import FAMILIES, Family
-from pertoken.folders.config import NotCovered, config_from_hf
+from pertoken.folders.config import config_from_hf
+from pertoken.folders.refusals import NotCovered
 from pertoken.folders.weights import load_folder, save_folder
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.model import ModelConfig

@@ -13,5 +13,4 @@ LLAMA = Family(
     rope_theta=1e4,
     defaults={"max_position_embeddings": 2048, "rope_theta": 1e4, "tie_word_embeddings": False},
     constants={"attention_bias": False, "mlp_bias": False},
-    rope_types=("default", "llama3"),
 )
