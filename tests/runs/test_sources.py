@@ -160,9 +160,16 @@ def test_a_resume_is_bitwise_and_another_mixture_is_refused(world: World, tmp_pa
     assert all(np.array_equal(one[name].numpy(), two[name].numpy()) for name in one)
     assert untimed(rows_of(tmp_path / "run"))[4:] == untimed(rows_of(tmp_path / "again"))[4:]
     values["data"]["sources"][1]["repeat"] = 2
-    with pytest.raises(RecipeError, match=r"data\.sources="):
+    with pytest.raises(RecipeError) as refused:
         pertoken.train(Recipe.parse(values), resume=True)
+    assert str(refused.value).startswith("data.sources.1.repeat=2: was 3 when step-")
+    assert "\n" not in str(refused.value)
     values["data"]["sources"][1]["repeat"] = 3
+    without = {**values, "data": {**values["data"], "sources": values["data"]["sources"][:2]}}
+    with pytest.raises(
+        RecipeError, match=r"^data\.sources=\['chats', 'asked'\]: was \['chats', 'asked', 'half'\] when"
+    ):
+        pertoken.train(Recipe.parse(without), resume=True)
     moved.write_text(moved.read_text().replace("red", "sun", 1))
     with pytest.raises(pertoken.errors.CheckpointError, match="training data is not what"):
         pertoken.train(Recipe.parse(values), resume=True)
@@ -247,7 +254,10 @@ def test_a_row_that_one_source_holds_out_is_trained_through_no_other(world: Worl
     assert len(held_out) == 8
     assert not np.isin(held_out, trained).any()
     assert len(train) == 32 + 32 + 10
-    assert any("more: chosen: all rows but 8, which other sources hold out" in note for note in train.notes())
+    assert any(
+        "more: chosen: all rows but 8, left out of training: other sources hold them out" in note
+        for note in train.notes()
+    )
     assert prepare(recipe)[0].fingerprint == train.fingerprint
     sources = _copied(tmp_path)
     sources[0]["eval_fraction"] = 0.1
@@ -279,3 +289,27 @@ def test_a_copy_of_a_file_under_another_name_is_no_second_source(world: World, t
     says = r"copy\.jsonl: the same content as .*chats\.jsonl, in two of .*, chats and copy; .* repeat = 2"
     with pytest.raises(DataError, match=says):
         prepare(Recipe.parse(_values(world, tmp_path, sources)))
+
+
+def test_a_row_of_the_evaluation_path_is_trained_through_no_source(world: World, tmp_path: Path) -> None:
+    sources = [{**source, "eval_fraction": 0} for source in _copied(tmp_path)]
+    held_out = tmp_path / "held-out.jsonl"
+    rows = Path(sources[0]["path"]).read_text().splitlines(keepends=True)
+
+    def data(lines: list[str]) -> tuple[Any, Any]:
+        held_out.write_text("".join(lines))
+        values = _values(world, tmp_path, sources)
+        values["data"]["eval_path"] = str(held_out)
+        return prepare(Recipe.parse(values))
+
+    train, evaluation = data(rows[:3])
+    trained = np.concatenate([part.store.row_digests for part in train.parts])
+    assert (len(train), len(evaluation)) == (37 + 37 + 10, 3)
+    assert not np.isin(evaluation.row_digests, trained).any()
+    for name in ("chats", "more"):
+        said = f"{name}: chosen: all rows but 3, left out of training: data.eval_path has them too"
+        assert said in train.notes()
+    assert data(rows[:3])[0].fingerprint == train.fingerprint
+    assert data(rows[1:4])[0].fingerprint != train.fingerprint
+    with pytest.raises(DataError, match=r"data\.eval_path has every row of chats too"):
+        data(rows)

@@ -15,8 +15,9 @@ import numpy as np
 from pertoken.data.batch.sample import Sample, as_count
 from pertoken.data.store.store import Part
 from pertoken.errors import DataError
+from pertoken.text import counted
 
-__all__ = ["Mixture", "keep_apart", "refuse_shared_files"]
+__all__ = ["Mixture", "keep_apart", "leave_out", "refuse_shared_files"]
 
 
 class Mixture:
@@ -93,7 +94,9 @@ class Mixture:
         for part in self.parts:
             times = f"{part.repeat} x " if part.repeat > 1 else ""
             share = part.store.count() * part.repeat / total if total else 0.0
-            shares.append(f"{part.name} {times}{len(part.store):,} samples ({share:.1%} of the supervised tokens)")
+            shares.append(
+                f"{part.name} {times}{counted(len(part.store), 'sample')} ({share:.1%} of the supervised tokens)"
+            )
         own = [f"{part.name}: {note}" for part in self.parts for note in part.store.notes()]
         return [f"sources: {', '.join(shares)}", *own]
 
@@ -117,6 +120,20 @@ def refuse_shared_files(parts: Sequence[Part]) -> None:
                 )
 
 
+def leave_out(train: Sequence[Part], evaluation: Part) -> list[Part]:
+    """`train` without the rows that `data.eval_path` has too. Raises DataError for a source with no row left."""
+    kept = []
+    for part in train:
+        store = part.store.without([evaluation.store.row_digests], "data.eval_path has them too")
+        if not len(store):
+            raise DataError(
+                f"data.sources: data.eval_path has every row of {part.name} too; leave the source out, or name other "
+                "data there"
+            )
+        kept.append(replace(part, store=store))
+    return kept
+
+
 def keep_apart(train: Sequence[Part], held_out: Sequence[Part], eval_split: Literal["rows", "tail"]) -> list[Part]:
     """`train` without the rows that another source holds out: none is trained through a copy of it.
 
@@ -125,7 +142,7 @@ def keep_apart(train: Sequence[Part], held_out: Sequence[Part], eval_split: Lite
     kept = []
     for part in train:
         others = [other for other in held_out if other.name != part.name]
-        store = part.store.without([other.store.row_digests for other in others])
+        store = part.store.without([other.store.row_digests for other in others], "other sources hold them out")
         if store is not part.store and eval_split == "tail":
             raise DataError(
                 f'data.eval_split="tail": {part.name} has a document that another of [[data.sources]] has too, whose '
