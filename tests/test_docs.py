@@ -104,7 +104,7 @@ def test_the_format_of_the_docs_is_one_file_and_one_line_of_the_dict(
     assert bpe_tokenizer.decode(store[0].tokens).startswith("<|im_start|>user\nAdd.\n\n2+2<|im_end|>")
     formats, note = store.report.notes()
     assert formats == "formats: headline (2 rows)"
-    assert note.endswith(f": id (1 rows, the first {file}:1)"), "what is not read is said"
+    assert note.endswith(f": id (1 row, the first {file}:1)"), "what is not read is said"
     assert to_conversation(Record("a", 1, row, 0, 0)) == to_conversation(Record("a", 1, row, 0, 0), "headline")
     assert str(to_conversation(Record("a", 1, row | {"headline": ""}, 0, 0))).startswith("a:1: headline: no text, so")
 

@@ -160,9 +160,16 @@ def test_a_resume_is_bitwise_and_another_mixture_is_refused(world: World, tmp_pa
     assert all(np.array_equal(one[name].numpy(), two[name].numpy()) for name in one)
     assert untimed(rows_of(tmp_path / "run"))[4:] == untimed(rows_of(tmp_path / "again"))[4:]
     values["data"]["sources"][1]["repeat"] = 2
-    with pytest.raises(RecipeError, match=r"data\.sources="):
+    with pytest.raises(RecipeError) as refused:
         pertoken.train(Recipe.parse(values), resume=True)
+    assert str(refused.value).startswith("data.sources.1.repeat=2: was 3 when step-")
+    assert "\n" not in str(refused.value)
     values["data"]["sources"][1]["repeat"] = 3
+    without = {**values, "data": {**values["data"], "sources": values["data"]["sources"][:2]}}
+    with pytest.raises(
+        RecipeError, match=r"^data\.sources=\['chats', 'asked'\]: was \['chats', 'asked', 'half'\] when"
+    ):
+        pertoken.train(Recipe.parse(without), resume=True)
     moved.write_text(moved.read_text().replace("red", "sun", 1))
     with pytest.raises(pertoken.errors.CheckpointError, match="training data is not what"):
         pertoken.train(Recipe.parse(values), resume=True)
@@ -247,7 +254,10 @@ def test_a_row_that_one_source_holds_out_is_trained_through_no_other(world: Worl
     assert len(held_out) == 8
     assert not np.isin(held_out, trained).any()
     assert len(train) == 32 + 32 + 10
-    assert any("more: chosen: all rows but 8, which other sources hold out" in note for note in train.notes())
+    assert any(
+        "more: chosen: all rows but 8, left out of training: other sources hold them out" in note
+        for note in train.notes()
+    )
     assert prepare(recipe)[0].fingerprint == train.fingerprint
     sources = _copied(tmp_path)
     sources[0]["eval_fraction"] = 0.1

@@ -15,6 +15,7 @@ import numpy as np
 from pertoken.data.batch.sample import Sample, as_count
 from pertoken.data.store.store import Part
 from pertoken.errors import DataError
+from pertoken.text import counted
 
 __all__ = ["Mixture", "keep_apart", "refuse_shared_files"]
 
@@ -93,7 +94,9 @@ class Mixture:
         for part in self.parts:
             times = f"{part.repeat} x " if part.repeat > 1 else ""
             share = part.store.count() * part.repeat / total if total else 0.0
-            shares.append(f"{part.name} {times}{len(part.store):,} samples ({share:.1%} of the supervised tokens)")
+            shares.append(
+                f"{part.name} {times}{counted(len(part.store), 'sample')} ({share:.1%} of the supervised tokens)"
+            )
         own = [f"{part.name}: {note}" for part in self.parts for note in part.store.notes()]
         return [f"sources: {', '.join(shares)}", *own]
 
@@ -125,7 +128,7 @@ def keep_apart(train: Sequence[Part], held_out: Sequence[Part], eval_split: Lite
     kept = []
     for part in train:
         others = [other for other in held_out if other.name != part.name]
-        store = part.store.without([other.store.row_digests for other in others])
+        store = part.store.without([other.store.row_digests for other in others], "other sources hold them out")
         if store is not part.store and eval_split == "tail":
             raise DataError(
                 f'data.eval_split="tail": {part.name} has a document that another of [[data.sources]] has too, whose '

@@ -5,6 +5,7 @@ A store is a folder of the cache (`folder.py`), named by a hash over everything 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from pertoken.data.files.records import BadRow
 from pertoken.data.store.columns import Columns
 from pertoken.data.store.report import StoreReport
 from pertoken.errors import DataError
-from pertoken.text import one_line
+from pertoken.text import counted, one_line
 
 __all__ = ["Part", "Store"]
 
@@ -121,7 +122,7 @@ class Store:
         """What became of the rows, a line each; of several files what each gave."""
         samples = self.sums_by_file(np.ones(len(self)))
         files = [
-            one_line(f"{file}: {counts.rows:,} rows, {int(count):,} samples{counts.lost()}")
+            one_line(f"{file}: {counted(counts.rows, 'row')}, {counted(int(count), 'sample')}{counts.lost()}")
             for file, counts, count in zip(self.files, self.report.by_file, samples, strict=True)
         ]
         if len(files) > _FILES_SHOWN:
@@ -148,13 +149,14 @@ class Store:
             return self
         return self._select(self.row_digests <= rows[max_rows - 1], f"{max_rows:,} of {len(rows):,} distinct rows")
 
-    def without(self, digests: Sequence[np.ndarray]) -> Store:
-        """The samples of all rows but those of `digests`, which other sources hold out; this store if it has none."""
+    def without(self, digests: Sequence[np.ndarray], why: str) -> Store:
+        """The samples of all rows but those of `digests`; this store if it has none. `why`, for the summary."""
         outside = np.isin(self.row_digests, np.concatenate(digests)) if digests else np.zeros(len(self), dtype=np.bool_)
         if not outside.any():
             return self
-        rows = len(np.unique(self.row_digests[outside]))
-        return self._select(~outside, f"all rows but {rows:,}, which other sources hold out for evaluation")
+        left_out = np.unique(self.row_digests[outside])
+        which = hashlib.sha256(left_out.tobytes()).hexdigest()
+        return self._select(~outside, f"all rows but {len(left_out):,}, left out of training: {why}", which)
 
     def split(self, eval_fraction: float, eval_split: Literal["rows", "tail"]) -> tuple[Store, Store]:
         """(train, eval), together every sample once; the same in every run.
@@ -205,7 +207,7 @@ class Store:
         column = self._columns.column(name)
         return column if self._ids is None else column[self._ids]
 
-    def _select(self, chosen: np.ndarray, how: str) -> Store:
+    def _select(self, chosen: np.ndarray, *how: str) -> Store:
         ids = np.flatnonzero(chosen) if self._ids is None else self._ids[chosen]
         return Store(
             self._columns,
@@ -215,7 +217,7 @@ class Store:
             contents=self._contents,
             report=self.report,
             ids=ids,
-            choice=(*self.choice, how),
+            choice=(*self.choice, *how),
         )
 
 
