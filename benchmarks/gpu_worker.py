@@ -41,6 +41,7 @@ from pertoken.recipe.model import ModelConfig, ResolvedModelConfig
 from pertoken.recipe.schema import Recipe
 from pertoken.runs.computation import Computation, samples_of, update
 from pertoken.tracking.reporter import Reporter
+from pertoken.training.cuda_graphs import graphs_for
 from pertoken.training.optimizers import build_optimizer
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState
@@ -163,7 +164,13 @@ class Steps:
 
 
 def pertoken(
-    steps: Steps, engine: str, *, low_base: bool = False, loss_impl: str = "auto", checkpointing: bool = False
+    steps: Steps,
+    engine: str,
+    *,
+    low_base: bool = False,
+    loss_impl: str = "auto",
+    checkpointing: bool = False,
+    graphs: bool = False,
 ) -> Callable[[int], None]:
     work, device = steps.work, steps.device
     keys = {"dtype": "bfloat16", "learning_rate": LR, "weight_decay": DECAY, "betas": BETAS, "grad_clip": CLIP}
@@ -190,6 +197,8 @@ def pertoken(
         kernels=choice.kernels("bfloat16", device),
         execution=execution,
     )
+    if graphs:
+        state.graphs = graphs_for(model, state.objective, precision, execution)
     budget = recipe.train.micro_batch_tokens
     computation = Computation(recipe, model, state, steps.samples, steps.count, budget, Reporter())  # type: ignore[arg-type]
 
@@ -317,6 +326,8 @@ def trl(steps: Steps, *, liger: bool, low_base: bool = False) -> None:
 FULL: dict[str, Callable[[Steps], Callable[[int], None] | None]] = {
     "pertoken": lambda steps: pertoken(steps, "plain"),
     "pertoken, compiled": lambda steps: pertoken(steps, "compile"),
+    "pertoken, graphs": lambda steps: pertoken(steps, "plain", graphs=True),
+    "pertoken, compiled, graphs": lambda steps: pertoken(steps, "compile", graphs=True),
     "pertoken, compiled, Liger head": lambda steps: pertoken(steps, "compile", loss_impl="liger"),
     "transformers, padded": padded_loop,
     "TRL": lambda steps: trl(steps, liger=False),
@@ -326,6 +337,8 @@ ADAPTER: dict[str, Callable[[Steps], Callable[[int], None] | None]] = {
     "pertoken": lambda steps: pertoken(steps, "plain"),
     "pertoken, bf16 base": lambda steps: pertoken(steps, "plain", low_base=True),
     "pertoken, bf16 base, compiled": lambda steps: pertoken(steps, "compile", low_base=True),
+    "pertoken, bf16 base, graphs": lambda steps: pertoken(steps, "plain", low_base=True, graphs=True),
+    "pertoken, bf16 base, compiled, graphs": lambda steps: pertoken(steps, "compile", low_base=True, graphs=True),
     "transformers + peft, bf16 base, padded": lambda steps: padded_loop(steps, low_base=True),
     "TRL + peft": lambda steps: trl(steps, liger=False),
     "TRL + peft, bf16 base": lambda steps: trl(steps, liger=False, low_base=True),

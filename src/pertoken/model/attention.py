@@ -70,19 +70,27 @@ class AttentionLayout:
     rectangles: tuple[tuple[int, int], ...]
     positions: Tensor | None
     cu_seqlens: Tensor | None = None
-    max_length: int = 0  # of a document
+    max_length: int = 0  # no document is longer
     fewer_keys: bool = False  # with `cu_seqlens`: the kernel takes fewer key-value heads than query heads
     # Pairs of a query and a key: the documents' own, the sum of T^2 (future keys included), and what padding adds.
     pairs: int = 0
     padding_pairs: int = 0
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device, *, cu_seqlens: Tensor | None = None) -> AttentionLayout:
+    def of(
+        cls,
+        lengths: Sequence[int],
+        device: torch.device,
+        *,
+        cu_seqlens: Tensor | None = None,
+        longest: int | None = None,
+    ) -> AttentionLayout:
         """The layout of consecutive documents of the given lengths, its index on `device`.
 
-        `cu_seqlens` are theirs, on `device`, and given where `which_attention` says "varlen".
+        `cu_seqlens` are theirs, on `device`, and given where `which_attention` says "varlen". No document is longer
+        than `longest`, which is the greatest of `lengths` if not given.
         """
-        pairs, longest = sum(t * t for t in lengths), max(lengths, default=0)
+        pairs, longest = sum(t * t for t in lengths), longest or max(lengths, default=0)
         if cu_seqlens is not None and lengths:  # the kernel refuses an empty batch
             return cls((), None, cu_seqlens, longest, _varlen_takes_fewer_keys(), pairs)
         rectangles = _cut_into_rectangles(lengths)

@@ -28,6 +28,11 @@ class Objective:
 
     row_terms: tuple[RowTerm, ...] = ()
 
+    @property
+    def names(self) -> list[str]:
+        """Of the terms of a model without experts."""
+        return ["loss", *(term.name for term in self.row_terms)]
+
 
 CROSS_ENTROPY = Objective()  # alone
 
@@ -56,8 +61,9 @@ class LossOutput:
         """All terms by name; "loss", the cross entropy, comes first."""
         return {"loss": Term(self.loss_sum, "supervised"), **self.more_terms}
 
-    def objective(self, denominators: Mapping[str, float]) -> Tensor:
-        """This micro-batch's part of L, 0-d. `denominators` are the whole step's, over all micro-batches and ranks.
+    def objective(self, denominators: Mapping[str, float] | Mapping[str, Tensor]) -> Tensor:
+        """This micro-batch's part of L, 0-d. `denominators` are the whole step's, over all micro-batches and ranks, as
+        numbers or 0-d.
 
         Raises KeyError for a denominator that the plan does not count.
         """

@@ -42,6 +42,8 @@ class TrainConfig(Section):
     seed: int = Field(default=42, ge=0)
     micro_batch_tokens: int = Field(default=8192, ge=1)
     engine: Annotated[str, AfterValidator(lambda name: known_name(name, ["auto", *ENGINES]))] = "auto"
+    # Whether passes on a GPU are recorded and played again, which a small model gains from. None: where that can be.
+    cuda_graphs: bool | None = None
     loss_impl: Literal["auto", "liger", "cce"] = "auto"
     activation_checkpointing: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"

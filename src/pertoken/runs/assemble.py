@@ -35,6 +35,7 @@ from pertoken.tracking.metrics_file import MetricsFile
 from pertoken.tracking.reporter import Reporter
 from pertoken.tracking.summary import Summary
 from pertoken.tracking.trackers import open_trackers
+from pertoken.training.cuda_graphs import Graphs, graphs_for, why_no_graphs
 from pertoken.training.optimizers import build_optimizer
 from pertoken.training.parallel import World, parallelize
 from pertoken.training.precision import Precision, resolve_device
@@ -51,6 +52,9 @@ __all__ = [
     "summary_of",
     "verified_probe",
 ]
+
+# Parameters times tokens of a micro-batch: beyond that a GPU computes for longer than the host launches.
+_WORTH_A_GRAPH = 8e12
 
 
 def count_steps(recipe: Recipe, num_samples: int) -> int:
@@ -104,8 +108,24 @@ def set_up_computation(
         objective=objective_of(train),
         kernels=kernels,
         execution=choice.execution,
+        graphs=_graphs(recipe, model, precision, world, choice),
     )
     return Computation(recipe, model, state, data.train, total_steps, token_budget, reporter)
+
+
+def _graphs(recipe: Recipe, model: LanguageModel, precision: Precision, world: World, choice: Choice) -> Graphs | None:
+    """What plays the passes again, where `train.cuda_graphs` and the model's size ask for it. Raises RecipeError."""
+    train = recipe.train
+    if train.cuda_graphs is False:
+        return None
+    why = why_no_graphs(model, precision, choice.execution, ranks=world.size)
+    if why is not None:
+        if train.cuda_graphs:
+            raise RecipeError(f"train.cuda_graphs=true: {why}; leave the key out")
+        return None
+    if train.cuda_graphs is None and model.num_active_parameters * train.micro_batch_tokens > _WORTH_A_GRAPH:
+        return None
+    return graphs_for(model, objective_of(train), precision, choice.execution)
 
 
 def verified_probe(computation: Computation, checkpoint: Checkpoint | None, *, compiled: bool, force: bool) -> Probe:

@@ -159,6 +159,8 @@ def _step_within_memory(
         while len(rank_share(computation, this).micro_batches) == len(share.micro_batches):
             computation.token_budget = max(1, computation.token_budget // 2)
         forget_blocks()
+        if state.graphs is not None:
+            state.graphs.clear()
         if state.precision.device.type == "cuda":
             torch.cuda.empty_cache()
         budget = computation.token_budget

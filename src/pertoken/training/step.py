@@ -21,7 +21,8 @@ from pertoken.data.batch.share import Share, counts_of
 from pertoken.kernels.ops import Kernels
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.protocol import TorchModule
-from pertoken.objective.terms import CROSS_ENTROPY, Objective, Term
+from pertoken.objective.terms import CROSS_ENTROPY, Objective
+from pertoken.training.cuda_graphs import Graphs, Metrics
 from pertoken.training.faults import nearest_bad_gradient
 from pertoken.training.norms import clip, total_norm
 from pertoken.training.parallel import World, synchronized
@@ -65,6 +66,7 @@ class TrainState:
     objective: Objective = CROSS_ENTROPY
     kernels: Kernels | None = None  # for the norm, where the run has them
     execution: Execution = PLAIN
+    graphs: Graphs | None = None  # plays the passes of a GPU again, where they can be recorded
     changed: bool = False  # weights, optimizer or scaler, since the loop has last cleared it
 
     def backward(self, objective: torch.Tensor) -> None:
@@ -134,17 +136,23 @@ def train_step(
     assert denominators["supervised"] > 0, "a step without a supervised token has no mean"
     state.model.train()
     loss_scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
-    metrics, terms = [], dict[str, Term]()
+    metrics: list[Metrics] = []
+    terms: list[str] = []
     try:
+        graphs = state.graphs if state.graphs is not None and state.graphs.begin() else None
         with state.execution.keeping_casts() as execution:
             for i, micro_batch in enumerate(share.micro_batches, start=1):
+                if graphs is not None:
+                    metrics.append(graphs.run(micro_batch, denominators))
+                    terms = state.objective.names
+                    continue
                 with synchronized(state.model, now=i == len(share.micro_batches)):
                     with state.precision.autocast():
                         out = state.model(micro_batch.to(state.precision.device), execution, objective=state.objective)
                     # What wraps the model averages gradients over ranks; this makes it a sum.
                     state.backward(out.objective(denominators) * state.world.size)
                 metrics.append(out.metrics)
-                terms = out.terms
+                terms = list(out.terms)
         totals = _Totals(metrics, [counts_of(m) for m in share.micro_batches])
         grad_norm, skipped = state.clip_and_step(
             lr, max_norm, on_gradients, skips, lambda: totals.add_up(denominators, terms, state.world)

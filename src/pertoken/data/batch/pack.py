@@ -29,6 +29,7 @@ class MicroBatch:
     lengths: tuple[int, ...]  # the S lengths once more, on the host: shapes are planned from them without a device sync
     # [M] int64, the rows of which `loss_mask` is not 0; None: not looked up yet, see `supervised_rows`.
     supervised: Tensor | None = None
+    longest: int | None = None  # no sample is longer; None: the greatest of `lengths`
 
     def __post_init__(self) -> None:
         n = self.input_ids.shape[0]
@@ -63,6 +64,7 @@ class MicroBatch:
             move(self.cu_seqlens),
             self.lengths,
             move(self.supervised_rows()),
+            self.longest,
         )
 
 
