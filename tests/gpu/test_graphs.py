@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gpu_runs import SIZES, assert_close, rows
-from test_step import share, state_of, waits_of
+from gpu_steps import share, state_of, waits_of
 
 from pertoken.engines.torch_compile import CompileEngine
 from pertoken.model.execution import PLAIN, Execution

@@ -23,14 +23,14 @@ class Shape:
 
 
 def shape_of(micro_batch: MicroBatch) -> Shape:
-    """The next of few sizes: at most a sixteenth of the tokens is padding, at least one token, and an eighth of the
-    head's rows."""
-    tokens = _round_up(sum(micro_batch.lengths) + 1, sixteenths=1)
+    """The next of few sizes: padding is at least one token, at most 64 or an eighth of the tokens, and at most 64 or a
+    quarter of the head's rows."""
+    tokens = _round_up(sum(micro_batch.lengths) + 1, sixteenths=2)
     padding = tokens - sum(micro_batch.lengths)
     return Shape(
         tokens=tokens,
         samples=_power_of_two(len(micro_batch.lengths) + 1),
-        rows=min(tokens, _round_up(len(micro_batch.supervised_rows()), sixteenths=2)),
+        rows=min(tokens, _round_up(len(micro_batch.supervised_rows()), sixteenths=4)),
         longest=max(128, _power_of_two(max((*micro_batch.lengths, padding)))),
     )
 
@@ -63,7 +63,7 @@ def pad(micro_batch: MicroBatch, shape: Shape) -> MicroBatch:
 
 
 def _round_up(number: int, *, sixteenths: int) -> int:
-    """To a multiple of that part of the power of two below `number`, and of 64."""
+    """To a multiple of that part of the power of two not above `number`, and of 64."""
     step = max(64, sixteenths << max(0, number.bit_length() - 5))
     return -(-number // step) * step
 
