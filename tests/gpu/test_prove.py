@@ -30,6 +30,8 @@ def test_a_step_on_the_gpu_is_the_step_on_the_cpu(world, tmp_path, kind):
     print(out)
     assert (code, err) == (0, ""), out
     proof = json.loads((tmp_path / "proof.json").read_text())
-    assert [(r["name"], r["verdict"]) for r in proof["results"]] == [(name, "passed") for name in ON_DEVICE]
+    skipped = {"on the device, graphs"} if kind == "experts" else set()
+    assert [r["name"] for r in proof["results"]] == ON_DEVICE
+    assert {r["name"] for r in proof["results"] if r["verdict"] != "passed"} == skipped
     exact = next(r for r in proof["results"] if r["dtype"] == "float64")
     assert exact["gradient_error"] <= 1e-10

@@ -20,6 +20,7 @@ from pertoken.prove.report import Gradient
 from pertoken.prove.samples import Chosen, InMemory
 from pertoken.recipe.schema import Recipe
 from pertoken.recipe.train import TrainConfig
+from pertoken.training.cuda_graphs import graphs_for
 from pertoken.training.parallel import World, whole
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
@@ -110,8 +111,10 @@ def gradient_of_step(
     wrapped: TorchModule | None = None,
     execution: Execution = PLAIN,
     objective: Objective,
+    graphs: bool = False,
 ) -> Gradient:
-    """What `train_step` would update by (on rank 0 of several). `model` holds the parameters, `wrapped` is called."""
+    """What `train_step` would update by (on rank 0 of several). `model` holds the parameters, `wrapped` is called. With
+    `graphs` it is the third of three equal steps: the first is computed, the second recorded, the third replayed."""
     vocab_size = model.facts.vocab_size
     for micro_batch in share.micro_batches:
         labels = micro_batch.labels
@@ -126,6 +129,7 @@ def gradient_of_step(
         world or World(),
         objective=objective,
         execution=execution,
+        graphs=graphs_for(model, objective, precision, execution) if graphs else None,
     )
     kept: dict[str, torch.Tensor] = {}
 
@@ -136,13 +140,8 @@ def gradient_of_step(
                 if state.world.is_main:
                     kept[name] = gradient.clone()
 
-    metrics = train_step(
-        state,
-        share,
-        lr=0.0,
-        max_norm=0.0,
-        on_gradients=keep,
-    )
+    for _ in range(3 if graphs else 1):
+        metrics = train_step(state, share, lr=0.0, max_norm=0.0, on_gradients=keep)
     return Gradient(metrics.loss_sum / metrics.num_tokens, kept)
 
 

@@ -14,6 +14,7 @@ from pertoken.prove.case import EXACT, FLOAT32_FACTOR, Case, gradient_of_step
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient, Result, compare, largest_error
 from pertoken.recipe.schema import Recipe
+from pertoken.training.cuda_graphs import why_no_graphs
 from pertoken.training.precision import Precision, resolve_device
 
 __all__ = ["DEVICE_CLASSES", "device_of"]
@@ -28,7 +29,9 @@ def device_of(recipe: Recipe) -> torch.device | None:
     return None if device.type == "cpu" else device
 
 
-def _on(device: torch.device, name: str, case: Case, dtype: str, execution: Execution, note: str) -> Result:
+def _on(
+    device: torch.device, name: str, case: Case, dtype: str, execution: Execution, note: str, *, graphs: bool = False
+) -> Result:
     """In float64 as exactly as on a CPU; below, at most four times as far off as the plain code on the same device."""
     precision = Precision(dtype, device)
     model = copy.deepcopy(case.model).to(device, precision.parameter_dtype)
@@ -40,7 +43,8 @@ def _on(device: torch.device, name: str, case: Case, dtype: str, execution: Exec
             plain = reference_gradient(model, samples, **coefficients)
         tolerance = FLOAT32_FACTOR * largest_error(_on_host(plain), case.reference)
     share = case.split()
-    found = gradient_of_step(model, share, precision=precision, objective=case.objective, execution=execution)
+    how = {"precision": precision, "execution": execution, "graphs": graphs}
+    found = gradient_of_step(model, share, objective=case.objective, **how)
     note = f"{note} on {device.type}, {len(share.micro_batches)} micro-batches"
     return Result.judge(name, dtype, tolerance, compare(_on_host(found), case.reference), note)
 
@@ -70,9 +74,17 @@ def _compiled(name: str, case: Case, device: torch.device) -> Result:
     return _on(device, name, case, "bfloat16", Execution(CompileEngine()), "layers fused by torch.compile")
 
 
+def _graphs(name: str, case: Case, device: torch.device) -> Result:
+    why = why_no_graphs(case.model, Precision("bfloat16", device), PLAIN, ranks=1)
+    if why is not None:
+        return Result(name, "bfloat16", "skipped", note=why)
+    return _on(device, name, case, "bfloat16", PLAIN, "replayed as CUDA graphs", graphs=True)
+
+
 DEVICE_CLASSES: dict[str, Callable[[str, Case, torch.device], Result]] = {
     "on the device, float64": _float64,
     "on the device, float32": _float32,
     "on the device, bfloat16": _bfloat16,
     "on the device, compiled": _compiled,
+    "on the device, graphs": _graphs,
 }
