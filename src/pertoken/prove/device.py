@@ -43,8 +43,9 @@ def _on(
             plain = reference_gradient(model, samples, **coefficients)
         tolerance = FLOAT32_FACTOR * largest_error(_on_host(plain), case.reference)
     share = case.split()
-    how = {"precision": precision, "execution": execution, "graphs": graphs}
-    found = gradient_of_step(model, share, objective=case.objective, **how)
+    found = gradient_of_step(
+        model, share, precision=precision, objective=case.objective, execution=execution, graphs=graphs
+    )
     note = f"{note} on {device.type}, {len(share.micro_batches)} micro-batches"
     return Result.judge(name, dtype, tolerance, compare(_on_host(found), case.reference), note)
 
