@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pertoken.families.family import Family
+from pertoken.families.family import Family, Gguf
 
 __all__ = ["LLAMA"]
 
@@ -14,4 +14,5 @@ LLAMA = Family(
     defaults={"max_position_embeddings": 2048, "rope_theta": 1e4, "tie_word_embeddings": False},
     constants={"attention_bias": False, "mlp_bias": False},
     rope_types=("default", "llama3"),
+    gguf=Gguf("llama", neighbours_turn=True),
 )
