@@ -95,7 +95,9 @@ def _config(file: GgufFile) -> ResolvedModelConfig:
         config = config_from_hf(values)
     except ModelError as error:
         said = one_line(str(error)).removeprefix("config.json: ")
-        raise ModelError(f"{file.path}: general.architecture={arch!r}: as a config.json would have it, {said}") from None
+        raise ModelError(
+            f"{file.path}: general.architecture={arch!r}: as a config.json would have it, {said}"
+        ) from None
     if scaled:
         _check_rope_factors(file, config, factors)
     return config

@@ -94,11 +94,12 @@ def gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         backend, bos = _byte_level(file, _used(tokens, kinds), pre), pre.bos
     _add_tokens(backend, tokens, kinds, named)
     _begin_and_end(backend, file, named, bos)
+    template = file.get("tokenizer.chat_template", str)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
-        chat_template=file.get("tokenizer.chat_template", str),
         **named,
+        **({} if template is None else {"chat_template": template}),
     )
 
 
@@ -154,7 +155,7 @@ def _byte_level(file: GgufFile, tokens: list[str], pre: _Pre) -> Any:
 def _sentencepiece(file: GgufFile, tokens: list[str], kinds: list[int], unknown: str | None) -> Any:
     """SentencePiece's byte-pair encoding: of neighbours that make a token, those of the highest score are merged first;
     what is in no token becomes tokens of bytes."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     scores = file.require("tokenizer.ggml.scores", list)
     if len(scores) != len(tokens):
@@ -168,12 +169,11 @@ def _sentencepiece(file: GgufFile, tokens: list[str], kinds: list[int], unknown:
         ),
     )
     steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    replace = normalizers.Replace(" ", _SPACE)
     if file.get("tokenizer.ggml.add_space_prefix", bool, True):
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace])
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
         steps.append(decoders.Strip(content=" ", left=1))
     else:
-        backend.normalizer = replace
+        backend.normalizer = normalizers.Replace(" ", _SPACE)
     backend.decoder = decoders.Sequence(steps)
     return backend
 
