@@ -116,13 +116,14 @@ def test_what_fills_the_vocabulary_up_is_no_token(tmp_path):
 
 
 def sentencepiece_keys() -> dict[str, Any]:
-    """A vocabulary like Llama 2's: control, bytes, a token of the user's, words by falling score."""
-    words = ["he", "ll", f"{SPACE}he", "hell", "hello", f"{SPACE}hello", "lo", *"helo12", SPACE]
+    """A vocabulary like Llama 2's: control, bytes, a token of the user's, words. Scores fall as they are listed, ids as
+    they do not."""
+    words = ["he", "ll", f"{SPACE}he", "hell", "hello", f"{SPACE}hello", "lo", *"helo12", SPACE][::-1]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "    ", *words]
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": [0.0] * 259 + [-1000.0] + [-float(i) for i in range(len(words))],
+        "tokenizer.ggml.scores": [0.0] * 259 + [-1000.0] + [float(i) - len(words) for i in range(len(words))],
         "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [4] + [1] * len(words),
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
