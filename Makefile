@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-isa test-slow torture golden check bench clean
+.PHONY: help demo test test-isa test-slow torture golden check bench gpu gpu-test gpu-bench clean
 
 help:
 	@echo "make demo       from real chats to a chat model, in minutes, into ./demo"
@@ -15,6 +15,8 @@ help:
 	@echo "make check      formatting, lint, types"
 	@echo "make bench      against the peers on this machine, an hour or so: benchmarks/README.md"
 	@echo "                QUICK=1 to see that it runs; MINIMIND=, NANOGPT= checkouts, MODEL= SmolLM2-135M, LONG= a recipe"
+	@echo "make gpu        on a machine with a GPU, installing nothing: its tests, then its benchmark as a table; docs/gpu.md"
+	@echo "                PYTHON= with PyTorch and the rest, EXTRA= a folder of unpacked wheels, GPU_OUT= for results"
 	@echo "make clean      remove the environment and what the tools left"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -28,7 +30,7 @@ demo: $(INSTALLED)
 # A process for each processor, with one thread each: two threads a process would wait for each other.
 # `make test-isa SETTINGS="two threads"` runs the numeric tests with two.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not torture"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not torture and not gpu"
 
 test-isa: $(INSTALLED)
 	$(BIN)/python tests/isa.py $(if $(SETTINGS),--settings "$(SETTINGS)") $(FILES)
@@ -56,6 +58,22 @@ bench: $(INSTALLED)
 		$(if $(MINIMIND),--minimind $(MINIMIND)) $(if $(NANOGPT),--nanogpt $(NANOGPT)) \
 		$(if $(MODEL),--model $(MODEL)) $(if $(SHAKESPEARE),--shakespeare-recipe $(SHAKESPEARE)) \
 		$(if $(LONG),--long $(LONG))
+
+# Nothing is installed: the machine's own Python, and EXTRA, a folder of unpacked wheels, for what that lacks. Warnings of
+# the machine's libraries are shown and fail nothing. A failed test does not keep the benchmark from running.
+GPU_OUT ?= benchmarks/results
+GPU_ENV := PYTHONPATH=$(CURDIR)/src$(if $(EXTRA),:$(abspath $(EXTRA))) OMP_NUM_THREADS=1
+gpu:
+	-$(MAKE) gpu-test
+	$(MAKE) gpu-bench
+
+gpu-test:
+	@mkdir -p $(GPU_OUT)
+	$(GPU_ENV) $(PYTHON) -m pytest -m gpu tests/gpu -n $(or $(WORKERS),8) -p no:benchmark -W default --durations=15 \
+		--junit-xml=$(GPU_OUT)/gpu-tests.xml
+
+gpu-bench:
+	$(GPU_ENV) $(PYTHON) benchmarks/gpu.py --out $(GPU_OUT) $(BENCH)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info

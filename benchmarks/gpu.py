@@ -1,160 +1,192 @@
-"""Supervised fine-tuning on one GPU: tokens/s and memory, of pertoken and of transformers' own model in a plain loop.
+"""On one GPU, in bfloat16: pertoken, transformers in a padded loop, TRL with and without Liger; full models and LoRA.
 
-    python benchmarks/gpu.py RECIPE [key=value ...] --steps 60
+    python benchmarks/gpu.py [--only 26M "135M LoRA"] [--seconds 240] [--warm-up 10] [--steps 20] [--out DIR]
 
-Both train the recipe's model from the same random weights on the same samples in the same order, in bfloat16 autocast
-with fused AdamW. The plain loop is what a Trainer does: a batch is padded on the right to its longest sample, an
-attention mask hides the padding, all logits are computed in float32, the loss is a mean over the batch's supervised
-tokens. Tokens are real input tokens; padding counts for nobody. Times are medians of the steps after the first ten.
+A process for each workload, in which all contenders take their turn; the next one imports its libraries meanwhile.
+Before that, all workloads compile at once what torch.compile needs, so that it lies in the cache. A contender that
+cannot run (TRL not installed, say) is named with its reason. Each result is appended to gpu.jsonl as it comes, and
+after `--seconds` no further workload begins. `share` is that of a bfloat16 product of 8192 x 8192, measured in the same
+process; useful operations alone count. gpu_worker.py says what is measured, and how.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
-WARM_UP = 10
-CONTENDERS = ("pertoken", "pertoken, compiled", "transformers, padded")
+from common import OURS, ROOT, claim, main_of, parser_of, ratio, say, write
+
+WORKER = Path(__file__).with_name("gpu_worker.py")
+WORKLOADS = ("26M", "135M LoRA", "135M", "0.6B LoRA", "0.6B", "30M")
+PEER_STEP_MS = 45.0  # a peer's published step of the 26M model at 16 x 340, on a GPU of its own
+COMPILED = {False: "pertoken, compiled", True: "pertoken, bf16 base, compiled"}
 
 
-def ours(recipe: Path, overrides: list[str], steps: int, engine: str) -> dict[str, Any]:
-    import torch
+def start(arguments: argparse.Namespace, workload: str, *more: object) -> subprocess.Popen[str]:
+    command = [sys.executable, WORKER, workload, "--device", arguments.device, *more]
+    caches = arguments.work / "inductor"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(arguments.work / "hf"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCHINDUCTOR_CACHE_DIR": str(caches),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+    }
+    return subprocess.Popen(
+        [str(part) for part in command],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=(arguments.out / "gpu-stderr.txt").open("a"),
+        text=True,
+    )
 
-    from pertoken import Recipe, train
 
-    with tempfile.TemporaryDirectory() as folder:
-        settings = [*overrides, f"out_dir={folder}/run", f"train.max_steps={steps}", f"train.engine={engine}"]
-        settings += ["train.device=cuda", "train.dtype=bfloat16", "checkpoint.async_save=false"]
-        torch.cuda.reset_peak_memory_stats()
-        train(Recipe.load(recipe, settings))
-        rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    times = [row["step_s"] for row in rows[WARM_UP:]]
-    tokens = [row["tokens"] for row in rows[WARM_UP:]]
-    return _figures(times, tokens, rows[-1]["loss"], rows[0]["loss"])
-
-
-def theirs(recipe: Path, overrides: list[str], steps: int) -> dict[str, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from pertoken import Recipe
-    from pertoken.data.batch.order import step_at
-    from pertoken.folders.open import save_folder
-    from pertoken.model.decoder import CausalLM
-    from pertoken.runs.data import prepare
-    from pertoken.training.schedule import lr_at
-
-    recipe_ = Recipe.load(recipe, [*overrides, f"train.max_steps={steps}"])
-    store, _ = prepare(recipe_)
-    vocab_size = int(max(store[i].tokens.max() for i in range(len(store)))) + 1
-    start = CausalLM(recipe_.model.resolve(max(vocab_size, 6400)), seed=recipe_.train.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        save_folder(start, folder, eos_token_id=None)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").cuda()
-    train_ = recipe_.train
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": train_.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+def compile_all(arguments: argparse.Namespace, limit_s: float) -> None:
+    """Two steps of each compiled contender, all workloads at once, unmeasured."""
+    began = time.perf_counter()
+    processes = [
+        start(arguments, name, "--contenders", COMPILED["LoRA" in name], "--warm-up", 1, "--steps", 2)
+        for name in arguments.only
     ]
-    optimizer = torch.optim.AdamW(groups, lr=train_.learning_rate, betas=train_.betas, fused=True)
-    torch.cuda.reset_peak_memory_stats()
-    times, tokens, losses = [], [], []
-    for step in range(1, steps + 1):
-        ids = step_at(step, num_samples=len(store), batch_size=train_.batch_size, seed=train_.seed).sample_ids
-        samples = [store[int(i)] for i in ids]
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        width = max(len(s.tokens) - 1 for s in samples)
-        inputs = torch.zeros(len(samples), width, dtype=torch.int64)
-        labels = torch.full((len(samples), width), -100, dtype=torch.int64)
-        mask = torch.zeros(len(samples), width, dtype=torch.int64)
-        for i, sample in enumerate(samples):
-            n = len(sample.tokens) - 1
-            ids_ = torch.from_numpy(sample.tokens.astype("int64"))
-            inputs[i, :n], mask[i, :n] = ids_[:-1], 1
-            labels[i, :n] = torch.where(torch.from_numpy(sample.loss_mask.copy()) != 0, ids_[1:], -100)
-        inputs, labels, mask = inputs.cuda(), labels.cuda(), mask.cuda()
-        with torch.autocast("cuda", torch.bfloat16):
-            logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train_.grad_clip)
-        lr = lr_at(
-            step,
-            peak=train_.learning_rate or 0.0,
-            warmup_steps=train_.warmup_steps,
-            total_steps=steps,
-            schedule=train_.schedule,
-            min_lr_ratio=train_.min_lr_ratio,
-            decay_ratio=train_.decay_ratio,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        times.append(time.perf_counter() - began)
-        tokens.append(int(mask.sum()))
-    return _figures(times[WARM_UP:], tokens[WARM_UP:], losses[-1], losses[0])
+    for process in processes:
+        try:
+            process.communicate(timeout=max(1.0, limit_s - (time.perf_counter() - began)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+    say(f"compiled in {time.perf_counter() - began:.0f} s")
 
 
-def _figures(times: list[float], tokens: list[int], last: float, first: float) -> dict[str, Any]:
-    import torch
+def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A line for each contender of each workload, until time ends."""
+    found: list[dict[str, Any]] = []
+    ends = arguments.began + arguments.seconds
+    more = ["--warm-up", arguments.warm_up, "--steps", arguments.steps, "--wait"]
+    more += ["--profile", arguments.out / "gpu-profile.txt"] if arguments.profile else []
+    following: subprocess.Popen[str] | None = None
+    for i, name in enumerate(arguments.only):
+        process = following or start(arguments, name, *more)
+        following = start(arguments, arguments.only[i + 1], *more) if i + 1 < len(arguments.only) else None
+        if time.perf_counter() > ends:
+            found.append({"workload": name, "contender": "all", "failed": "not begun: --seconds are over"})
+            end(process)
+            continue
+        say(f"{name}, {ends - time.perf_counter():.0f} s left")
+        stopper = threading.Timer(max(5.0, ends + 30 - time.perf_counter()), process.kill)
+        stopper.start()
+        found += results_of(process, arguments)
+        stopper.cancel()
+        if process.wait():
+            found.append({"workload": name, "contender": "all", "failed": f"exit code {process.returncode}"})
+    return found
 
-    rates = [n / s for n, s in zip(tokens, times, strict=True)]
-    return {
-        "tokens_per_s": statistics.median(rates),
-        "least": min(rates),
-        "greatest": max(rates),
-        "step_ms": 1e3 * statistics.median(times),
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-        "first_loss": first,
-        "last_loss": last,
-        "gpu": torch.cuda.get_device_name(0),
-        "torch": torch.__version__,
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def results_of(process: subprocess.Popen[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a worker says, each line kept at once."""
+    found: list[dict[str, Any]] = []
+    rate: dict[str, Any] = {}
+    assert process.stdin is not None
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("ready"):
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if "matrix_tflops" in values:
+            rate = values
+            continue
+        values |= rate
+        if "tflops" in values:
+            values["share"] = values["tflops"] / rate["matrix_tflops"]
+        with (arguments.out / "gpu.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        what = values.get("failed") or f"{values['step_ms']:.1f} ms"
+        say(f"  {values['contender']}: {what}")
+        found.append(values)
+    return found
+
+
+def row_of(values: dict[str, Any]) -> dict[str, Any]:
+    row = {"workload": values["workload"], "contender": values["contender"]}
+    if "failed" in values:
+        return row | {"note": values["failed"][:160]}
+    return row | {
+        "step ms": round(values["step_ms"], 2),
+        "samples/s": round(values["samples_per_s"], 1),
+        "tokens/s": round(values["tokens_per_s"]),
+        "share": f"{values['share']:.1%}",
+        "peak GB": round(values.get("peak_gb", float("nan")), 2),
+        "first loss": None if values["first_loss"] is None else round(values["first_loss"], 4),
+        "last loss": None if values["last_loss"] is None else round(values["last_loss"], 4),
     }
 
 
+def claims_of(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The fastest of ours against the fastest of TRL's; no bound was promised beyond that of LoRA."""
+    claims = []
+    for name in dict.fromkeys(values["workload"] for values in found):
+        fine = [v for v in found if v["workload"] == name and "step_ms" in v]
+        ours = min((v["step_ms"] for v in fine if v["contender"].startswith(OURS)), default=None)
+        theirs = min((v["step_ms"] for v in fine if v["contender"].startswith("TRL")), default=None)
+        claims.append(claim(f"{name}: times against the fastest TRL", ratio(theirs, ours), at_least=1.0))
+        if name == "26M":
+            claims.append(claim("26M: step in ms", ours, at_most=PEER_STEP_MS))
+    return claims
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--contender", choices=CONTENDERS, help="run one, in this process, and print its figures")
-    options = parser.parse_args()
-    if options.contender:
-        if options.contender == CONTENDERS[2]:
-            found = theirs(options.recipe, options.overrides, options.steps)
-        else:
-            engine = "compile" if "compiled" in options.contender else "plain"
-            found = ours(options.recipe, options.overrides, options.steps, engine)
-        print(json.dumps(found))
+    parser = parser_of(__doc__ or "", name="gpu")
+    parser.add_argument("--only", nargs="+", default=list(WORKLOADS), metavar="WORKLOAD", help=", ".join(WORKLOADS))
+    parser.add_argument("--warm-up", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=900, help="after these no further workload begins")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--profile", action="store_true", help="write gpu-profile.txt: what the GPU computes in our steps"
+    )
+    parser.add_argument(
+        "--compile", choices=("first", "only", "no"), default="first", help="fill torch.compile's cache"
+    )
+    arguments = parser.parse_args()
+    arguments.began = time.perf_counter()
+    arguments.out, arguments.work = arguments.out.resolve(), arguments.work.resolve()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.compile != "no":
+        compile_all(arguments, limit_s=arguments.seconds / 3)
+    if arguments.compile == "only":
         return
-    for number in range(options.rounds):
-        for name in CONTENDERS[number % 3 :] + CONTENDERS[: number % 3]:
-            command = [sys.executable, __file__, str(options.recipe), *options.overrides]
-            ended = subprocess.run(
-                [*command, "--steps", str(options.steps), "--contender", name], capture_output=True, text=True
-            )
-            if ended.returncode:
-                print(f"{name:<22} failed: {ended.stderr[-1500:]}")
-                continue
-            f = json.loads(ended.stdout.splitlines()[-1])
-            print(
-                f"{name:<22} {f['tokens_per_s']:>9,.0f} tokens/s [{f['least']:,.0f}-{f['greatest']:,.0f}]  "
-                f"{f['step_ms']:7.1f} ms a step  {f['peak_gb']:6.2f} GB  "
-                f"loss {f['first_loss']:.4f} -> {f['last_loss']:.4f}  {f['gpu']}, torch {f['torch']}",
-                flush=True,
-            )
+    found = measured(arguments)
+    gpu = next((values for values in found if "gpu" in values), {})
+    write(
+        arguments.out,
+        "gpu",
+        title="One GPU, bfloat16",
+        settings={"GPU": gpu.get("gpu"), "bf16 TFLOP/s": round(gpu.get("matrix_tflops", 0.0), 1)}
+        | {"steps": arguments.steps, "warm-up": arguments.warm_up},
+        rows=[row_of(values) for values in found],
+        claims=claims_of(found),
+        notes=[f"took {time.perf_counter() - arguments.began:.0f} s"],
+    )
 
 
 if __name__ == "__main__":
-    main()
+    main_of(main)

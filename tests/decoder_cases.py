@@ -35,6 +35,8 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
     "qwen2": {"family": "qwen2"},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    "linear": {"family": "llama", "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "olmo2": {"family": "olmo2"},
     "granite": {
         "family": "granite",

@@ -261,10 +261,10 @@ def residual_multiplier_without_a_gradient(patch: Patch) -> None:
 def clipping_before_unscaling(patch: Patch) -> None:
     clip_and_step = TrainState.clip_and_step
 
-    def wrong(self: TrainState, lr: float, max_norm: float, on_gradients: Any = None, skips: Any = None) -> Any:
+    def wrong(self: TrainState, lr: float, max_norm: float, *arguments: Any) -> Any:
         if max_norm:
             nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], max_norm)
-        return clip_and_step(self, lr, 0.0, on_gradients, skips)
+        return clip_and_step(self, lr, 0.0, *arguments)
 
     patch.setattr(TrainState, "clip_and_step", wrong)
 

@@ -109,7 +109,7 @@ PLANTED: list[tuple[str, Any, str]] = [  # (kind, row, what the problem says)
         "",
     ),
     ("assistant_first", {"messages": [{"role": "assistant", "content": "Hi"}, *_chat("who", "me")["messages"]]}, ""),
-    ("duplicate", None, "already"),
+    ("empty_message", _chat("", "what?"), "empty"),
     ("duplicate", None, "already"),
     ("unused_key", _chat("where from", "here", source="web"), "source"),
 ]
@@ -299,7 +299,7 @@ def test_the_command_s_exit_code_says_whether_a_sample_would_be_lost(world: Worl
     )
     code, said, problem = command("audit", str(recipe), "--json", str(out))
     assert code == 1
-    assert "1 times a sample would be lost or trained wrongly" in problem
+    assert "1 time a sample would be lost or trained wrongly" in problem
     assert f"{path}:2" in said
     values = json.loads(out.read_text())
     assert (values["ok"], values["format_version"], [p["kind"] for p in values["problems"]]) == (False, 1, ["bad_row"])
@@ -311,14 +311,14 @@ def test_the_command_s_exit_code_says_whether_a_sample_would_be_lost(world: Worl
 
 def test_every_kind_says_how_many() -> None:
     for kind in KINDS.values():
-        assert "7" in kind.what.format(count="7", listed="")
+        assert "7" in kind.said("7")
 
 
 def test_the_page_has_every_kind_and_every_key(world: World, tmp_path: Path) -> None:
     page = (Path(__file__).parents[1] / "docs" / "audit.md").read_text(encoding="utf-8")
     for name, kind in KINDS.items():
         if name != "skipped":
-            what = kind.what.format(count="N", listed="").replace("<", "\\<")
+            what = kind.said("N").replace("<", "\\<")
             assert f"| `{name}` | {what} | {'yes' if kind.harms else 'no'} |" in page
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(_chat("red", "blue")) + "\n" + json.dumps(_chat("red")) + "\n")
@@ -342,5 +342,50 @@ def test_the_start_of_training_lists_files_and_says_that_something_is_lost(world
     code, said, problem = command("train", str(recipe), "train.max_steps=1", "train.device=cpu")
     assert code == 0, problem
     assert f"{files[0]}: 3 rows, 2 samples, 1 overlong" in said
-    assert "evaluation data: 1 conversations longer than data.max_seq_len dropped" in said
+    assert "evaluation data: 1 conversation longer than data.max_seq_len dropped" in said
     assert "3 times a sample is lost or trained otherwise than its row says; `pertoken audit` shows where" in said
+
+
+def test_examples_are_of_evaluation_data_too(world: World, tmp_path: Path) -> None:
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "held-out.jsonl"
+    train.write_text(json.dumps(_chat("red", "blue")) + "\n")
+    held_out.write_text(json.dumps(_chat("one", "two")) + "\n" + json.dumps(_chat("three", "")) + "\n")
+    result = audit(_recipe(world, tmp_path, path=str(train), eval_path=str(held_out)))
+    assert [(example.source, example.why) for example in result.examples] == [
+        (f"{train}:1", "the first sample"),
+        (f"{held_out}:1", "the first sample of the evaluation data"),
+        (f"{held_out}:2", "1 empty answer, so that the model learns to say nothing"),
+    ]
+
+
+def test_a_message_is_said_once_though_bad_rows_need_a_second_reading(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(json.dumps(_chat("red", "blue")) + "\n{}\n")
+    (folder / "test.jsonl").write_text(json.dumps(_chat("one", "two")) + "\n")
+    result = audit(_recipe(world, tmp_path, path=str(folder)))
+    assert [remark for remark in result.remarks if "test.jsonl" in remark] == list(result.remarks)
+    assert len(result.remarks) == 1
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(_recipe(world, tmp_path, path=str(folder)).to_toml())
+    assert command("audit", str(recipe))[1].count("not trained: test.jsonl") == 1
+
+
+def test_evaluation_samples_are_worked_out_a_second_time_too(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "held-out.jsonl"
+    train.write_text(json.dumps(_chat("red", "blue")) + "\n")
+    held_out.write_text(json.dumps(_chat("one.", "two.", "three", "one.")) + "\n")
+    rendered_chat = pertoken.data.samples.rendered_chat
+    monkeypatch.setattr(
+        pertoken.data.samples, "rendered_chat", lambda chat, template: rendered_chat(_rewritten(chat), template)
+    )
+    result = audit(_recipe(world, tmp_path, path=str(train), eval_path=str(held_out)))
+    assert _found(result) == {("not_as_rendered", f"{held_out}:1")}
+
+
+def test_one_is_no_plural() -> None:
+    assert KINDS["split"].said(1).startswith("1 conversation becomes several samples")
+    assert KINDS["split"].said(1200).startswith("1,200 conversations become several samples")
+    assert KINDS["in_both"].said(1) == "1 row of the evaluation data that is training data too"

@@ -19,7 +19,8 @@ from pertoken.data.formats import FORMATS, Conversation, formats_that_give, read
 from pertoken.data.store.build import build_store
 from pertoken.errors import RecipeError
 from pertoken.families import FAMILIES, Family
-from pertoken.folders.config import NotCovered, config_from_hf
+from pertoken.folders.config import config_from_hf
+from pertoken.folders.refusals import NotCovered
 from pertoken.folders.weights import load_folder, save_folder
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.model import ModelConfig
@@ -103,7 +104,7 @@ def test_the_format_of_the_docs_is_one_file_and_one_line_of_the_dict(
     assert bpe_tokenizer.decode(store[0].tokens).startswith("<|im_start|>user\nAdd.\n\n2+2<|im_end|>")
     formats, note = store.report.notes()
     assert formats == "formats: headline (2 rows)"
-    assert note.endswith(f": id (1 rows, the first {file}:1)"), "what is not read is said"
+    assert note.endswith(f": id (1 row, the first {file}:1)"), "what is not read is said"
     assert to_conversation(Record("a", 1, row, 0, 0)) == to_conversation(Record("a", 1, row, 0, 0), "headline")
     assert str(to_conversation(Record("a", 1, row | {"headline": ""}, 0, 0))).startswith("a:1: headline: no text, so")
 

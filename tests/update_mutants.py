@@ -209,12 +209,12 @@ def float16_boost_kept(patch: Patch) -> None:
 def overflow_not_skipped(patch: Patch) -> None:
     step = TrainState.clip_and_step
 
-    def updates(self: TrainState, lr: float, max_norm: float, on_gradients: Any = None, skips: Any = None) -> Any:
+    def updates(self: TrainState, lr: float, max_norm: float, *arguments: Any) -> Any:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     torch.nan_to_num_(parameter.grad, nan=0.0, posinf=0.0, neginf=0.0)
-        return step(self, lr, max_norm, on_gradients, skips)
+        return step(self, lr, max_norm, *arguments)
 
     patch.setattr(TrainState, "clip_and_step", updates)
 

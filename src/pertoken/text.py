@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["escaped_logs", "listed", "names", "one_line", "plain", "reason", "shown"]
+__all__ = ["counted", "escaped_logs", "listed", "names", "one_line", "plain", "reason", "shown"]
 
 _SHOWN_CHARS, _SHOWN_NAMES, _REASON_CHARS = 60, 8, 300
 # Format characters that scripts and emoji cannot do without: zero-width non-joiner and joiner.
@@ -37,6 +37,11 @@ def shown(value: object) -> str:
     except ValueError:  # a whole number of more digits than Python writes
         return "a number of thousands of digits"
     return one_line(text if len(text) <= 2 * _SHOWN_CHARS else text[: 2 * _SHOWN_CHARS] + "...")
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 row", "1,200 rows"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def names(found: Iterable[str]) -> str:

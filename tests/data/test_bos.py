@@ -77,7 +77,7 @@ def test_it_decides_the_samples_and_conversations_have_their_template_s(
     with_it, without = _build(path, with_bos), _build(path, plain)
     assert set(with_it.fingerprints).isdisjoint(without.fingerprints)
     assert _tokens(without) == [_tokens(with_it)[0][1:]]
-    assert without.report.notes() == ["formats: text (1 rows)"]
+    assert without.report.notes() == ["formats: text (1 row)"]
     rows = [{"messages": [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]}]
     chats = write_jsonl("b.jsonl", rows)
     of_both = [_build(chats, tokenizer, "sft") for tokenizer in (with_bos, plain)]

@@ -129,7 +129,7 @@ def test_windows_line_ends_are_said_and_may_be_kept(tmp_path: Path, char_tokeniz
     assert char_tokenizer.decode(store[0].tokens[:-1]) == "The quick\nbrown fox\n"
     (note,) = store.report.notes()
     assert note == (
-        f'1 text files with Windows line ends (CRLF), read as newlines; data.newlines = "keep" keeps them ({path}:1)'
+        f'1 text file with Windows line ends (CRLF), read as newlines; data.newlines = "keep" keeps them ({path}:1)'
     )
     assert len(kept[0].tokens) == len(store[0].tokens) + 2
     assert not any("CRLF" in note for note in kept.report.notes())  # a carriage return is unknown here

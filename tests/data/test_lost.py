@@ -153,9 +153,9 @@ def test_split_conversations_and_empty_thoughts_are_counted(
     assert (store.report.samples, [int(line) for line in store.lines]) == (4, [1, 2, 2, 2])
     repeated = sum(int((~store[i].loss_mask).sum()) + 1 for i in (1, 2))  # a sample's first token is no label
     assert store.report.notes()[1:] == [
-        f"1 conversations become several samples, since the chat template renders turns differently later "
+        f"1 conversation becomes several samples, since the chat template renders turns differently later "
         f"(data.on_rewrite) ({path}:2)",
-        f"{repeated:,} tokens of context are repeated in their samples ({path}:2, ...)",
+        f"{repeated:,} tokens of context are repeated in other samples ({path}:2, ...)",
         f"4 turns learn to write an empty thinking block ({path}:1, 2, ...)",
     ]
     header = "{{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n"

@@ -34,14 +34,14 @@ def test_keys_that_a_format_does_not_read_are_said_at_every_start(write_jsonl: W
         store = _build(path, bpe_tokenizer)
         assert store.report.hit == hit
         assert store.report.notes()[1:] == [
-            f"{ROWS}: id (3 rows, the first {path}:2), source (1 rows, the first {path}:3)"
+            f"{ROWS}: id (3 rows, the first {path}:2), source (1 row, the first {path}:3)"
         ]
 
 
 def test_a_row_that_is_bad_is_said_as_such_alone(write_jsonl: WriteJsonl, bpe_tokenizer: Any) -> None:
     path = write_jsonl("a.jsonl", [{"messages": [], "id": 1}, {"messages": [USER, REPLY]}])
     _, note = _build(path, bpe_tokenizer, on_bad_row="skip").report.notes()
-    assert note.startswith("1 bad rows skipped")
+    assert note.startswith("1 bad row skipped")
 
 
 @pytest.mark.parametrize(
@@ -59,19 +59,19 @@ def test_each_format_reads_its_own_keys_alone(
     write_jsonl: WriteJsonl, bpe_tokenizer: Any, row: Any, data: dict[str, Any], unused: str
 ) -> None:
     path = write_jsonl("a.jsonl", [row])
-    assert _build(path, bpe_tokenizer, **data).report.notes()[1:] == [f"{ROWS}: {unused} (1 rows, the first {path}:1)"]
+    assert _build(path, bpe_tokenizer, **data).report.notes()[1:] == [f"{ROWS}: {unused} (1 row, the first {path}:1)"]
 
 
 def test_keys_of_documents_are_said_too(write_jsonl: WriteJsonl, bpe_tokenizer: Any) -> None:
     path = write_jsonl("a.jsonl", [{"text": "The fox", "meta": {"id": 1}}])
-    assert _build(path, bpe_tokenizer, "pretrain").report.notes()[1:] == [f"{ROWS}: meta (1 rows, the first {path}:1)"]
+    assert _build(path, bpe_tokenizer, "pretrain").report.notes()[1:] == [f"{ROWS}: meta (1 row, the first {path}:1)"]
 
 
 def test_keys_of_messages_that_the_template_does_not_name_are_said(write_jsonl: WriteJsonl, bpe_tokenizer: Any) -> None:
     reply = REPLY | {"reasoning_content": "hm", "score": 0, "name": None, "loss-mask": 1}
     path = write_jsonl("a.jsonl", [{"messages": [USER, reply, USER, reply], "tools": [{"name": "add"}]}])
     assert _build(path, bpe_tokenizer).report.notes()[1:] == [
-        f"{MESSAGES}: loss-mask (1 rows, the first {path}:1), score (1 rows, the first {path}:1)"
+        f"{MESSAGES}: loss-mask (1 row, the first {path}:1), score (1 row, the first {path}:1)"
     ]
     template = "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}{{ m['loss-mask'] }}<|im_end|>"
     bpe_tokenizer.chat_template = (
@@ -79,7 +79,7 @@ def test_keys_of_messages_that_the_template_does_not_name_are_said(write_jsonl: 
     )
     path = write_jsonl("b.jsonl", [{"messages": [USER, REPLY | {"score": 0, "name": None, "loss-mask": 1}]}])
     _, note = _build(path, bpe_tokenizer).report.notes()
-    assert note == f"{MESSAGES}: score (1 rows, the first {path}:1)"
+    assert note == f"{MESSAGES}: score (1 row, the first {path}:1)"
 
 
 def test_counts_do_not_depend_on_how_rows_are_split_and_are_bounded() -> None:
@@ -112,4 +112,4 @@ def test_counts_do_not_depend_on_how_rows_are_split_and_are_bounded() -> None:
 def test_a_long_key_is_shortened() -> None:
     unused = UnusedKeys()
     unused.add("row", ("x" * 10_000, "x" * 20_000), 0, 1)
-    assert unused.notes(["a"]) == [f"{ROWS}: {'x' * 80}... (1 rows, the first a:1)"]
+    assert unused.notes(["a"]) == [f"{ROWS}: {'x' * 80}... (1 row, the first a:1)"]

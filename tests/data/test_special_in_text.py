@@ -66,7 +66,7 @@ def test_special_takes_them_for_what_they_are_and_error_refuses_the_row(write_js
     store = _build(path, bpe_tokenizer, special_in_text="special")
     assert int((store[1].tokens == end).sum()) == 3
     assert store.report.findings.notes(store.files) == [
-        f'1 control tokens typed in the data; data.special_in_text="special" ({path}:2)'
+        f'1 control token typed in the data; data.special_in_text="special" ({path}:2)'
     ]
     with pytest.raises(
         DataError, match=r"a.jsonl:2: conversation: the control token <\|im_end\|> is typed in it; remove"
@@ -221,7 +221,7 @@ def test_documents_obey_long_ones_in_pieces_too(
     assert _text(store, 0, bpe_tokenizer) == text + END
     first, second = store.report.findings.notes(store.files)
     assert first.startswith("40 control tokens typed in the data, encoded as plain text")
-    assert second.startswith("1 documents end with the eos token, so none is added")
+    assert second.startswith("1 document ends with the eos token, so none is added")
     kept = _build(path, bpe_tokenizer, "pretrain", max_seq_len=4096, special_in_text="special")
     assert int(np.isin(kept[0].tokens, special).sum()) == 41
     with pytest.raises(DataError, match=r"a\.txt:1: text: the control token"):
@@ -254,12 +254,12 @@ def test_text_that_was_rendered_before_is_named_with_the_way_to_train_it(write_j
     )
     notes = _build(path, bpe_tokenizer).report.notes()
     assert any(
-        note.startswith("1 conversations with a message that begins with the chat template's own") for note in notes
+        note.startswith("1 conversation with a message that begins with the chat template's own") for note in notes
     )
     assert any('set stage="pretrain" and data.special_in_text="special"' in note for note in notes)
     texts = write_jsonl("b.jsonl", [{"text": prompt}, {"text": "the fox"}])
     found = _build(texts, bpe_tokenizer, "pretrain").report.notes()
-    assert any(note.startswith("1 documents begin with a control token") and f"({texts}:1)" in note for note in found)
+    assert any(note.startswith("1 document begins with a control token") and f"({texts}:1)" in note for note in found)
     kept = _build(texts, bpe_tokenizer, "pretrain", special_in_text="special")
     assert not any("documents begin" in note for note in kept.report.notes())
     assert int((kept[0].tokens == bpe_tokenizer.convert_tokens_to_ids("<|im_start|>")).sum()) == 2

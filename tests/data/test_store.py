@@ -128,7 +128,7 @@ def test_a_document_of_one_token_is_counted_and_left_out(write_jsonl: WriteJsonl
     assert (len(store), store.report.by_file[0].too_short) == (1, 1)
     assert store.report.notes() == [
         "formats: text (2 rows)",
-        f"1 documents of a single token dropped ({store.files[0]}:1)",
+        f"1 document of a single token dropped ({store.files[0]}:1)",
     ]
 
 

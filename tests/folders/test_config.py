@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from pertoken.errors import ModelError
-from pertoken.folders.config import NotCovered, config_from_hf, config_to_hf
+from pertoken.folders.config import config_from_hf, config_to_hf
+from pertoken.folders.refusals import NotCovered
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.model import ModelConfig
 
@@ -99,7 +100,7 @@ def test_of_two_sets_of_rotary_parameters_transformers_choice_counts():
     values["rope_parameters"] = {"rope_type": "default", "rope_theta": 3.0}
     config = config_from_hf(values)
     theirs = LlamaConfig(**deepcopy(values)).rope_parameters  # which writes into what it is given
-    assert (config.rope_scaling.model_dump(), config.rope_theta) == (LLAMA3, theirs["rope_theta"])
+    assert (config.rope_scaling.model_dump(exclude_none=True), config.rope_theta) == (LLAMA3, theirs["rope_theta"])
     assert theirs == LLAMA3 | {"rope_theta": 5e5}
 
 
@@ -226,6 +227,8 @@ def test_minimind_configurations_are_read():
 
 
 GEMMA3 = {"model_type": "gemma3_text", "layer_types": ["full_attention"] * 2}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e5}
+YARN = {"rope_type": "yarn", "rope_theta": 1e5, "factor": 4.0, "original_max_position_embeddings": 64}
 REFUSED = [
     ({"model_type": "starcoder2"}, "model_type='starcoder2'"),
     ({"model_type": None}, "model_type=None"),
@@ -237,7 +240,12 @@ REFUSED = [
     ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0"),
     ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias=True"),
     ({"model_type": "qwen2", "num_experts": 8}, "num_experts=8"),
-    ({"model_type": "qwen2", "rope_scaling": LLAMA3}, "rope_scaling="),
+    ({"model_type": "minimind", "rope_scaling": LLAMA3}, "rope_scaling="),
+    ({"model_type": "qwen2", "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling="),
+    ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2, "sliding_window": 8}, "use_sliding_window"),
+    ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+    ({"model_type": "mistral", "layer_types": ["full_attention"] * 2, "sliding_window": 8}, "layer_types="),
+    ({"model_type": "mistral", "layer_types": ["sliding_attention"] * 2, "sliding_window": None}, "layer_types="),
     ({"model_type": "llama", "attention_bias": True}, "attention_bias=True"),
     ({"model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling={'factor': 4.0"),
     ({"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling={'factor': 8.0,"),
@@ -263,12 +271,20 @@ REFUSED = [
     (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     (GEMMA3 | {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
     (GEMMA3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, "rope_parameters={"),
+    (GEMMA3 | {"rope_parameters": {"full_attention": PLAIN_ROPE, "sliding_attention": YARN}}, "sliding_attention"),
+    (GEMMA3 | {"rope_parameters": {"full_attention": YARN | {"truncate": False}}}, "rope_parameters={"),
+    (
+        GEMMA3 | {"rope_parameters": {"full_attention": PLAIN_ROPE, "sliding_attention": PLAIN_ROPE | {"factor": 2.0}}},
+        "sliding_attention",
+    ),
     (GEMMA3 | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0"),
     ({"model_type": "granite", "residual_multiplier": -1.0}, "residual_multiplier=-1.0"),
     ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv=8.0"),
     ({"model_type": "gemma", "hidden_act": "silu"}, "hidden_act='silu'"),
     ({"model_type": "olmo2", "attention_bias": True}, "attention_bias=True"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling="),
+    ({"rope_scaling": {"type": "linear"}}, "rope_scaling="),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0, "low_freq_factor": 1.0}}, "rope_scaling="),
+    ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor=0.5"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 16}}, "rope_scaling="),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "rope_parameters="),
     ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}, "rope_parameters="),

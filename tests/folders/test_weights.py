@@ -80,6 +80,17 @@ LLAMA3 = {
         "original_max_position_embeddings": 64,
     }
 }
+LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e2, "factor": 4.0}}
+# Of four pairs of dimensions the first is kept, the last two are divided, and the second goes between.
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 5e2,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 6.0,
+    }
+}
 MULTIPLIED = {
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.7,
@@ -107,6 +118,8 @@ CAPPED = {"final_logit_softcapping": 7.0, "query_pre_attn_scalar": 5}
 DENSE = [
     *((family, {}) for family in FAMILIES),
     ("llama", LLAMA3),
+    ("qwen2", YARN),
+    ("gemma3", LINEAR | {"layer_types": [SLIDING, FULL], "sliding_window": 7}),
     ("granite", MULTIPLIED),
     ("gemma3", CAPPED),
     *WINDOWS,
@@ -130,6 +143,8 @@ VARIANTS = (
     ]
     + [
         pytest.param("llama", LLAMA3, id="llama3"),
+        *(pytest.param(family, LINEAR, id=f"{family}-linear") for family in FAMILIES),
+        *(pytest.param(family, YARN, id=f"{family}-yarn") for family in FAMILIES),
         *(pytest.param(family, keys, id=f"{family}-layers-{i}") for i, (family, keys) in enumerate(WINDOWS)),
         pytest.param("granite", MULTIPLIED, id="granite-multiplied"),
         pytest.param("gemma3", CAPPED, id="gemma3-capped"),

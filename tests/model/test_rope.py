@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from pertoken.model.rope import frequencies, rope_angles, rotate
+from pertoken.model.rope import frequencies, rope_angles, rotary_scale, rotate
 from pertoken.recipe.model import ModelConfig, ResolvedModelConfig
 
 pytestmark = pytest.mark.numeric
@@ -21,19 +21,34 @@ SCALINGS: dict[str, dict[str, Any] | None] = {
     "Llama 3.1": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original": 8192},
     "Llama 3.2": {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original": 8192},
     "short": {"factor": 2.5, "low_freq_factor": 0.5, "high_freq_factor": 6.0, "original": 100},
+    "linear": {"rope_type": "linear", "factor": 8.0},
+    "YaRN": {"rope_type": "yarn", "factor": 4.0, "original": 32768},
+    "YaRN of DeepSeek": {"rope_type": "yarn", "factor": 40.0, "original": 4096, "mscale": 1.0, "mscale_all_dim": 0.5},
+    "YaRN, all keys": {
+        "rope_type": "yarn",
+        "factor": 3.0,
+        "original": 64,
+        "beta_fast": 8.0,
+        "beta_slow": 0.5,
+        "attention_factor": 1.3,
+        "truncate": False,
+    },
+    "YaRN of few dimensions": {"rope_type": "yarn", "factor": 2.0, "original": 2, "beta_fast": 1.0},
 }
 
 
 def config_of(name: str) -> ResolvedModelConfig:
     scaling = deepcopy(SCALINGS[name])
     if scaling is not None:
-        scaling["original_max_position_embeddings"] = scaling.pop("original")
+        scaling |= {"original_max_position_embeddings": scaling.pop("original")} if "original" in scaling else {}
     keys = {"hidden_size": 256, "num_attention_heads": 4, "rope_theta": 5e5, "max_position_embeddings": 131072}
     return ModelConfig.model_validate({"family": "llama", "rope_scaling": scaling, **keys}).resolve(10)
 
 
 def theirs(config: ResolvedModelConfig) -> LlamaRotaryEmbedding:
-    rope = {"rope_type": "default"} if config.rope_scaling is None else config.rope_scaling.model_dump()
+    rope = (
+        {"rope_type": "default"} if config.rope_scaling is None else config.rope_scaling.model_dump(exclude_none=True)
+    )
     rope["rope_theta"] = config.rope_theta
     return LlamaRotaryEmbedding(
         LlamaConfig(head_dim=config.head_dim, max_position_embeddings=131072, rope_parameters=rope)
@@ -48,6 +63,7 @@ def test_frequencies_are_those_of_transformers(name):
     exact = frequencies(config, torch.float64)
     assert float(((ours - exact) / exact).abs().max()) < 4e-7
     assert (ours.diff() < 0).all()
+    assert rotary_scale(config) == pytest.approx(theirs(config).attention_scaling, rel=1e-12)
 
 
 def test_high_frequencies_stay_and_low_ones_are_divided():

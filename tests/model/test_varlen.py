@@ -8,7 +8,6 @@ import pytest
 import torch
 from attention_reference import plain_gradients, plain_softmax_attention, qkv
 from torch._subclasses import FakeTensorMode
-from torch.nn.attention import varlen
 
 from pertoken.data.batch.pack import Sample, collate
 from pertoken.engines.torch_compile import CompileEngine
@@ -19,6 +18,7 @@ from pertoken.model.execution import PLAIN, Execution
 from pertoken.recipe.model import ModelConfig
 
 pytestmark = pytest.mark.numeric
+varlen = pytest.importorskip("torch.nn.attention.varlen", reason="PyTorch has it from 2.10 on")
 
 CPU, A100, T4 = torch.device("cpu"), (8, 0), (7, 5)
 LENGTHS = [(1,), (1, 1), (129, 7, 1), (5, 128, 31)]

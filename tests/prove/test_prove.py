@@ -31,7 +31,8 @@ pytestmark = pytest.mark.numeric
 
 ROOT = Path(__file__).parents[2]
 MOE = {"model__use_moe": True, "model__num_experts": 4, "model__num_experts_per_tok": 2}
-IN_ONE_PROCESS = [name for name in NAMES if "ranks" not in name and name != "compiled"]
+ON_DEVICE = [name for name in NAMES if name.startswith("on the device")]
+IN_ONE_PROCESS = [name for name in NAMES if "ranks" not in name and name not in ("compiled", *ON_DEVICE)]
 
 
 # Both are of the compiler's own doing: what it imports, and that it looks at `.grad` of what it traces.
@@ -43,8 +44,8 @@ def test_every_class_passes_for_a_mixture_of_experts_and_the_table_says_so(world
     assert (code, err) == (0, ""), out
     proof = json.loads((tmp_path / "proof.json").read_text())
     assert proof["holds"] is True
-    # The objective has no balance loss per micro-batch, and the recipe is not in float16 and has no adapter.
-    others = ("balance loss per micro-batch", "float16 under its loss scale", "adapter, by the textbook")
+    # The objective has no balance loss per micro-batch, the recipe is not in float16, has no adapter and is for a CPU.
+    others = ("balance loss per micro-batch", "float16 under its loss scale", "adapter, by the textbook", *ON_DEVICE)
     names = [name for name in NAMES if name not in others]
     assert [result["name"] for result in proof["results"]] == names
     for result in proof["results"]:
@@ -125,6 +126,18 @@ def test_wrong_arguments_are_refused(world, tmp_path, arguments, message):
     code, _, err = pertoken("prove", world.write_recipe(tmp_path / "run"), *arguments)
     assert code == 2
     assert err.startswith(message)
+
+
+def test_a_step_is_proved_on_its_device_too_where_that_is_another(world, tmp_path, monkeypatch):
+    recipe = world.recipe(tmp_path / "run")
+    with pytest.raises(RecipeError, match="about a device that is no CPU"):
+        prove(recipe, only=ON_DEVICE)
+    monkeypatch.setattr(run, "device_of", lambda recipe: torch.device("cpu"))
+    found = {result.name: result for result in prove(recipe, only=ON_DEVICE).results}
+    assert [found[name].verdict for name in ON_DEVICE] == ["passed"] * 3 + ["skipped"]
+    assert [found[name].dtype for name in ON_DEVICE] == ["float64", "float32", "bfloat16", "bfloat16"]
+    assert all(0 < result.gradient_error <= result.tolerance for name, result in found.items() if name != ON_DEVICE[3])
+    assert found[ON_DEVICE[2]].tolerance < 0.2
 
 
 def test_pretraining_is_proved_too(tmp_path, text_file, bpe_folder):

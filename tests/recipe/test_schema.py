@@ -218,21 +218,17 @@ SCALED = [f"model.rope_scaling.{key}={value}" for key, value in ROPE.items()]
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.family=llama", *SCALED[:-1]], "model.rope_scaling.original_max_position_embeddings: missing"),
+        (["model.family=llama", *SCALED[:-1]], 'original_max_position_embeddings: missing, and rope_type="llama3"'),
         (
-            ["model.family=llama", *SCALED, "model.rope_scaling.rope_type=yarn"],
-            "model.rope_scaling.rope_type='yarn': must be one of 'llama3'",
+            ["model.family=llama", *SCALED, "model.rope_scaling.rope_type=dynamic"],
+            "model.rope_scaling.rope_type='dynamic': must be one of 'llama3', 'linear' or 'yarn'",
         ),
+        ([*SCALED, "model.rope_scaling.rope_type=yarn"], 'rope_type="yarn" has none; leave it out'),
         (["model.family=llama", *SCALED, "model.rope_scaling.factor=0.5"], "model.rope_scaling.factor=0.5: must be at"),
         (["model.family=llama", *SCALED, "model.rope_scaling.high_freq_factor=1"], "model.rope_scaling"),
         (
             ["model.family=llama", *SCALED, "model.rope_scaling.factr=8"],
             "model.rope_scaling.factr: unknown key; did you mean model.rope_scaling.factor?",
-        ),
-        (SCALED, 'model.rope_scaling.rope_type="llama3": qwen3 models have none; leave model.rope_scaling out'),
-        (
-            ["model.family=llama", "model.use_moe=true", *SCALED],
-            'model.rope_scaling.rope_type="llama3": mixtral models',
         ),
         (["model.family=olmo2", "model.use_moe=true"], 'model.use_moe=True: model.family="olmo2" has no such models'),
     ],
@@ -240,13 +236,14 @@ SCALED = [f"model.rope_scaling.{key}={value}" for key, value in ROPE.items()]
 def test_features_that_a_family_has_not_are_refused(overrides, message):
     with pytest.raises(RecipeError) as refusal:
         parse(*overrides)
-    assert str(refusal.value).startswith(message)
+    assert message in str(refusal.value)
+    assert str(refusal.value).startswith("model.")
     assert "\n" not in str(refusal.value)
 
 
 def test_a_scaling_of_rotary_frequencies_survives_the_recipe_on_disk(tmp_path):
     recipe = parse("model.family=llama", *SCALED)
-    assert recipe.model.rope_scaling.model_dump() == {"rope_type": "llama3", **ROPE}
+    assert recipe.model.rope_scaling.model_dump(exclude_none=True) == {"rope_type": "llama3", **ROPE}
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     assert Recipe.load(tmp_path / "recipe.toml") == recipe
     assert recipe.model.resolve(6400).rope_scaling == recipe.model.rope_scaling

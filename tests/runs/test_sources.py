@@ -160,9 +160,16 @@ def test_a_resume_is_bitwise_and_another_mixture_is_refused(world: World, tmp_pa
     assert all(np.array_equal(one[name].numpy(), two[name].numpy()) for name in one)
     assert untimed(rows_of(tmp_path / "run"))[4:] == untimed(rows_of(tmp_path / "again"))[4:]
     values["data"]["sources"][1]["repeat"] = 2
-    with pytest.raises(RecipeError, match=r"data\.sources="):
+    with pytest.raises(RecipeError) as refused:
         pertoken.train(Recipe.parse(values), resume=True)
+    assert str(refused.value).startswith("data.sources.1.repeat=2: was 3 when step-")
+    assert "\n" not in str(refused.value)
     values["data"]["sources"][1]["repeat"] = 3
+    without = {**values, "data": {**values["data"], "sources": values["data"]["sources"][:2]}}
+    with pytest.raises(
+        RecipeError, match=r"^data\.sources=\['chats', 'asked'\]: was \['chats', 'asked', 'half'\] when"
+    ):
+        pertoken.train(Recipe.parse(without), resume=True)
     moved.write_text(moved.read_text().replace("red", "sun", 1))
     with pytest.raises(pertoken.errors.CheckpointError, match="training data is not what"):
         pertoken.train(Recipe.parse(values), resume=True)
@@ -189,6 +196,7 @@ def test_the_audit_lists_sources_and_writes_each_sample_once(world: World, tmp_p
     [
         ({"data": {"path": "a.jsonl"}}, r"data\.path=\['a.jsonl'\]: \[\[data\.sources\]\] are given too"),
         ({"sources": []}, r"data\.path: missing; name the data, or add \[\[data\.sources\]\]"),
+        ({"sources": {"path": "a.jsonl"}}, r"data\.sources=.*: give each source a section .* in double brackets"),
         ({"source": {"repeat": 0}}, r"data\.sources\.0\.repeat=0: must be at least 1"),
         ({"source": {"repeats": 2}}, r"data\.sources\.0\.repeats: unknown key; did you mean data\.sources\.repeat\?"),
         ({"source": {"max_rows": 5, "fraction": 0.5}}, "max_rows=5: fraction=0.5 is given too; keep one of the two"),
@@ -226,3 +234,58 @@ def test_a_source_is_overridden_by_its_place(world: World, tmp_path: Path) -> No
     for wrong in ("data.sources.7.repeat=5", "data.sources.repeat=5"):
         with pytest.raises(RecipeError, match="from 0"):
             Recipe.load(path, [wrong])
+
+
+def _copied(folder: Path, *, last: int = 10) -> list[dict[str, Any]]:
+    """A second file that begins with the rows of the first and has so many of its own."""
+    chats = Path(_files(folder)["chats"])
+    asked = [{"prompt": f"red {i}", "completion": f"blue {i}"} for i in range(last)]
+    more = folder / "more.jsonl"
+    more.write_text(chats.read_text() + "".join(json.dumps(row) + "\n" for row in asked))
+    return [{"path": str(chats), "eval_fraction": 0.2}, {"path": str(more)}]
+
+
+def test_a_row_that_one_source_holds_out_is_trained_through_no_other(world: World, tmp_path: Path) -> None:
+    recipe = Recipe.parse(_values(world, tmp_path, _copied(tmp_path)))
+    train, evaluation = prepare(recipe)
+    assert evaluation is not None
+    trained = np.concatenate([part.store.row_digests for part in train.parts])
+    held_out = np.concatenate([part.store.row_digests for part in evaluation.parts])
+    assert len(held_out) == 8
+    assert not np.isin(held_out, trained).any()
+    assert len(train) == 32 + 32 + 10
+    assert any(
+        "more: chosen: all rows but 8, left out of training: other sources hold them out" in note
+        for note in train.notes()
+    )
+    assert prepare(recipe)[0].fingerprint == train.fingerprint
+    sources = _copied(tmp_path)
+    sources[0]["eval_fraction"] = 0.1
+    assert prepare(Recipe.parse(_values(world, tmp_path, sources)))[0].fingerprint != train.fingerprint
+
+
+def test_a_source_of_which_other_sources_hold_out_every_row_is_refused(world: World, tmp_path: Path) -> None:
+    sources = _copied(tmp_path, last=0)
+    rows = Path(sources[1]["path"]).read_text().splitlines(keepends=True)
+    _, evaluation = prepare(Recipe.parse(_values(world, tmp_path, sources[:1])))
+    assert evaluation is not None
+    places = {int(evaluation.where(i).rpartition(":")[2]) for i in range(len(evaluation))}
+    Path(sources[1]["path"]).write_text("".join(rows[line - 1] for line in sorted(places)))
+    with pytest.raises(DataError, match="other sources hold out every row of more"):
+        prepare(Recipe.parse(_values(world, tmp_path, sources)))
+
+
+def test_the_audit_finds_rows_that_stand_in_two_sources(world: World, tmp_path: Path) -> None:
+    sources = [{**source, "eval_fraction": 0} for source in _copied(tmp_path)]
+    problems = {problem.kind: problem for problem in audit(Recipe.parse(_values(world, tmp_path, sources))).problems}
+    assert problems["duplicate"].count == 40
+    assert problems["duplicate"].places[0].endswith("more.jsonl:1")
+
+
+def test_a_copy_of_a_file_under_another_name_is_no_second_source(world: World, tmp_path: Path) -> None:
+    chats = Path(_files(tmp_path)["chats"])
+    (tmp_path / "copy.jsonl").write_bytes(chats.read_bytes())
+    sources = [{"path": str(chats)}, {"path": str(tmp_path / "copy.jsonl")}]
+    says = r"copy\.jsonl: the same content as .*chats\.jsonl, in two of .*, chats and copy; .* repeat = 2"
+    with pytest.raises(DataError, match=says):
+        prepare(Recipe.parse(_values(world, tmp_path, sources)))

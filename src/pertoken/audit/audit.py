@@ -126,15 +126,16 @@ class Audit:
 
 
 class _Remarks(Heard):
-    """Passes everything on, and keeps the messages."""
+    """Passes everything on, and keeps the messages. None is said twice, although bad rows need a second reading."""
 
     def __init__(self, listener: Listener) -> None:
         super().__init__(listener)
         self.kept: list[str] = []
 
     def message(self, text: str) -> None:
-        self.kept.append(text)
-        super().message(text)
+        if text not in self.kept:
+            self.kept.append(text)
+            super().message(text)
 
 
 def audit(recipe: Recipe, listener: Listener | None = None, *, name: str = "") -> Audit:
@@ -225,14 +226,15 @@ def _problems(recipe: Recipe, data: RunData, *, held_out: bool) -> list[Problem]
             findings.extend(store.report.findings)
         if recipe.stage == "sft":
             find_answers(store, ends, recipe.data.max_seq_len, findings)
-        find_duplicates(store, findings)
+        same_part = train if store in train else evaluation
+        find_duplicates(store, same_part[: same_part.index(store)], findings)
         if store in evaluation and not held_out:
             find_in_both(train, store, findings)
         for kind in findings.kinds():
             places = [f"{store.files[file]}:{line}" for file, line in findings.places(kind)]
             _merge(found, kind, KINDS[kind].harms, KINDS[kind].what, findings.count(kind), places)
     for kind, problem in list(found.items()):
-        what = problem.what.format(count=f"{problem.count:,}", listed="")
+        what = KINDS[kind].said(problem.count)
         found[kind] = Problem(kind, problem.harms, what, problem.count, problem.places)
     found.pop("skipped", None)  # its causes say more
     order = {kind: i for i, kind in enumerate(KINDS)}
@@ -265,13 +267,13 @@ def _problems(recipe: Recipe, data: RunData, *, held_out: bool) -> list[Problem]
 
 def _not_as_rendered(recipe: Recipe, data: RunData) -> Iterator[Problem]:
     """Some samples, and the longest ones, against a second reading of their rows, as the proof makes it."""
-    train = data.train
-    spread = np.linspace(0, len(train) - 1, num=min(len(train), _CHECKED), dtype=np.int64)
-    longest = np.argsort(train.lengths, kind="stable")[-_CHECKED_LONGEST:]
-    ids = list(dict.fromkeys(int(i) for i in (*spread, *longest)))
-    for i, how in trained_otherwise(train, ids, recipe, data.tokenizer).items():
-        what = f"1 sample is not what its row and the chat template say: {how}"
-        yield Problem("not_as_rendered", True, what, 1, (train.where(i),))
+    for samples in filter(None, (data.train, data.eval)):
+        spread = np.linspace(0, len(samples) - 1, num=min(len(samples), _CHECKED), dtype=np.int64)
+        longest = np.argsort(samples.lengths, kind="stable")[-_CHECKED_LONGEST:]
+        ids = list(dict.fromkeys(int(i) for i in (*spread, *longest)))
+        for i, how in trained_otherwise(samples, ids, recipe, data.tokenizer).items():
+            what = f"1 sample is not what its row and the chat template say: {how}"
+            yield Problem("not_as_rendered", True, what, 1, (samples.where(i),))
 
 
 def _rows(count: int) -> str:
@@ -286,10 +288,14 @@ def _merge(found: dict[str, Problem], kind: str, harms: bool, what: str, count: 
 
 
 def _examples(data: RunData, problems: list[Problem]) -> Iterator[Example]:
-    """The first sample of the training data, and one for each kind of problem that has samples."""
-    first, shown = data.train.parts[0].store, set[str]()
-    wanted: list[tuple[str, tuple[Store, int] | None]] = [("the first sample", (first, 0))]
-    wanted += [(problem.what, _sample_of(data.train, place)) for problem in problems for place in problem.places[:1]]
+    """The first sample of the training and of the evaluation data, and one for each kind of problem with samples."""
+    both, shown = [part for part in (data.train, data.eval) if part is not None], set[str]()
+    wanted: list[tuple[str, tuple[Store, int] | None]] = [("the first sample", (data.train.parts[0].store, 0))]
+    if data.eval is not None:
+        wanted.append(("the first sample of the evaluation data", (data.eval.parts[0].store, 0)))
+    for problem in problems:
+        found_in = (_sample_of(part, place) for place in problem.places[:1] for part in both)
+        wanted.append((problem.what, next(filter(None, found_in), None)))
     for why, found in wanted:
         if found is None or len(shown) == _EXAMPLES or (source := found[0].where(found[1])) in shown:
             continue
@@ -305,7 +311,8 @@ def _sample_of(data: Dataset, place: str) -> tuple[Store, int] | None:
     for part in data.parts:
         if file in (store := part.store).files:
             found = np.flatnonzero((store.file_ids == store.files.index(file)) & (store.lines == int(line)))
-            return (store, int(found[0])) if len(found) else None
+            if len(found):
+                return store, int(found[0])
     return None
 
 

@@ -13,9 +13,10 @@ from pertoken.data.batch.order import step_at, steps_per_epoch
 from pertoken.data.batch.share import share_of
 from pertoken.data.store.dataset import Dataset
 from pertoken.errors import RecipeError
-from pertoken.folders.config import NotCovered, config_from_hf
+from pertoken.folders.config import config_from_hf
 from pertoken.folders.files import read_json
 from pertoken.folders.gguf import config_of_gguf
+from pertoken.folders.refusals import NotCovered
 from pertoken.gguf_file import is_gguf
 from pertoken.model.attention import AttentionLayout
 from pertoken.model.decoder import CausalLM

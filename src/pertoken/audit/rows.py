@@ -38,11 +38,15 @@ def _answers(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(edges == 1) + 1, np.flatnonzero(edges == -1)
 
 
-def find_duplicates(store: Store, findings: Findings) -> None:
-    """Add every row that is the same, byte for byte, as one before it."""
+def find_duplicates(store: Store, before: Sequence[Store], findings: Findings) -> None:
+    """Add every row that is the same, byte for byte, as one above it or as one of the stores `before` it."""
     first = _first_samples(store)
-    _, kept = np.unique(store.row_digests[first], return_index=True)
-    again = np.setdiff1d(np.arange(len(first)), kept)
+    digests = store.row_digests[first]
+    _, kept = np.unique(digests, return_index=True)
+    again = np.ones(len(first), dtype=np.bool_)
+    again[kept] = False
+    if before:
+        again |= np.isin(digests, np.concatenate([other.row_digests for other in before]))
     _add(store, first[again], "duplicate", findings)
 
 

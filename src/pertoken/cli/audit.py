@@ -11,6 +11,7 @@ import typer
 
 from pertoken.cli.shared import JsonFile, Overrides, listener_on, open_console, say, write_text
 from pertoken.errors import CheckFailed, RecipeError
+from pertoken.text import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,7 +67,10 @@ def audit_command(
         except OSError as error:
             raise RecipeError(f"samples={samples}: cannot be written ({error.strerror})") from None
     if not result.ok:
-        raise CheckFailed(f"{result.harmed:,} times a sample would be lost or trained wrongly: see the problems above")
+        times = "time" if result.harmed == 1 else "times"
+        raise CheckFailed(
+            f"{result.harmed:,} {times} a sample would be lost or trained wrongly: see the problems above"
+        )
 
 
 def show_audit(console: Console, audit: Audit) -> None:
@@ -82,13 +86,12 @@ def show_audit(console: Console, audit: Audit) -> None:
         say(console, f"{name}{held}: {_figures(part.samples, part.num_tokens, part.tokens)}")
         console.print(_files_table(part))
         _show_lengths(console, part)
-    for remark in audit.remarks:
-        say(console, remark)
     plan, needs = audit.plan, audit.estimate
+    epochs = "epoch" if plan.epochs == 1 else "epochs"
     padding = "" if plan.padding_share is None else f", {plan.padding_share:.1%} of the work on padding"
     say(
         console,
-        f"steps: {plan.total_steps:,} of {plan.batch_size:,} samples, {plan.epochs:.3g} epochs; "
+        f"steps: {plan.total_steps:,} of {counted(plan.batch_size, 'sample')}, {plan.epochs:.3g} {epochs}; "
         f"{plan.micro_batches:.3g} micro-batches a step{padding}",
     )
     if needs is None:
@@ -113,7 +116,7 @@ def show_audit(console: Console, audit: Audit) -> None:
 
 def _figures(samples: int, num_tokens: float, tokens: int) -> str:
     share = f" ({num_tokens / tokens:.1%})" if tokens else ""
-    return f"{samples:,} samples, {num_tokens:,} of {tokens:,} tokens supervised{share}"
+    return f"{counted(samples, 'sample')}, {num_tokens:,} of {tokens:,} tokens supervised{share}"
 
 
 def _files_table(part: PartAudit) -> Table:

@@ -18,62 +18,71 @@ _SHOWN = 3
 class Kind:
     """One way in which a row is other than its author may think. One of them is one line of `KINDS`."""
 
-    what: str  # "{count} conversations ...", with the remedy where there is one
+    what: str  # "{count} conversation{s} ...", with the remedy where there is one; of a verb, "{v}" is the s for one
     harms: bool  # whether what is trained is not what the row says: then `pertoken audit` exits with 1
+
+    def said(self, count: int | str, listed: str = "") -> str:
+        """With the number in it; a text, as N, stands for several."""
+        one = count == 1
+        number = count if isinstance(count, str) else f"{count:,}"
+        forms = {"s": "" if one else "s", "v": "s" if one else "", "are": "is" if one else "are"}
+        return self.what.format(count=number, listed=listed, **forms)
 
 
 KINDS: dict[str, Kind] = {
-    "skipped": Kind("{count} bad rows skipped{listed}", harms=True),
+    "skipped": Kind("{count} bad row{s} skipped{listed}", harms=True),
     "overlong": Kind(
-        "{count} conversations longer than data.max_seq_len dropped; raise it, or set data.overlong", harms=True
+        "{count} conversation{s} longer than data.max_seq_len dropped; raise it, or set data.overlong", harms=True
     ),
-    "truncated": Kind("{count} conversations cut to data.max_seq_len", harms=True),
-    "unsupervised": Kind("{count} conversations without a supervised token dropped", harms=True),
-    "too_short": Kind("{count} documents of a single token dropped", harms=True),
+    "truncated": Kind("{count} conversation{s} cut to data.max_seq_len", harms=True),
+    "unsupervised": Kind("{count} conversation{s} without a supervised token dropped", harms=True),
+    "too_short": Kind("{count} document{s} of a single token dropped", harms=True),
     "split": Kind(
-        "{count} conversations become several samples, since the chat template renders turns differently later "
+        "{count} conversation{s} become{v} several samples, since the chat template renders turns differently later "
         "(data.on_rewrite)",
         harms=False,
     ),
-    "split_tokens": Kind("{count} tokens of context are repeated in their samples", harms=False),
-    "empty_thinking": Kind("{count} turns learn to write an empty thinking block", harms=False),
+    "split_tokens": Kind("{count} token{s} of context {are} repeated in other samples", harms=False),
+    "empty_thinking": Kind("{count} turn{s} learn{v} to write an empty thinking block", harms=False),
     "empty_thinking_avoidable": Kind(
-        "{count} turns learn to write an empty thinking block; data.template_kwargs.enable_thinking=false makes it "
-        "part of the prompt",
+        "{count} turn{s} learn{v} to write an empty thinking block; data.template_kwargs.enable_thinking=false makes "
+        "it part of the prompt",
         harms=False,
     ),
-    "typed_as_text": Kind("{count} control tokens typed in the data, encoded as plain text", harms=False),
-    "typed_as_special": Kind('{count} control tokens typed in the data; data.special_in_text="special"', harms=False),
+    "typed_as_text": Kind("{count} control token{s} typed in the data, encoded as plain text", harms=False),
+    "typed_as_special": Kind('{count} control token{s} typed in the data; data.special_in_text="special"', harms=False),
     "rendered_before": Kind(
-        "{count} conversations with a message that begins with the chat template's own header, so that it was rendered "
-        'before; split it into messages, or set stage="pretrain" and data.special_in_text="special"',
+        "{count} conversation{s} with a message that begins with the chat template's own header, so that it was "
+        'rendered before; split it into messages, or set stage="pretrain" and data.special_in_text="special"',
         harms=True,
     ),
     "rendered_document": Kind(
-        "{count} documents begin with a control token that is encoded as plain text; where a chat template "
-        'rendered them, set data.special_in_text="special"',
+        "{count} document{s} begin{v} with a control token that is encoded as plain text; where a chat template "
+        'rendered the text, set data.special_in_text="special"',
         harms=True,
     ),
-    "ends_with_eos": Kind("{count} documents end with the eos token, so none is added", harms=False),
-    "unknown_rows": Kind("{count} rows with characters that the tokenizer lacks; choose another one", harms=True),
-    "unknown_tokens": Kind("{count} tokens that stand for such characters", harms=False),
-    "weighted": Kind("{count} conversations with weights on their messages", harms=False),
-    "calls": Kind("{count} conversations with tool calls", harms=False),
+    "ends_with_eos": Kind("{count} document{s} end{v} with the eos token, so none is added", harms=False),
+    "unknown_rows": Kind("{count} row{s} with characters that the tokenizer lacks; choose another one", harms=True),
+    "unknown_tokens": Kind("{count} token{s} that stand{v} for such characters", harms=False),
+    "weighted": Kind("{count} conversation{s} with weights on messages", harms=False),
+    "calls": Kind("{count} conversation{s} with tool calls", harms=False),
     "end_not_supervised": Kind(
-        "{count} answers whose end is not supervised, so that the model does not learn to stop", harms=True
+        "{count} answer{s} whose end is not supervised, so that the model does not learn to stop", harms=True
     ),
-    "empty_answer": Kind("{count} empty answers, so that the model learns to say nothing", harms=True),
-    "duplicate": Kind("{count} rows that are there already, byte for byte", harms=False),
-    "in_both": Kind("{count} rows of the evaluation data that are training data too", harms=False),
+    "empty_answer": Kind("{count} empty answer{s}, so that the model learns to say nothing", harms=True),
+    "duplicate": Kind("{count} row{s} that {are} there already, byte for byte", harms=False),
+    "in_both": Kind("{count} row{s} of the evaluation data that {are} training data too", harms=False),
     "roles_out_of_order": Kind(
-        "{count} conversations with two messages of the user, or two of the assistant, one after the other", harms=False
+        "{count} conversation{s} with two messages of the user, or two of the assistant, one after the other",
+        harms=False,
     ),
-    "assistant_first": Kind("{count} conversations that begin with the assistant", harms=False),
+    "assistant_first": Kind("{count} conversation{s} that begin{v} with the assistant", harms=False),
+    "empty_message": Kind("{count} conversation{s} with an empty message of the user or the system", harms=False),
     "replacement_characters": Kind(
-        "{count} rows with the replacement character U+FFFD, which stands for text that was lost before", harms=True
+        "{count} row{s} with the replacement character U+FFFD, which stands for text that was lost before", harms=True
     ),
     "crlf": Kind(
-        '{count} text files with Windows line ends (CRLF), read as newlines; data.newlines = "keep" keeps them',
+        '{count} text file{s} with Windows line ends (CRLF), read as newlines; data.newlines = "keep" keeps them',
         harms=False,
     ),
 }
@@ -131,7 +140,7 @@ class Findings:
     def said(self, kind: str, *, listed_in: str | None = None) -> str:
         """What was found of a kind, without the places. `listed_in`: the file of the skipped rows."""
         listed = f", listed in {listed_in}" if listed_in else ""
-        return KINDS[kind].what.format(count=f"{self.count(kind):,}", listed=listed)
+        return KINDS[kind].said(self.count(kind), listed)
 
     def notes(self, files: Sequence[str], *, listed_in: str | None = None) -> list[str]:
         """One line for each kind, in the order of KINDS, with the first places."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pertoken.errors import DataError
-from pertoken.text import shown
+from pertoken.text import counted, shown
 
 __all__ = ["FormatsFound"]
 
@@ -45,7 +45,9 @@ class FormatsFound:
     def notes(self) -> list[str]:
         """One line, the most frequent format first; none for files without keys."""
         by_count = sorted(self.rows.items(), key=lambda item: (-item[1], item[0]))
-        shown = [f"{name} ({count:,}{' rows' if not i else ''})" for i, (name, count) in enumerate(by_count)]
+        shown = [
+            f"{name} ({counted(count, 'row') if not i else f'{count:,}'})" for i, (name, count) in enumerate(by_count)
+        ]
         return [f"formats: {', '.join(shown)}"] if shown else []
 
     def require_columns(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pertoken.data.files.problems import Problems
 from pertoken.data.findings import Findings
 from pertoken.data.formats_found import FormatsFound
-from pertoken.text import one_line
+from pertoken.text import counted, one_line
 
 __all__ = ["Counts", "Outcome", "UnusedKeys"]
 
@@ -126,7 +126,8 @@ class UnusedKeys:
         for of, what in _OF.items():
             uses = sorted(self._found[of].items(), key=lambda item: (-item[1].rows, item[0]))
             shown = [
-                f"{name} ({use.rows:,} rows, the first {files[use.file]}:{use.line})" for name, use in uses[:_SHOWN]
+                f"{name} ({counted(use.rows, 'row')}, the first {files[use.file]}:{use.line})"
+                for name, use in uses[:_SHOWN]
             ]
             if of in self._more or len(uses) > _SHOWN:
                 shown.append("and others")

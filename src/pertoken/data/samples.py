@@ -229,7 +229,7 @@ class _Rows:
                 self._headers = headers_of(template) if self._headers is None else self._headers
                 if rendered_before(value, self._headers):
                     findings.add("rendered_before", file, row.line)
-                for kind, count in (rendered.findings | value.order_findings()).items():
+                for kind, count in (rendered.findings | value.findings()).items():
                     findings.add(kind, file, row.line, count)
                 lacks_text = any(_REPLACEMENT in text.text for text in rendered.samples)
             else:

@@ -67,7 +67,8 @@ class Family:
     by_layer_type: bool = False
     rope_local_base_freq: float | None = None  # of the layers with a window, where they have a base of their own
     no_rope: bool = False  # `no_rope_layers` says in which layers queries and keys are not turned
-    rope_types: tuple[str, ...] = ("default",)  # "default", "llama3"
+    # Transformers' classes compute all of them by the same functions; a class of its own may have fewer.
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     qk_norm: bool = False  # queries and keys are normalized, head by head, before they are turned
     qk_norm_of_all_heads: bool = False  # by one norm over all of a token's queries, or keys, at once
     qkv_bias: bool = False  # the projections to queries, keys and values have a bias; the one out of attention has none

@@ -13,6 +13,5 @@ LLAMA = Family(
     rope_theta=1e4,
     defaults={"max_position_embeddings": 2048, "rope_theta": 1e4, "tie_word_embeddings": False},
     constants={"attention_bias": False, "mlp_bias": False},
-    rope_types=("default", "llama3"),
     gguf=Gguf("llama", neighbours_turn=True),
 )

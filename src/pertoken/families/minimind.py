@@ -23,6 +23,7 @@ MINIMIND = Family(
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
     },
+    rope_types=("default",),
     qk_norm=True,
     experts=Experts(switch="use_moe"),
 )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from pertoken.errors import ModelError
 from pertoken.families import FAMILIES, Family, saved_as
-from pertoken.recipe.model import ModelConfig, ResolvedModelConfig, RopeScaling
+from pertoken.folders.refusals import NotCovered, refuse
+from pertoken.folders.rope import FULL, SLIDING, refuse_rope, rope_from_hf, rope_to_hf
+from pertoken.recipe.model import ModelConfig, ResolvedModelConfig
 from pertoken.text import shown
 
-__all__ = ["NotCovered", "config_from_hf", "config_to_hf", "family_of"]
+__all__ = ["config_from_hf", "config_to_hf", "family_of"]
 
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 _SIZES = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings")
@@ -24,19 +26,7 @@ _KINDS: dict[str, type] = {
 }
 # Keys whose null is not their absence: as many key-value heads as query heads, and no window.
 _NULL_SAYS_SOMETHING = ("num_key_value_heads", "sliding_window")
-# In the dict of rotary parameters beside those of a scaling.
-_OF_EVERY_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 _SHARED = "shared_expert_intermediate_size"
-_SCALED = RopeScaling.model_fields.keys() - {"rope_type"}
-
-
-class NotCovered(ModelError):
-    """An architecture that the decoder lacks. Transformers may have it (`pertoken.folders.open`)."""
-
-    def __init__(self, message: str, model_type: object) -> None:
-        super().__init__(message)
-        self.model_type = model_type
 
 
 def family_of(config: ResolvedModelConfig) -> Family:
@@ -63,14 +53,13 @@ def config_from_hf(values: dict[str, Any]) -> ResolvedModelConfig:
     for key in _REQUIRED:
         if key not in values:
             raise ModelError(f"{key}: missing from config.json; add it")
-    rope = _rope(values, family)
-    scaling = {key: rope[key] for key in _SCALED} if _rope_type(rope) != "default" else None
+    rope_theta, scaling = rope_from_hf(values, family)
     try:
         return ModelConfig.model_validate(
             {key: values.get(key) for key in _SIZES}
             | {
                 "family": family.recipe_name,
-                "rope_theta": rope.get("rope_theta", values["rope_theta"]),
+                "rope_theta": rope_theta,
                 "rope_scaling": scaling,
                 "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
             }
@@ -94,21 +83,6 @@ def _known_family(values: dict[str, Any]) -> Family:
     raise NotCovered(f"model_type={shown(model_type)}: pertoken has {known}; choose a model of these{own}", model_type)
 
 
-def _rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
-    """The rotary parameters that transformers takes where a file has those of version 4 and of version 5."""
-    return _of_full_attention(values.get("rope_scaling") or values.get("rope_parameters") or {}, family)
-
-
-def _of_full_attention(rope: dict[str, Any], family: Family) -> dict[str, Any]:
-    """Of rotary parameters for each type of layer, those of the one type that there is."""
-    one = rope.get(_FULL, rope) if family.by_layer_type else rope
-    return one if isinstance(one, dict) else rope
-
-
-def _rope_type(rope: dict[str, Any]) -> Any:
-    return rope.get("rope_type", rope.get("type", "default"))
-
-
 def _has_experts(values: dict[str, Any], family: Family) -> bool:
     if family.experts is None:
         return False
@@ -123,10 +97,10 @@ def _layers(values: dict[str, Any], family: Family) -> dict[str, Any]:
         count = values["num_hidden_layers"]
         found["no_rope_layers"] = values.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(count)]
     types = _layer_types(values, family)
-    if types is not None and _SLIDING in types:
+    if types is not None and SLIDING in types:
         found |= {"sliding_window": values.get("sliding_window"), "layer_types": types}
     if family.rope_local_base_freq is not None:
-        of_windows = (values.get("rope_parameters") or {}).get(_SLIDING) or {}
+        of_windows = (values.get("rope_parameters") or {}).get(SLIDING) or {}
         found["rope_local_base_freq"] = of_windows.get("rope_theta", values.get("rope_local_base_freq"))
     return found
 
@@ -139,7 +113,7 @@ def _layer_types(values: dict[str, Any], family: Family) -> list[str] | None:
         return None
     count = int(values["num_hidden_layers"])
     if family.windows == "all":
-        return [_SLIDING] * count
+        return [SLIDING] * count
     if "layer_types" in values:
         return list(values["layer_types"])
     if family.no_rope:
@@ -147,8 +121,8 @@ def _layer_types(values: dict[str, Any], family: Family) -> list[str] | None:
         raise NotCovered(f"layer_types: missing from config.json; {reason}", family.model_type)
     if family.window_switch is None:
         every = values.get("sliding_window_pattern", family.full_attention_every)
-        return [_FULL if every and (i + 1) % int(every) == 0 else _SLIDING for i in range(count)]
-    return [_SLIDING if i >= values.get("max_window_layers", 28) else _FULL for i in range(count)]
+        return [FULL if every and (i + 1) % int(every) == 0 else SLIDING for i in range(count)]
+    return [SLIDING if i >= values.get("max_window_layers", 28) else FULL for i in range(count)]
 
 
 def _experts(values: dict[str, Any], family: Family) -> dict[str, Any]:
@@ -167,88 +141,62 @@ def _experts(values: dict[str, Any], family: Family) -> dict[str, Any]:
     }
 
 
-def _refuse(values: dict[str, Any], key: str, reason: str) -> NoReturn:
-    raise NotCovered(f"{key}={shown(values[key])}: {reason}", values["model_type"])
-
-
 def _refuse_what_is_missing(values: dict[str, Any], family: Family) -> None:
-    _refuse_rope(values, family)
+    refuse_rope(values, family)
     if not values.get("qkv_bias", True) and family.qkv_bias and "qkv_bias" in family.constants:
-        _refuse(values, "qkv_bias", "pertoken has these biases in every such model; choose one with them")
+        refuse(values, "qkv_bias", "pertoken has these biases in every such model; choose one with them")
     # A family whose queries, keys and values have a bias has it in every model, and its class reads no such key.
     for key in ("mlp_bias",) if family.qkv_bias else ("attention_bias", "mlp_bias"):
         if values.get(key):
-            _refuse(values, key, "pertoken has no such bias; choose a model without")
+            refuse(values, key, "pertoken has no such bias; choose a model without")
     if values.get(family.activation_key, family.activation) not in (family.activation, *family.activation_aliases):
         reason = f"pertoken has {family.activation} only for model_type {family.model_type}; choose a model with it"
-        _refuse(values, family.activation_key, reason)
+        refuse(values, family.activation_key, reason)
     for key in ("attn_logit_softcapping", "use_bidirectional_attention", "clip_qkv"):
         if values.get(key):
-            _refuse(values, key, "pertoken has plain causal attention; choose a model with it")
+            refuse(values, key, "pertoken has plain causal attention; choose a model with it")
     # transformers dequantizes GGUF as it reads it, but leaves the note in what it writes out.
     if values.get("quantization_config", {}).get("quant_method", "gguf") != "gguf":
-        _refuse(values, "quantization_config", "pertoken reads floating-point weights; write the model out dequantized")
+        refuse(values, "quantization_config", "pertoken reads floating-point weights; write the model out dequantized")
     _refuse_experts(values, family)
     _refuse_windows(values, family)
 
 
-def _refuse_rope(values: dict[str, Any], family: Family) -> None:
-    if family.by_layer_type and _FULL not in values.get("rope_parameters", {_FULL: {}}):
-        _refuse(values, "rope_parameters", "pertoken reads them by type of layer; write them so")
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = _of_full_attention(values.get(key, {}), family)
-        kind = _rope_type(rope)
-        if kind not in family.rope_types:
-            has = (
-                "plain rotary embeddings only" if family.rope_types == ("default",) else " or ".join(family.rope_types)
-            )
-            _refuse(
-                values, key, f"pertoken has {has} for model_type {family.model_type}; choose a model without scaling"
-            )
-        if rope.get("partial_rotary_factor", 1) != 1 or any(isinstance(v, dict) for v in rope.values()):
-            _refuse(values, key, "pertoken has one kind of rotary embeddings over whole heads; choose a model with it")
-        if kind != "default" and rope.keys() - _OF_EVERY_ROPE != _SCALED:
-            _refuse(
-                values, key, f"a scaling has {', '.join(sorted(_SCALED))}, and nothing else; choose a model with these"
-            )
-    if _rope_type(_rope(values, family)) != "default" and "original_max_position_embeddings" in values:
-        _refuse(
-            values, "original_max_position_embeddings", "pertoken reads it among the rotary parameters; move it there"
-        )
-    if values.get("partial_rotary_factor", 1) != 1:
-        _refuse(values, "partial_rotary_factor", "pertoken rotates whole heads; choose a model that does")
-
-
 def _refuse_windows(values: dict[str, Any], family: Family) -> None:
     if family.windows is not None:
-        if any(kind not in (_FULL, _SLIDING) for kind in values.get("layer_types", ())):
-            _refuse(values, "layer_types", f"pertoken has {_FULL} and {_SLIDING}; choose a model with these")
+        if any(kind not in (FULL, SLIDING) for kind in values.get("layer_types", ())):
+            refuse(values, "layer_types", f"pertoken has {FULL} and {SLIDING}; choose a model with these")
         if len(values.get("layer_types", ())) not in (0, values.get("num_hidden_layers")):
-            _refuse(values, "layer_types", "one entry for each of num_hidden_layers is needed; correct it")
+            refuse(values, "layer_types", "one entry for each of num_hidden_layers is needed; correct it")
+        if "layer_types" in values and not family.by_layer_type:
+            types = _layer_types(values, family) or [FULL] * len(values["layer_types"])
+            if list(values["layer_types"]) != types:
+                switch = f"and {family.window_switch}" if family.window_switch else "which is of all layers"
+                refuse(values, "layer_types", f"does not go with sliding_window {switch}; correct one of them")
         return
     if family.window_switch is None and "sliding_window" in values:
-        _refuse(values, "sliding_window", "pertoken has full attention only; set it to null for short texts")
+        refuse(values, "sliding_window", "pertoken has full attention only; set it to null for short texts")
     if "layer_types" in values:
-        if any(kind != _FULL for kind in values["layer_types"]):
-            _refuse(values, "layer_types", "pertoken has full attention only; choose a model without windows")
+        if any(kind != FULL for kind in values["layer_types"]):
+            refuse(values, "layer_types", "pertoken has full attention only; choose a model without windows")
     elif family.window_switch and values.get(family.window_switch) and "sliding_window" in values:
         reason = f"pertoken has full attention only; set {family.window_switch} to false for short texts"
-        _refuse(values, "sliding_window", reason)
+        refuse(values, "sliding_window", reason)
 
 
 def _refuse_experts(values: dict[str, Any], family: Family) -> None:
     has_shared = family.experts is not None and family.experts.shared
     for key in ("n_shared_experts", "num_shared_experts", *(() if has_shared else (_SHARED,))):
         if values.get(key):
-            _refuse(values, key, "pertoken has no shared experts; choose a model without")
+            refuse(values, key, "pertoken has no shared experts; choose a model without")
     if _has_experts(values, family):
         for key, usual in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):
             if values.get(key, usual) != usual:
-                _refuse(values, key, "pertoken has experts in every layer or in none; choose such a model")
+                refuse(values, key, "pertoken has experts in every layer or in none; choose such a model")
     elif family.experts is None:  # a type with a switch may name its experts in dense configurations too
         for key in ("use_moe", "num_experts", "num_local_experts"):
             if values.get(key):
-                _refuse(
+                refuse(
                     values,
                     key,
                     f"a {family.model_type} model is dense; correct model_type, or choose one without experts",
@@ -268,17 +216,11 @@ def config_to_hf(
     """
     dtype_name = str(dtype).removeprefix("torch.")
     family = family_of(config)
-    scaling = None if config.rope_scaling is None else config.rope_scaling.model_dump()
-    rope: dict[str, Any] = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
-    if family.by_layer_type:
-        rope = {_FULL: rope, _SLIDING: {"rope_theta": config.rope_local_base_freq, "rope_type": "default"}}
     values = {key: getattr(config, key) for key in (*_SIZES, "rope_theta", "rms_norm_eps")}
     values |= {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        # What transformers 5 writes, and what 4 reads. 5 prefers the second, with the base of `rope_theta`.
-        "rope_parameters": rope,
-        "rope_scaling": scaling,
+        **rope_to_hf(config, family),
         family.activation_key: family.activation,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
@@ -311,11 +253,11 @@ def _layers_to_hf(config: ResolvedModelConfig, family: Family) -> dict[str, Any]
     """What differs from layer to layer, in the fields of transformers 4 and 5."""
     found: dict[str, Any] = {}
     if family.windows is not None:
-        types = list(config.layer_types or [_FULL] * config.num_hidden_layers)
+        types = list(config.layer_types or [FULL] * config.num_hidden_layers)
         if config.sliding_window is not None or not family.by_layer_type:  # whose class takes no null
             found["sliding_window"] = config.sliding_window
         if family.windows == "layer_types":
-            full = next((i for i, kind in enumerate(types) if kind == _SLIDING), len(types))
+            full = next((i for i, kind in enumerate(types) if kind == SLIDING), len(types))
             found |= {"layer_types": types, "max_window_layers": full}
     if family.window_switch is not None:
         found[family.window_switch] = config.sliding_window is not None

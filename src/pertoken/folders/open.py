@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pertoken.folders import weights as hf
 from pertoken.folders.adapters import base_folder, check_base, is_adapter, put_on, read_adapter, save_adapter
-from pertoken.folders.config import NotCovered
 from pertoken.folders.files import check_fallback, save_tokenizer
+from pertoken.folders.refusals import NotCovered
 from pertoken.hf_fallback.load import load_fallback
 from pertoken.hf_fallback.model import FallbackLM
 from pertoken.model.decoder import CausalLM

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +49,11 @@ def which_attention(
 
 @cache
 def flash_capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of a CUDA device that this build of PyTorch has FlashAttention for, None for any other."""
+    """The compute capability of a CUDA device for which this PyTorch has FlashAttention over documents of any length,
+    None for any other."""
     if device.type != "cuda" or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
+        return None
+    if not _has_varlen():
         return None
     return torch.cuda.get_device_capability(device)
 
@@ -67,6 +71,7 @@ class AttentionLayout:
     positions: Tensor | None
     cu_seqlens: Tensor | None = None
     max_length: int = 0  # of a document
+    fewer_keys: bool = False  # with `cu_seqlens`: the kernel takes fewer key-value heads than query heads
     # Pairs of a query and a key: the documents' own, the sum of T^2 (future keys included), and what padding adds.
     pairs: int = 0
     padding_pairs: int = 0
@@ -79,16 +84,16 @@ class AttentionLayout:
         """
         pairs, longest = sum(t * t for t in lengths), max(lengths, default=0)
         if cu_seqlens is not None and lengths:  # the kernel refuses an empty batch
-            return cls((), None, cu_seqlens, longest, pairs)
+            return cls((), None, cu_seqlens, longest, _varlen_takes_fewer_keys(), pairs)
         rectangles = _cut_into_rectangles(lengths)
         padding_pairs = sum(s * t * t for s, t in rectangles) - pairs
         if sum(s * t for s, t in rectangles) == sum(lengths):
-            return cls(rectangles, None, None, longest, pairs, padding_pairs)
+            return cls(rectangles, None, None, longest, False, pairs, padding_pairs)
         widths = torch.tensor([t for s, t in rectangles for _ in range(s)])
         lengths_S = torch.tensor(lengths)
         padding_before = torch.cumsum(widths - lengths_S, 0) - (widths - lengths_S)
         positions = torch.arange(sum(lengths)) + padding_before.repeat_interleave(lengths_S)
-        return cls(rectangles, positions.to(device, non_blocking=True), None, longest, pairs, padding_pairs)
+        return cls(rectangles, positions.to(device, non_blocking=True), None, longest, False, pairs, padding_pairs)
 
 
 def _cut_into_rectangles(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -172,12 +177,33 @@ def varlen_attention(
 
     ends, longest = layout.cu_seqlens, layout.max_length
     assert ends is not None
-    before = -1 if window is None else window - 1  # tokens; -1: all
-    out = varlen_attn(
-        q_NHD, k_NKD, v_NKD, ends, ends, longest, longest, window_size=(before, 0), enable_gqa=True, scale=scale
-    )  # (.., 0): causal
+    window_size = (-1 if window is None else window - 1, 0)  # tokens before, -1: all; and none after: causal
+    settings: dict[str, Any] = {"window_size": window_size, "scale": scale}
+    if layout.fewer_keys:
+        settings["enable_gqa"] = True
+    elif q_NHD.shape[1] != k_NKD.shape[1]:
+        k_NKD, v_NKD = (x.repeat_interleave(q_NHD.shape[1] // x.shape[1], 1) for x in (k_NKD, v_NKD))
+    out = varlen_attn(q_NHD, k_NKD, v_NKD, ends, ends, longest, longest, **settings)
     assert isinstance(out, Tensor)
     return out
+
+
+@cache
+def _varlen_takes_fewer_keys() -> bool:
+    """Whether `varlen_attn` takes fewer key-value heads than query heads, as it does from PyTorch 2.13 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in signature(varlen_attn).parameters
+
+
+@cache
+def _has_varlen() -> bool:
+    """PyTorch has it from 2.10 on, and takes a window in it from 2.11 on."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "window_size" in signature(varlen_attn).parameters
 
 
 def _pad(x_N: Tensor, positions: Tensor, num_rows: int) -> Tensor:

@@ -144,22 +144,22 @@ class CausalLM(nn.Module):
         """Sum of the negative log-likelihoods in nats over the supervised tokens, and their number.
 
         `objective` adds its terms, experts their balance loss. An empty micro-batch gives zeros, and every parameter a
-        zero gradient. A head that is more than its weight (an adapter, say) is called instead, and all its logits are
-        computed.
+        zero gradient. A head that is more than its weight (an adapter, say) is called instead, and its logits exist
+        whole.
         """
         documents, num_tokens = None, sum(micro_batch.lengths)
         if self.config.use_moe:
             lengths = balanced_lengths(self.config, micro_batch.lengths)
             documents = Documents.of(lengths, micro_batch.input_ids.device)
+        labels, loss_mask, rows = micro_batch.labels, micro_batch.loss_mask, micro_batch.supervised_rows()
+        every = len(rows) == num_tokens
         # Nothing reads the other rows of a dense model's last block; the router of one with experts sees them all.
-        output_rows = None if self.config.use_moe else (micro_batch.loss_mask != 0).nonzero().squeeze(1)
-        if output_rows is not None and len(output_rows) == num_tokens:
-            output_rows = None
+        output_rows = None if self.config.use_moe or every else rows
         this = execution.engine.begin(self, micro_batch, execution.casts)
         hidden, loads = this.run(documents, output_rows, recompute=execution.activation_checkpointing)
-        labels, loss_mask = micro_batch.labels, micro_batch.loss_mask
-        if output_rows is not None:
-            labels, loss_mask = labels[output_rows], loss_mask[output_rows]
+        if not every:
+            labels, loss_mask = labels[rows], loss_mask[rows]
+            hidden = hidden if output_rows is not None else hidden[rows]
         if self.lm_head is None or is_plain_linear(self.lm_head):
             impl = this.loss_impl if execution.loss_impl == "auto" else execution.loss_impl
             tied = this.tied if impl == "cpu" and self.lm_head is None else None
@@ -169,6 +169,7 @@ class CausalLM(nn.Module):
                 tied=tied,
                 row_terms=objective.row_terms,
                 logit_map=self.logit_map,
+                all_supervised=True,
             )
         else:
             logits = self.lm_head(hidden)

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pertoken.recipe.model import ResolvedModelConfig
+from pertoken.recipe.model import ResolvedModelConfig, RopeScaling
 
-__all__ = ["Rope", "frequencies", "rope_angles", "rotate"]
+__all__ = ["Rope", "frequencies", "rope_angles", "rotary_scale", "rotate"]
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, [N, 1, D / 2] each
 
@@ -28,10 +28,8 @@ def frequencies(
     """By how many radians each pair of dimensions turns from one position to the next: [D / 2], falling.
 
     `kind` is a layer's (`LayerKind.rope`): by `rope_theta`, by `rope_local_base_freq`, or zero, which turns nothing.
-    With `rope_scaling` (Llama 3.1, "The Llama 3 Herd of Models", 2024, section 3.4.2, in the form of Meta's
-    `apply_scaling`): let n be the number of turns within the original length. A frequency with n at least
-    `high_freq_factor` stays, one with n at most `low_freq_factor` is divided by `factor`, and between the two the
-    result goes linearly with n from the one to the other.
+    `rope_scaling` is of the first kind alone: a frequency is kept, divided by `factor`, or goes from the one to the
+    other (`_kept_share`).
     """
     if kind == "none":
         return torch.zeros(config.head_dim // 2, dtype=dtype, device=device)
@@ -43,10 +41,54 @@ def frequencies(
     scaling = config.rope_scaling
     if scaling is None:
         return plain
-    turns = plain * (scaling.original_max_position_embeddings / (2 * math.pi))
-    width = scaling.high_freq_factor - scaling.low_freq_factor
-    kept = ((turns - scaling.low_freq_factor) / width).clamp(0, 1)
+    kept = _kept_share(plain, scaling, config.rope_theta)
     return plain * kept + plain / scaling.factor * (1 - kept)
+
+
+def _kept_share(plain: Tensor, scaling: RopeScaling, base: float) -> Tensor:
+    """How much of each frequency [D / 2] stays as it is: 1, 0, or between.
+
+    "linear" (Chen et al., "Extending Context Window of Large Language Models via Positional Interpolation", 2023): 0.
+    Otherwise it goes by the turns within the original length. "llama3" ("The Llama 3 Herd of Models", 2024, section
+    3.4.2, in the form of Meta's `apply_scaling`) is linear in their number, from `low_freq_factor` to
+    `high_freq_factor`; "yarn" (Peng et al., "YaRN", 2023, section 3.2) in the dimension, from that of `beta_slow`
+    turns to that of `beta_fast`.
+    """
+    if scaling.rope_type == "linear":
+        return torch.zeros_like(plain)
+    original = scaling.original_max_position_embeddings
+    assert original is not None, "RopeScaling requires it"
+    if scaling.rope_type == "llama3":
+        assert scaling.low_freq_factor is not None and scaling.high_freq_factor is not None, "RopeScaling requires them"  # noqa: PT018
+        turns = plain * (original / (2 * math.pi))
+        width = scaling.high_freq_factor - scaling.low_freq_factor
+        return ((turns - scaling.low_freq_factor) / width).clamp(0, 1)
+    size = 2 * len(plain)
+
+    def dimension(turns: float) -> float:
+        return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    fast, slow = dimension(scaling.beta_fast or 32.0), dimension(scaling.beta_slow or 1.0)
+    if scaling.truncate is not False:
+        fast, slow = math.floor(fast), math.ceil(slow)
+    fast, slow = max(fast, 0), min(slow, size - 1)
+    if fast == slow:
+        slow += 0.001
+    places = torch.arange(len(plain), dtype=plain.dtype, device=plain.device)
+    return 1 - ((places - fast) / (slow - fast)).clamp(0, 1)
+
+
+def rotary_scale(config: ResolvedModelConfig, kind: Literal["global", "local", "none"] = "global") -> float:
+    """What cosine and sine are multiplied by: YaRN's sqrt(1 / t) (section 3.3), else 1."""
+    scaling = config.rope_scaling
+    if kind != "global" or scaling is None or scaling.rope_type != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    by_length = math.log(scaling.factor)
+    if scaling.mscale and scaling.mscale_all_dim:  # as DeepSeek has it
+        return (0.1 * scaling.mscale * by_length + 1.0) / (0.1 * scaling.mscale_all_dim * by_length + 1.0)
+    return 0.1 * by_length + 1.0
 
 
 def rope_angles(
@@ -55,14 +97,16 @@ def rope_angles(
     dtype: torch.dtype,
     kind: Literal["global", "local", "none"] = "global",
 ) -> Rope:
-    """Cosine and sine of the rotary angles: [N, 1, D / 2], at least float32."""
+    """Cosine and sine of the rotary angles, times `rotary_scale`: [N, 1, D / 2], at least float32."""
     dtype = torch.promote_types(dtype, torch.float32)
     angles = position_ids.to(dtype)[:, None] * frequencies(config, dtype, position_ids.device, kind=kind)
-    return angles[:, None, :].cos(), angles[:, None, :].sin()
+    cos, sin = angles[:, None, :].cos(), angles[:, None, :].sin()
+    scale = rotary_scale(config, kind)
+    return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
 
 
 def rotate(x_NHD: Tensor, rope: Rope) -> Tensor:
-    """Turned by the angles, in Hugging Face's convention: dimension i turns with dimension i + D / 2."""
+    """Turned by the angles, and scaled, in Hugging Face's convention: dimension i turns with dimension i + D / 2."""
     if torch.compiler.is_compiling():  # the compiler fuses the plain code, and trips over writes into views
         (a, b), (cos, sin) = x_NHD.chunk(2, -1), rope
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -72,8 +116,8 @@ def rotate(x_NHD: Tensor, rope: Rope) -> Tensor:
 
 class _Rotate(torch.autograd.Function):
     """Plain code would be `torch.cat((a * cos - b * sin, b * cos + a * sin), -1)` for halves a and b. Turning back by
-    the same angle is its gradient, so both directions are four passes over half the data and keep nothing but the
-    angles: about half the time of the plain code on a CPU.
+    the same angle, with the same scale, is its gradient, so both directions are four passes over half the data and keep
+    nothing but the angles: about half the time of the plain code on a CPU.
     """
 
     @staticmethod

@@ -60,6 +60,7 @@ def linear_cross_entropy(
     tied: TiedGradient | None = None,
     row_terms: Sequence[RowTerm] = (),
     logit_map: LogitMap = PLAIN_LOGITS,
+    all_supervised: bool = False,
 ) -> LossOutput:
     """Sum of negative log-likelihoods in nats over the supervised tokens, and their number.
 
@@ -78,7 +79,8 @@ def linear_cross_entropy(
     too, through kernels compiled for this processor (bfloat16 and float32 on a CPU; raises CompilerError where they
     cannot be compiled); `"auto"` is that where it can be. `"liger"` and `"cce"` are kernels of others, optional
     extras: see `fused_loss_sum` for what they do not promise. With `tied`, of cpu and chunked, the weight's gradient
-    goes there, not to autograd.
+    goes there, not to autograd. With `all_supervised`, of a caller who knows that no weight is 0, rows are not looked
+    for, which on a GPU the host would wait for.
 
     Each of `row_terms` is a further term of the result, its sum weighted by `loss_mask` as the cross entropy is. Native
     and chunked form one gradient for all of them, so a backward pass must come through `LossOutput.objective`: one in
@@ -101,9 +103,10 @@ def linear_cross_entropy(
         return _plain(F.linear(hidden, weight), labels, loss_mask, row_terms, logit_map)
     hidden = logit_map.scale_hidden(hidden)
     num_tokens = _count(loss_mask)
-    rows = loss_mask.nonzero().squeeze(1)
-    if rows.numel() < loss_mask.numel():
-        hidden, labels, loss_mask = hidden[rows], labels[rows], loss_mask[rows]
+    if not all_supervised:
+        rows = loss_mask.nonzero().squeeze(1)
+        if rows.numel() < loss_mask.numel():
+            hidden, labels, loss_mask = hidden[rows], labels[rows], loss_mask[rows]
     if not torch.is_grad_enabled():  # which the function's `needs_input_grad` would not know
         hidden, weight = hidden.detach(), weight.detach()
     weights = None if loss_mask.dtype == torch.bool else loss_mask

@@ -17,6 +17,7 @@ from pertoken.prove.case import Case
 from pertoken.prove.checks import every_sample_once, who_is_supervised
 from pertoken.prove.classes import CLASSES, split_of_balance
 from pertoken.prove.clipping import CLIPPING_CLASSES, float16
+from pertoken.prove.device import DEVICE_CLASSES, device_of
 from pertoken.prove.drift import STEPS, bfloat16
 from pertoken.prove.evaluation import evaluation
 from pertoken.prove.modules import changed_modules
@@ -45,7 +46,10 @@ _FLOAT16 = "float16 under its loss scale"
 _BALANCE = "balance loss per micro-batch"
 _OF_CASE = {**CLASSES, **CLIPPING_CLASSES, **UPDATE_CLASSES, **PATH_CLASSES, "evaluation": evaluation}
 _OF_DATA, _OF_STEPS = (_EPOCH, _ROWS, _SUPERVISED), (_FLOAT16, _BFLOAT16)
-NAMES = (*_OF_DATA, *_OF_CASE, _CHANGED, _ADAPTER, *_OF_STEPS, _TRANSFORMERS, *RANK_CLASSES, _BALANCE)
+NAMES = (
+    *(*_OF_DATA, *_OF_CASE, _CHANGED, _ADAPTER, *_OF_STEPS, _TRANSFORMERS),
+    *(*RANK_CLASSES, *DEVICE_CLASSES, _BALANCE),
+)
 _LEAST_TOKENS = 40
 
 
@@ -59,8 +63,9 @@ def prove(
 ) -> Proof:
     """Compute the gradient of real samples of `recipe` in every way that training may, and compare.
 
-    About `tokens` inputs of the first step's samples are used, on the CPU, with the weights that the recipe starts
-    from. `only` names classes of NAMES; `on_result` is told each result as it comes. A class that raises has failed.
+    About `tokens` inputs of the first step's samples are used, with the weights that the recipe starts from: on the
+    CPU, and in a few classes on the device that the recipe trains on. `only` names classes of NAMES; `on_result` is
+    told each result as it comes. A class that raises has failed.
     Raises what training itself would raise before its first step.
     """
     if unknown := [name for name in only if name not in NAMES]:
@@ -119,10 +124,14 @@ def prove(
             of_ranks = [_raised(name, error) for name in ranks]
         for result in of_ranks:
             add(result)
+    if (device := device_of(recipe)) is not None:
+        for name, on_device in DEVICE_CLASSES.items():
+            run(name, lambda on_device=on_device, name=name: on_device(name, case, device))  # type: ignore[misc]
     if only and not results:  # which is no proof
         raise RecipeError(
             f'only={only[0]!r}: not of this recipe; {_FLOAT16!r} is about train.dtype="float16", {_BALANCE!r} about '
-            f'model.aux_loss="micro_batch", {_ADAPTER!r} about adapter.kind="lora"'
+            f'model.aux_loss="micro_batch", {_ADAPTER!r} about adapter.kind="lora", '
+            f"{next(iter(DEVICE_CLASSES))!r} about a device that is no CPU"
         )
     return Proof(
         results=tuple(results),

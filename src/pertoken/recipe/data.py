@@ -59,6 +59,8 @@ class DataConfig(Section):
     @field_validator("sources", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            raise ValueError("give each source a section of its own, [[data.sources]] in double brackets")
         return tuple(value) if isinstance(value, list) else value
 
     @field_validator("format")

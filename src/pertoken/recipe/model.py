@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from pertoken.families import FAMILIES, Family, recipe_names, saved_as
 from pertoken.recipe.section import Section
 
-__all__ = ["MOE_KEYS", "NUMBERS", "LayerKind", "ModelConfig", "ResolvedModelConfig", "RopeScaling"]
+__all__ = ["MOE_KEYS", "NUMBERS", "ROPE_SCALINGS", "LayerKind", "ModelConfig", "ResolvedModelConfig", "RopeScaling"]
 
 
 # MiniMind's
@@ -38,21 +38,47 @@ NUMBERS = (
 _NEUTRAL = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}  # as if there were none
 
 
-class RopeScaling(Section):
-    """Rotary frequencies for longer texts than a model was first trained on, as in Llama 3.1 (`model/rope.py`)."""
+# Of each kind of scaling the keys that it must have, and those that it may have.
+ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
 
-    rope_type: Literal["llama3"] = "llama3"
-    factor: float = Field(ge=1)  # low frequencies are divided by it
-    low_freq_factor: float = Field(gt=0)  # fewer turns than this within the original length: a low frequency
-    high_freq_factor: float = Field(gt=0)  # more turns than this: a high frequency, which stays as it is
-    original_max_position_embeddings: int = Field(ge=1)  # tokens
+
+class RopeScaling(Section):
+    """Rotary frequencies for longer texts than a model was first trained on (`model/rope.py` has the formulas)."""
+
+    rope_type: Literal["llama3", "linear", "yarn"] = "llama3"
+    factor: float = Field(ge=1)  # frequencies are divided by it, all of them or the low ones
+    original_max_position_embeddings: int | None = Field(default=None, ge=1)  # tokens
+    # Llama 3.1. Fewer turns than the first within the original length: a low frequency; more than the second: a high
+    # one, which stays as it is.
+    low_freq_factor: float | None = Field(default=None, gt=0)
+    high_freq_factor: float | None = Field(default=None, gt=0)
+    # YaRN. More turns than the first: a high frequency; fewer than the second: a low one.
+    beta_fast: float | None = Field(default=None, gt=0)  # None: 32
+    beta_slow: float | None = Field(default=None, gt=0)  # None: 1
+    attention_factor: float | None = Field(default=None, gt=0)  # of cosine and sine; None: from the keys below
+    mscale: float | None = Field(default=None, ge=0)
+    mscale_all_dim: float | None = Field(default=None, ge=0)
+    truncate: bool | None = None  # the dimensions between which the ramp goes are whole numbers; None: true
 
     @model_validator(mode="after")
     def _consistent(self) -> RopeScaling:
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"high_freq_factor={self.high_freq_factor}: must be more than low_freq_factor={self.low_freq_factor}"
-            )
+        required, optional = ROPE_SCALINGS[self.rope_type]
+        for key in type(self).model_fields.keys() - {"rope_type"}:
+            given = getattr(self, key) is not None
+            if given and key not in (*required, *optional):
+                raise ValueError(f'{key}={getattr(self, key)}: rope_type="{self.rope_type}" has none; leave it out')
+            if not given and key in required:
+                raise ValueError(f'{key}: missing, and rope_type="{self.rope_type}" needs it; add it')
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and high <= low:
+            raise ValueError(f"high_freq_factor={high}: must be more than low_freq_factor={low}")
         return self
 
 
@@ -175,12 +201,6 @@ class ModelConfig(Section):
                     "model.family"
                 )
         self._fits_layers(record)
-        scaling = self.rope_scaling
-        if scaling is not None and scaling.rope_type not in record.rope_types:
-            raise ValueError(
-                f'model.rope_scaling.rope_type="{scaling.rope_type}": {record.model_type} models have none; leave '
-                "model.rope_scaling out, or choose another model.family"
-            )
         if record.experts is None:
             return
         if (shared := self.shared_expert_intermediate_size) is not None and not record.experts.shared:

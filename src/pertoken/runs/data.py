@@ -13,7 +13,7 @@ from pertoken.data.chat.template import end_of_turn_id
 from pertoken.data.store.build import build_store, open_store
 from pertoken.data.store.dataset import Dataset
 from pertoken.data.store.folder import Check
-from pertoken.data.store.mixture import Mixture, refuse_shared_files
+from pertoken.data.store.mixture import Mixture, keep_apart, refuse_shared_files
 from pertoken.data.store.store import Part, Store
 from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import DataError, RecipeError
@@ -132,6 +132,8 @@ def load_data(
     world.on_main(lambda: refuse_shared_files(train_parts))
     if eval_paths:
         eval_parts = [Part("", build(eval_paths, "data.eval_path", data))]
+    else:
+        train_parts = world.together(lambda: keep_apart(train_parts, eval_parts, data.eval_split))
     eval_data = _together(eval_parts) if eval_parts else None
     return RunData(tokenizer, eos_token_id, _together(train_parts), eval_data, init_from, hub.commits)
 

@@ -94,7 +94,11 @@ def _unwritable(out_dir: Path, error: OSError) -> CheckpointError:
 
 def refuse_changes(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Raises RecipeError, naming each key that cannot change on a resume."""
-    before, now = _without_source_paths(checkpoint.recipe.flat()), _without_source_paths(recipe.flat())
+    before, now = _by_source(checkpoint.recipe.flat()), _by_source(recipe.flat())
+    if before["data.sources"] != now["data.sources"]:  # then their places say nothing
+        before, now = (
+            {key: value for key, value in keys.items() if not key.startswith("data.sources.")} for keys in (before, now)
+        )
     may_change = _MAY_CHANGE | ({"init_from"} if recipe.adapter.kind != "none" else set())
     changed = [
         f"{key}={now.get(key)!r}: was {before.get(key)!r} when {checkpoint.folder.name} was saved, and cannot change "
@@ -106,9 +110,16 @@ def refuse_changes(recipe: Recipe, checkpoint: Checkpoint) -> None:
         raise RecipeError("\n".join(changed))
 
 
-def _without_source_paths(flat: dict[str, Any]) -> dict[str, Any]:
-    sources = [{key: value for key, value in source.items() if key != "path"} for source in flat["data.sources"]]
-    return {**flat, "data.sources": sources}
+def _by_source(flat: dict[str, Any]) -> dict[str, Any]:
+    """The sources as their names, and every key of each but its paths as a key of its own: data.sources.0.repeat."""
+    sources = flat["data.sources"]
+    keys = {
+        f"data.sources.{i}.{key}": value
+        for i, source in enumerate(sources)
+        for key, value in source.items()
+        if key not in ("name", "path")
+    }
+    return {**flat, **keys, "data.sources": [source["name"] for source in sources]}
 
 
 def changed_data(checkpoint: Checkpoint, now: dict[str, tuple[str | None, ...]], files: dict[str, Any]) -> str | None:

@@ -78,8 +78,9 @@ def _data_notes(recipe: Recipe, store: Dataset, eval_store: Dataset | None) -> l
         notes += [f"evaluation data: {note}" for note in eval_store.notes()]
         harmed += eval_store.num_harmed
     if harmed:
+        times = "time" if harmed == 1 else "times"
         notes.append(
-            f"{harmed:,} times a sample is lost or trained otherwise than its row says; `pertoken audit` shows where"
+            f"{harmed:,} {times} a sample is lost or trained otherwise than its row says; `pertoken audit` shows where"
         )
     return notes
 

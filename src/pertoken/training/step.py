@@ -10,7 +10,7 @@ same mean, and how the step is split cannot matter. `objective.terms` has the ge
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -77,19 +77,24 @@ class TrainState:
         max_norm: float,
         on_gradients: Callable[[], None] | None = None,
         skips: Callable[[float], bool] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> tuple[float, bool]:
         """Unscale, clip the true gradients to `max_norm` (0: do not), update, clear them: (norm before, skipped).
 
-        A non-finite norm raises NonFiniteStep before anything changes, unless the loss scale caused it: then the update
-        is skipped and the scale halves. A finite one is told to `skips`: where that is true the update is left out, and
-        what it raises comes before anything changes. `on_gradients` is called while the true gradients are in `.grad`.
+        `check` is called once the host has waited for the norm, a step's only wait for a GPU: what was on its way to
+        the host before is there. `on_gradients` is called while the true gradients are in `.grad`. A non-finite norm
+        raises NonFiniteStep, unless the loss scale caused it: then the update is skipped and the scale halves. A finite
+        one is told to `skips`: where that is true the update is left out. What any of them raises comes before anything
+        changes.
         """
         self.scaler.unscale_(self.optimizer)
         try:
-            if on_gradients is not None:
-                on_gradients()
             gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
             grad_norm = total_norm(gradients, self.world, self.kernels)
+            if check is not None:
+                check()
+            if on_gradients is not None:
+                on_gradients()
             finite = math.isfinite(grad_norm)
             if not finite and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):
                 raise NonFiniteStep(f"the gradient norm is {grad_norm}", parameter=nearest_bad_gradient(self.model))
@@ -140,36 +145,57 @@ def train_step(
                     state.backward(out.objective(denominators) * state.world.size)
                 metrics.append(out.metrics)
                 terms = out.terms
-        sums, counted = _add_up(metrics, [counts_of(m) for m in share.micro_batches], state.world)
-        seen = counted | {"supervised": sums["loss"][1]}
-        for name, expected in denominators.items():
-            assert math.isclose(seen[name], expected, rel_tol=1e-6), f"{name}: {seen[name]} seen, {expected} expected"
-        for name in terms:
-            if not math.isfinite(total := float(sums[name][0])):
-                raise NonFiniteStep(f"the {name} is {total}", micro_batch=_first_non_finite(name, metrics, state.world))
-        grad_norm, skipped = state.clip_and_step(lr, max_norm, on_gradients, skips)
+        totals = _Totals(metrics, [counts_of(m) for m in share.micro_batches])
+        grad_norm, skipped = state.clip_and_step(
+            lr, max_norm, on_gradients, skips, lambda: totals.add_up(denominators, terms, state.world)
+        )
     except BaseException:
         state.optimizer.zero_grad(set_to_none=True)
         raise
-    return StepMetrics(float(sums["loss"][0]), seen["supervised"], grad_norm, skipped, loss_scale, sums)
+    sums = totals.sums
+    return StepMetrics(float(sums["loss"][0]), sums["loss"][1], grad_norm, skipped, loss_scale, sums)
 
 
-def _add_up(
-    metrics: Sequence[dict[str, tuple[Tensor, Tensor]]], counts: Sequence[dict[str, float]], world: World
-) -> tuple[dict[str, tuple[np.ndarray, float]], dict[str, float]]:
-    """Each metric's (sum, count) and each count, over micro-batches and ranks: one wait for the device, one message
-    between ranks."""
-    names, counted = sorted(metrics[0]), sorted(counts[0])
-    shapes = {name: metrics[0][name][0].shape for name in names}
-    rows = [torch.cat([x.detach().reshape(-1).double() for n in names for x in m[n]]) for m in metrics]
-    on_host = torch.tensor([[row[name] for name in counted] for row in counts], dtype=torch.float64)
-    total = world.sum(torch.cat((torch.stack(rows).cpu().sum(0), on_host.sum(0)))).numpy()
-    sums, start = {}, 0
-    for name in names:
-        end = start + shapes[name].numel()
-        sums[name] = (total[start:end].reshape(shapes[name]), float(total[end]))
-        start = end + 1
-    return sums, dict(zip(counted, total[start:].tolist(), strict=True))
+class _Totals:
+    """Each metric's (sum, count) over micro-batches and ranks. They set out for the host at once, without a wait."""
+
+    def __init__(self, metrics: Sequence[dict[str, tuple[Tensor, Tensor]]], counts: Sequence[dict[str, float]]) -> None:
+        self.sums: dict[str, tuple[np.ndarray, float]] = {}  # once added up
+        self._metrics, self._names = metrics, sorted(metrics[0])
+        rows = torch.stack(
+            [torch.cat([x.detach().reshape(-1).double() for n in self._names for x in m[n]]) for m in metrics]
+        )
+        self._counted = sorted(counts[0])
+        self._counts = torch.tensor([[row[name] for name in self._counted] for row in counts], dtype=torch.float64)
+        self._arrived: torch.cuda.Event | None = None
+        if rows.device.type != "cuda":
+            self._rows = rows.cpu()
+            return
+        self._rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrived.record()
+
+    def add_up(self, denominators: dict[str, float], terms: Iterable[str], world: World) -> None:
+        """Fill `sums`, with one message between ranks. What was seen must be what `denominators` expect.
+
+        Raises NonFiniteStep where one of `terms` is not finite.
+        """
+        if self._arrived is not None and not self._arrived.query():  # type: ignore[no-untyped-call]
+            self._arrived.synchronize()
+        total = world.sum(torch.cat((self._rows.sum(0), self._counts.sum(0)))).numpy()
+        start = 0
+        for name in self._names:
+            shape = self._metrics[0][name][0].shape
+            end = start + shape.numel()
+            self.sums[name] = (total[start:end].reshape(shape), float(total[end]))
+            start = end + 1
+        seen = dict(zip(self._counted, total[start:].tolist(), strict=True)) | {"supervised": self.sums["loss"][1]}
+        for name, expected in denominators.items():
+            assert math.isclose(seen[name], expected, rel_tol=1e-6), f"{name}: {seen[name]} seen, {expected} expected"
+        for name in terms:
+            if not math.isfinite(value := float(self.sums[name][0])):
+                where = _first_non_finite(name, self._metrics, world)
+                raise NonFiniteStep(f"the {name} is {value}", micro_batch=where)
 
 
 def _first_non_finite(

@@ -27,6 +27,8 @@ class MicroBatch:
     position_ids: Tensor  # [N] int64, from 0 within each sample
     cu_seqlens: Tensor  # [S + 1] int32, sample s is rows cu_seqlens[s]:cu_seqlens[s + 1]
     lengths: tuple[int, ...]  # the S lengths once more, on the host: shapes are planned from them without a device sync
+    # [M] int64, the rows of which `loss_mask` is not 0; None: not looked up yet, see `supervised_rows`.
+    supervised: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = self.input_ids.shape[0]
@@ -39,6 +41,10 @@ class MicroBatch:
     @property
     def num_samples(self) -> int:
         return len(self.lengths)
+
+    def supervised_rows(self) -> Tensor:
+        """[M] int64, in order. `to` looks them up before it copies, since on a GPU the host would wait for them."""
+        return (self.loss_mask != 0).nonzero().squeeze(1) if self.supervised is None else self.supervised
 
     def to(self, device: torch.device) -> MicroBatch:
         """On `device`. A copy from the host to CUDA goes through pinned memory and does not block the host."""
@@ -56,6 +62,7 @@ class MicroBatch:
             move(self.position_ids),
             move(self.cu_seqlens),
             self.lengths,
+            move(self.supervised_rows()),
         )
 
 

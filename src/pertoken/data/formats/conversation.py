@@ -23,14 +23,16 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     weights: tuple[float, ...] | None = None  # how much each message's tokens count; None: 1 for the assistant's
 
-    def order_findings(self) -> dict[str, int]:
-        """Kinds of findings (`data/findings.py`) on the order of the roles: no mistakes, but seldom what was meant."""
+    def findings(self) -> dict[str, int]:
+        """Kinds of findings (`data/findings.py`) on roles and contents: no mistakes, but seldom what was meant."""
         roles = [message["role"] for message in self.messages if message["role"] != "system"]
         found = {}
         if any(role == follows != "tool" for role, follows in pairwise(roles)):
             found["roles_out_of_order"] = 1
         if roles[:1] == ["assistant"]:
             found["assistant_first"] = 1
+        if any(message["role"] in ("system", "user") and not message["content"].strip() for message in self.messages):
+            found["empty_message"] = 1
         return found
 
     def weight(self, message: int) -> float:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Literal, SupportsIndex
 
 import numpy as np
 
 from pertoken.data.batch.sample import Sample, as_count
 from pertoken.data.store.store import Part
 from pertoken.errors import DataError
+from pertoken.text import counted
 
-__all__ = ["Mixture", "refuse_shared_files"]
+__all__ = ["Mixture", "keep_apart", "refuse_shared_files"]
 
 
 class Mixture:
@@ -92,7 +94,9 @@ class Mixture:
         for part in self.parts:
             times = f"{part.repeat} x " if part.repeat > 1 else ""
             share = part.store.count() * part.repeat / total if total else 0.0
-            shares.append(f"{part.name} {times}{len(part.store):,} samples ({share:.1%} of the supervised tokens)")
+            shares.append(
+                f"{part.name} {times}{counted(len(part.store), 'sample')} ({share:.1%} of the supervised tokens)"
+            )
         own = [f"{part.name}: {note}" for part in self.parts for note in part.store.notes()]
         return [f"sources: {', '.join(shares)}", *own]
 
@@ -103,13 +107,37 @@ class Mixture:
 
 
 def refuse_shared_files(parts: Sequence[Part]) -> None:
-    """Raise DataError where two sources have a file in common."""
-    seen: dict[Path, str] = {}
+    """Raise DataError where two sources have a file in common, or two files that are the same byte for byte."""
+    seen: dict[str, tuple[str, str]] = {}
     for part in parts:
-        for file in part.store.files:
-            before = seen.setdefault(Path(file).resolve(), part.name)
+        for file, content in part.store.checksums.items():
+            other, before = seen.setdefault(content, (file, part.name))
             if before != part.name:
+                same = "" if Path(file).resolve() == Path(other).resolve() else f" the same content as {other},"
                 raise DataError(
-                    f"{file}: in two of [[data.sources]], {before} and {part.name}; name it in one, with repeat = 2 to "
-                    "train on it twice an epoch"
+                    f"{file}:{same} in two of [[data.sources]], {before} and {part.name}; name it in one, with "
+                    "repeat = 2 to train on it twice an epoch"
                 )
+
+
+def keep_apart(train: Sequence[Part], held_out: Sequence[Part], eval_split: Literal["rows", "tail"]) -> list[Part]:
+    """`train` without the rows that another source holds out: none is trained through a copy of it.
+
+    Of documents whose ends are held out, none may be in two sources: DataError. So is a source with no row left.
+    """
+    kept = []
+    for part in train:
+        others = [other for other in held_out if other.name != part.name]
+        store = part.store.without([other.store.row_digests for other in others], "other sources hold them out")
+        if store is not part.store and eval_split == "tail":
+            raise DataError(
+                f'data.eval_split="tail": {part.name} has a document that another of [[data.sources]] has too, whose '
+                "end is held out; leave it out of one of the two"
+            )
+        if not len(store):
+            raise DataError(
+                f"data.sources: other sources hold out every row of {part.name} for evaluation; leave it out, or give "
+                "data.eval_path instead"
+            )
+        kept.append(replace(part, store=store))
+    return kept

@@ -5,9 +5,11 @@ A store is a folder of the cache (`folder.py`), named by a hash over everything 
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, SupportsIndex
+from typing import Literal, SupportsIndex
 
 import numpy as np
 
@@ -17,10 +19,7 @@ from pertoken.data.files.records import BadRow
 from pertoken.data.store.columns import Columns
 from pertoken.data.store.report import StoreReport
 from pertoken.errors import DataError
-from pertoken.text import one_line
-
-if TYPE_CHECKING:
-    pass
+from pertoken.text import counted, one_line
 
 __all__ = ["Part", "Store"]
 
@@ -123,7 +122,7 @@ class Store:
         """What became of the rows, a line each; of several files what each gave."""
         samples = self.sums_by_file(np.ones(len(self)))
         files = [
-            one_line(f"{file}: {counts.rows:,} rows, {int(count):,} samples{counts.lost()}")
+            one_line(f"{file}: {counted(counts.rows, 'row')}, {counted(int(count), 'sample')}{counts.lost()}")
             for file, counts, count in zip(self.files, self.report.by_file, samples, strict=True)
         ]
         if len(files) > _FILES_SHOWN:
@@ -137,7 +136,7 @@ class Store:
         return f"{self.files[self._columns.value('file', row)]}:{self._columns.value('line', row)}"
 
     def subset(self, *, max_rows: int | None = None, fraction: float | None = None) -> Store:
-        """The samples of `max_rows` of the distinct rows, or of that fraction of them (rounded, at least one).
+        """The samples of `max_rows` of the distinct rows, or of that fraction of them (to the nearest, at least one).
 
         Rows are chosen by their content: the same in every run, and a larger subset contains the smaller ones.
         Duplicates of a chosen row come with it.
@@ -149,6 +148,15 @@ class Store:
         if max_rows >= len(rows):
             return self
         return self._select(self.row_digests <= rows[max_rows - 1], f"{max_rows:,} of {len(rows):,} distinct rows")
+
+    def without(self, digests: Sequence[np.ndarray], why: str) -> Store:
+        """The samples of all rows but those of `digests`; this store if it has none. `why`, for the summary."""
+        outside = np.isin(self.row_digests, np.concatenate(digests)) if digests else np.zeros(len(self), dtype=np.bool_)
+        if not outside.any():
+            return self
+        left_out = np.unique(self.row_digests[outside])
+        which = hashlib.sha256(left_out.tobytes()).hexdigest()
+        return self._select(~outside, f"all rows but {len(left_out):,}, left out of training: {why}", which)
 
     def split(self, eval_fraction: float, eval_split: Literal["rows", "tail"]) -> tuple[Store, Store]:
         """(train, eval), together every sample once; the same in every run.
@@ -199,7 +207,7 @@ class Store:
         column = self._columns.column(name)
         return column if self._ids is None else column[self._ids]
 
-    def _select(self, chosen: np.ndarray, how: str) -> Store:
+    def _select(self, chosen: np.ndarray, *how: str) -> Store:
         ids = np.flatnonzero(chosen) if self._ids is None else self._ids[chosen]
         return Store(
             self._columns,
@@ -209,7 +217,7 @@ class Store:
             contents=self._contents,
             report=self.report,
             ids=ids,
-            choice=(*self.choice, how),
+            choice=(*self.choice, *how),
         )
 
 

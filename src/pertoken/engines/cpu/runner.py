@@ -26,7 +26,7 @@ from pertoken.kernels.memory import empty
 from pertoken.kernels.ops import Kernels
 from pertoken.model.execution import Casts
 from pertoken.model.norms import norm_factors
-from pertoken.model.rope import frequencies
+from pertoken.model.rope import frequencies, rotary_scale
 from pertoken.objective.cross_entropy import TiedGradient, first_order_only
 from pertoken.recipe.model import LayerKind, ResolvedModelConfig
 
@@ -122,9 +122,9 @@ class CpuBatch:
 
 
 def _angles(positions: int, config: ResolvedModelConfig, kind: Literal["global", "local", "none"] = "global") -> Tensor:
-    """Cosines and sines of the rotary angles, [positions, head_dim]."""
+    """Cosines and sines of the rotary angles, times `rotary_scale`, [positions, head_dim]."""
     angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies(config, torch.float32, kind=kind)
-    return torch.cat((angles.cos(), angles.sin()), 1)
+    return torch.cat((angles.cos(), angles.sin()), 1) * rotary_scale(config, kind)
 
 
 def embed(weight: Tensor, input_ids: Tensor, batch: CpuBatch, tied: TiedGradient | None) -> Tensor:

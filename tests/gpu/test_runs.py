@@ -1,4 +1,4 @@
-"""A GPU computes what a CPU computes: losses, gradients, splits, resumes. Needs a GPU; one call, a few minutes.
+"""A GPU computes what a CPU computes: losses, gradients, splits, resumes.
 
 Bounds are those of rounding: float32 on both sides, or half precision against float32.
 """
@@ -15,20 +15,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tiny import World, pertoken, rows_of
+from gpu_runs import SHORT, SIZES, assert_close, rows
+from tiny import pertoken, rows_of
 
 from pertoken import linear_cross_entropy
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-SIZES = {
-    "model__hidden_size": 128,
-    "model__num_attention_heads": 4,
-    "model__num_key_value_heads": 2,
-    "model__head_dim": 64,
-    "model__intermediate_size": 256,
-}
-SHORT = {"train__max_steps": 8, "train__eval_interval": 8, "checkpoint__save_interval": 4}
 KINDS = {
     "dense": {},
     "many micro-batches": {"train__micro_batch_tokens": 600},
@@ -39,27 +32,19 @@ KINDS = {
     "Qwen2": {"model__family": "qwen2"},
     "z-loss": {"train__z_loss_coef": 1e-2},
     "Adafactor": {"train__optimizer": "adafactor", "train__learning_rate": 1e-2},
+    "Mistral, a window": {"model__family": "mistral", "model__sliding_window": 24},
+    "Gemma 3, windows and capped logits": {
+        "model__family": "gemma3",
+        "model__sliding_window": 24,
+        "model__query_pre_attn_scalar": 64,
+        "model__final_logit_softcapping": 7.0,
+    },
+    "OLMo 2": {"model__family": "olmo2"},
+    "SmolLM3": {"model__family": "smollm3", "model__no_rope_layers": [1, 0]},
+    "Granite": {"model__family": "granite", "model__residual_multiplier": 0.5, "model__logits_scaling": 0.5},
+    "a shared expert": {"model__family": "qwen2", "model__use_moe": True, "model__num_experts_per_tok": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World.make(tmp_path_factory.mktemp("world"))
-
-
-def rows(world, tmp_path, name, **changes):
-    recipe = world.write_recipe(tmp_path / name, **(SIZES | SHORT | changes))
-    code, out, err = pertoken("train", recipe)
-    assert code == 0, out + err
-    return rows_of(tmp_path / name)
-
-
-def assert_close(mine, theirs, bound, figures=("loss", "grad_norm")):
-    for a, b in zip(mine, theirs, strict=True):
-        assert a["num_tokens"] == b["num_tokens"]
-        assert a["positions"] == b["positions"]
-        for figure in figures:
-            assert math.isclose(a[figure], b[figure], rel_tol=bound), (figure, a, b)
+LOW = ["dense", "experts", "many micro-batches", "Mistral, a window", "Gemma 3, windows and capped logits"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,7 +56,7 @@ def test_a_run_in_float32_computes_what_a_cpu_computes(world, tmp_path, kind):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("kind", ["dense", "experts", "many micro-batches"])
+@pytest.mark.parametrize("kind", LOW)
 def test_half_precision_stays_near_float32(world, tmp_path, kind, dtype):
     wide = rows(world, tmp_path, "wide", train__device="cuda", **KINDS[kind])
     low = rows(world, tmp_path, "low", train__device="cuda", train__dtype=dtype, **KINDS[kind])
