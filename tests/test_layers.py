@@ -14,7 +14,7 @@ import pertoken
 
 SOURCE = Path(pertoken.__file__).parent
 LAYERS = [
-    {"errors", "text", "files", "fast_start"},
+    {"errors", "text", "files", "gguf_file", "fast_start"},
     {"hub"},
     {"families"},
     {"data.batch", "data.files"},

@@ -41,7 +41,6 @@ from pertoken.engines.cpu.engine import CpuEngine
 from pertoken.errors import ModelError
 from pertoken.folders.minimind import load_minimind, save_minimind
 from pertoken.folders.weights import load_folder, resize_embeddings, save_folder
-from pertoken.inference.generate import generate
 from pertoken.model.decoder import CausalLM
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.recipe.model import ModelConfig
@@ -639,20 +638,3 @@ def test_tokens_are_never_removed():
     resize_embeddings(model, 97)
     with pytest.raises(ModelError, match="vocab_size=96"):
         resize_embeddings(model, 96)
-
-
-# A real model
-
-
-@pytest.mark.slow
-def test_smollm2_equals_transformers_in_logits_and_64_greedy_tokens(smollm2_folder):
-    hf_model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_folder)
-    model = load_folder(smollm2_folder)
-    chat = [{"role": "user", "content": "Why is the sky blue? Answer in a few sentences."}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-    docs = [torch.tensor(prompt), torch.tensor(tokenizer.encode("The quick brown fox jumps over the lazy dog."))]
-    assert relative_difference(model, hf_model, docs) <= 1e-4
-    theirs = hf_model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64, min_new_tokens=64)
-    ours = list(generate(model, prompt, max_new_tokens=64))
-    assert ours == theirs[0, len(prompt) :].tolist()

@@ -361,13 +361,13 @@ def test_the_recipes_pass(shared_data, tmp_path, monkeypatch, recipe, limit_s):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-def test_a_real_model_passes(shared_data, smollm2_folder, tmp_path):
+def test_a_real_model_passes(shared_data, smollm2, tmp_path):
     data = {"path": str(shared_data / "sft" / "gsm8k" / "train.jsonl"), "format": "prompt_completion"}
     recipe = Recipe.parse(
         {
             "stage": "sft",
             "out_dir": str(tmp_path / "run"),
-            "init_from": str(smollm2_folder),
+            "init_from": str(smollm2),
             "data": data | {"prompt_key": "question", "completion_key": "answer", "max_seq_len": 512},
         }
     )

@@ -15,7 +15,9 @@ from pertoken.data.store.dataset import Dataset
 from pertoken.errors import RecipeError
 from pertoken.folders.config import config_from_hf
 from pertoken.folders.files import read_json
+from pertoken.folders.gguf import config_of_gguf
 from pertoken.folders.refusals import NotCovered
+from pertoken.gguf_file import is_gguf
 from pertoken.model.attention import AttentionLayout
 from pertoken.model.decoder import CausalLM
 from pertoken.model.operations import padding_of
@@ -65,8 +67,11 @@ def architecture(recipe: Recipe, init_from: str | None, num_tokens: int) -> Reso
     folder = Path(init_from)
     if folder.suffix == ".pth":
         return None
+    folder = resolve_model_folder(folder)
+    if is_gguf(folder):
+        return config_of_gguf(folder)
     try:
-        return config_from_hf(read_json(resolve_model_folder(folder) / "config.json"))
+        return config_from_hf(read_json(folder / "config.json"))
     except NotCovered:
         return None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from pertoken.checkpoints.read import load_model, resolve_model_folder, tokenizer_folder
+from pertoken.checkpoints.read import has_tokenizer, load_model, resolve_model_folder, tokenizer_folder
 from pertoken.data.tokens.tokenizer import open_tokenizer
 from pertoken.errors import ModelError, RecipeError
 from pertoken.files import user_path
@@ -58,7 +58,7 @@ def export_model(path: str, out: Path, *, format_: str, dtype: str | None, merge
             file.parent.mkdir(parents=True, exist_ok=True)
             save_minimind(model, file, dtype=_DTYPES[dtype or "float16"])
         return [file]
-    if not source.is_dir():
+    if not has_tokenizer(source):
         raise ModelError(
             f"{path}: a .pth has no tokenizer; fine-tune from it with data.tokenizer set, then export the run"
         )

@@ -37,8 +37,10 @@ from pertoken.checkpoints.state import read_state
 from pertoken.errors import CheckpointError, ModelError, RecipeError
 from pertoken.files import plain_file, sha256, user_path
 from pertoken.folders.adapters import base_folder, is_adapter, read_adapter
+from pertoken.folders.gguf import load_gguf
 from pertoken.folders.minimind import load_minimind
 from pertoken.folders.open import load_folder
+from pertoken.gguf_file import is_gguf
 from pertoken.hub.fetch import on_disk
 from pertoken.model.protocol import LanguageModel, TorchModule
 from pertoken.recipe.schema import Recipe
@@ -57,6 +59,7 @@ __all__ = [
     "base_of",
     "checkpoint_folder",
     "has_optimizer",
+    "has_tokenizer",
     "load_model",
     "load_optimizer",
     "newest_checkpoint",
@@ -325,10 +328,10 @@ def remove_unfinished(run_dir: Path) -> None:
 
 
 def resolve_model_folder(path: str | Path) -> Path:
-    """The folder or `.pth` file that MODEL means: for a run, its newest valid checkpoint; what the hub has by that name
-    is downloaded, without a word. Raises ModelError."""
+    """The folder, `.pth` or GGUF file that MODEL means: for a run, its newest valid checkpoint; what the hub has by
+    that name is downloaded, without a word. Raises ModelError."""
     path = user_path(on_disk(str(path), "model", label="model"), "model")
-    if path.suffix == ".pth" and path.is_file():
+    if (path.suffix == ".pth" or is_gguf(path)) and path.is_file():
         return path
     if (path / "config.json").is_file() or is_adapter(path):
         return path
@@ -337,12 +340,17 @@ def resolve_model_folder(path: str | Path) -> Path:
         if checkpoint is None:
             raise ModelError("\n".join([f"{path}: a run without a valid checkpoint; train it first", *damaged]))
         return checkpoint.folder
-    raise ModelError(f"{path}: not a run, not a model folder (no config.json) and not a MiniMind .pth file")
+    raise ModelError(f"{path}: not a run, not a model folder (no config.json) and not a .gguf or MiniMind .pth file")
 
 
 def base_of(folder: Path) -> Path:
     """Where the weights of a model folder are: those of an adapter's base. Raises ModelError."""
     return base_folder(folder, read_adapter(folder).base) if is_adapter(folder) else folder
+
+
+def has_tokenizer(model: Path) -> bool:
+    """Whether what `resolve_model_folder` finds may bring its tokenizer: all but a `.pth` file."""
+    return model.is_dir() or is_gguf(model)
 
 
 def tokenizer_folder(folder: Path) -> Path:
@@ -359,10 +367,11 @@ def recipe_of(folder: Path) -> dict[str, Any] | None:
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """A model from a run, a checkpoint, a Hugging Face folder, peft's folder of an adapter or a MiniMind `.pth`, with
-    parameters in `dtype`.
+    """A model from a run, a checkpoint, a Hugging Face folder, peft's folder of an adapter, a GGUF file or a MiniMind
+    `.pth`, with parameters in `dtype`.
 
     Raises ModelError where the path is none of these, or neither pertoken nor transformers has the architecture.
     """
     folder = resolve_model_folder(path)
-    return load_minimind(folder, dtype=dtype) if folder.suffix == ".pth" else load_folder(folder, dtype=dtype)
+    load = load_minimind if folder.suffix == ".pth" else load_gguf if is_gguf(folder) else load_folder
+    return load(folder, dtype=dtype)

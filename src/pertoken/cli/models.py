@@ -18,7 +18,9 @@ tokenizer_app = typer.Typer(help="Make tokenizers.", no_args_is_help=True, rich_
 
 @models_app.command()
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, a checkpoint, any model folder or owner/name")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run, a checkpoint, any model folder or owner/name, a .gguf")
+    ],
     out: Annotated[Path, typer.Option(help="The folder to write (hf), or the folder or .pth file (minimind)")],
     format_: Annotated[str, typer.Option("--format", metavar="hf|minimind")] = "hf",
     dtype: Annotated[

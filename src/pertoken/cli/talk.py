@@ -15,7 +15,8 @@ __all__ = ["Device", "ModelPath", "talk_app"]
 
 talk_app = typer.Typer(rich_markup_mode=None)
 ModelPath = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A run, a checkpoint, a Hugging Face folder or owner/name, a .pth")
+    str,
+    typer.Argument(metavar="MODEL", help="A run, a checkpoint, a Hugging Face folder or owner/name, a .gguf, a .pth"),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Sampling = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Experts", "Family"]
+__all__ = ["Experts", "Family", "Gguf"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,21 @@ class Experts:
     own_width: bool = True  # experts have `moe_intermediate_size`; False: `intermediate_size` is theirs
     shared: bool = False  # beside them one of `shared_expert_intermediate_size` that every token goes through
     may_not_normalize: bool = True  # `norm_topk_prob` may be false; False: the weights of a token's experts sum to 1
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp writes models of a type in its format, GGUF."""
+
+    architecture: str  # `general.architecture`, which also begins the keys of its own
+    # The two rows of a query or key projection that are turned together are neighbours, not half a head apart.
+    neighbours_turn: bool = False
+    # Keys of its own beside those of every model: how each goes on after the architecture -> as config.json calls it.
+    keys: Mapping[str, str] = field(default_factory=dict)
+    # What config.json would say and llama.cpp has in its code instead, so that no file says it.
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    # `query_pre_attn_scalar` of models of so many layers, where it is not `head_dim`; llama.cpp tells them so too.
+    query_scalars: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,3 +83,4 @@ class Family:
     # Which of `NUMBERS` (recipe/model.py) its config.json has; what one absent means is among the defaults.
     numbers: tuple[str, ...] = ()
     experts: Experts | None = None
+    gguf: Gguf | None = None  # None: not read from GGUF

@@ -3,7 +3,7 @@ section 2)."""
 
 from __future__ import annotations
 
-from pertoken.families.family import Family
+from pertoken.families.family import Family, Gguf
 
 __all__ = ["GEMMA"]
 
@@ -24,4 +24,5 @@ GEMMA = Family(
     activation="gelu_pytorch_tanh",
     activation_aliases=("gelu",),  # as its first releases have it, and its class understands it
     scaled_embedding=True,
+    gguf=Gguf("gemma"),
 )

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from pertoken.families.family import Family
+from pertoken.families.family import Family, Gguf
 
 __all__ = ["GEMMA3"]
 
@@ -39,4 +39,14 @@ GEMMA3 = Family(
     activation_key="hidden_activation",
     scaled_embedding=True,
     numbers=("query_pre_attn_scalar", "final_logit_softcapping"),
+    gguf=Gguf(
+        "gemma3",
+        keys={
+            "attention.sliding_window": "sliding_window",
+            "attention.sliding_window_pattern": "sliding_window_pattern",
+            "final_logit_softcapping": "final_logit_softcapping",
+            "rope.freq_base_swa": "rope_local_base_freq",
+        },
+        query_scalars={62: 168},  # 27B
+    ),
 )

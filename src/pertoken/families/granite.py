@@ -3,7 +3,7 @@ Language Models", 2024, section 2)."""
 
 from __future__ import annotations
 
-from pertoken.families.family import Family
+from pertoken.families.family import Family, Gguf
 
 __all__ = ["GRANITE"]
 
@@ -23,4 +23,14 @@ GRANITE = Family(
     },
     constants={"attention_bias": False, "mlp_bias": False},
     numbers=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+    gguf=Gguf(
+        "granite",
+        neighbours_turn=True,
+        keys={
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "attention.scale": "attention_multiplier",
+            "logit_scale": "logits_scaling",
+        },
+    ),
 )

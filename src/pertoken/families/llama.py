@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pertoken.families.family import Family
+from pertoken.families.family import Family, Gguf
 
 __all__ = ["LLAMA"]
 
@@ -13,4 +13,5 @@ LLAMA = Family(
     rope_theta=1e4,
     defaults={"max_position_embeddings": 2048, "rope_theta": 1e4, "tie_word_embeddings": False},
     constants={"attention_bias": False, "mlp_bias": False},
+    gguf=Gguf("llama", neighbours_turn=True),
 )

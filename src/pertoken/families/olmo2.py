@@ -3,7 +3,7 @@ of keys (OLMo Team, "2 OLMo 2 Furious", 2025, section 2)."""
 
 from __future__ import annotations
 
-from pertoken.families.family import Family
+from pertoken.families.family import Family, Gguf
 
 __all__ = ["OLMO2"]
 
@@ -23,4 +23,5 @@ OLMO2 = Family(
     qk_norm=True,
     qk_norm_of_all_heads=True,
     norms="after",
+    gguf=Gguf("olmo2"),
 )

@@ -5,7 +5,7 @@ The class reads no `attention_bias`: its biases are always there.
 
 from __future__ import annotations
 
-from pertoken.families.family import Family
+from pertoken.families.family import Family, Gguf
 
 __all__ = ["QWEN2"]
 
@@ -23,4 +23,5 @@ QWEN2 = Family(
     forced_tokenizer="Qwen2Tokenizer",
     qkv_bias=True,
     windows="layer_types",
+    gguf=Gguf("qwen2"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pertoken.families.family import Family
+from pertoken.families.family import Family, Gguf
 
 __all__ = ["QWEN3"]
 
@@ -21,4 +21,5 @@ QWEN3 = Family(
     constants={"attention_bias": False},
     qk_norm=True,
     windows="layer_types",
+    gguf=Gguf("qwen3"),
 )

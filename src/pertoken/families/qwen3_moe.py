@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pertoken.families.family import Experts, Family
+from pertoken.families.family import Experts, Family, Gguf
 
 __all__ = ["QWEN3_MOE"]
 
@@ -31,4 +31,13 @@ QWEN3_MOE = Family(
     },
     qk_norm=True,
     experts=Experts(),
+    gguf=Gguf(
+        "qwen3moe",
+        keys={
+            "expert_count": "num_experts",
+            "expert_used_count": "num_experts_per_tok",
+            "expert_feed_forward_length": "moe_intermediate_size",
+        },
+        constants={"norm_topk_prob": True},
+    ),
 )

@@ -3,7 +3,7 @@ Again", 2025)."""
 
 from __future__ import annotations
 
-from pertoken.families.family import Family
+from pertoken.families.family import Family, Gguf
 
 __all__ = ["SMOLLM3"]
 
@@ -21,4 +21,5 @@ SMOLLM3 = Family(
     constants={"attention_bias": False, "mlp_bias": False, "pad_token_id": None},
     windows="layer_types",
     no_rope=True,
+    gguf=Gguf("smollm3", neighbours_turn=True),
 )

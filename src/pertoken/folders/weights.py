@@ -31,6 +31,7 @@ __all__ = [
     "name_on_disk",
     "resize_embeddings",
     "save_folder",
+    "skeleton",
 ]
 
 # Buffers that older files saved among the weights; they follow from the configuration.
@@ -63,7 +64,7 @@ def name_on_disk(name: str, config: ResolvedModelConfig) -> str:
 
 def build_model(config: ResolvedModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype, source: Path) -> CausalLM:
     """A model around the tensors, which are not copied where they have `dtype` already and lie as `aligned` wants."""
-    model = _skeleton(config, len(tensors), source)
+    model = skeleton(config, len(tensors), source)
     on_disk = {name: name_on_disk(name, config) for name in model.state_dict()}
     expected = {on_disk[name]: tensor.shape for name, tensor in model.state_dict().items()}
     head = tensors.get("lm_head.weight")
@@ -89,19 +90,21 @@ def build_model(config: ResolvedModelConfig, tensors: dict[str, Tensor], dtype: 
     return model
 
 
-def _skeleton(config: ResolvedModelConfig, num_tensors: int, source: Path) -> CausalLM:
+def skeleton(
+    config: ResolvedModelConfig, num_tensors: int, source: Path, *, described_by: str = "config.json"
+) -> CausalLM:
     """The model without memory for its tensors. What asks for more modules than there are tensors is not begun."""
     modules = config.num_hidden_layers * (config.num_experts if config.use_moe else 1)
     if modules > num_tensors:
         experts = f" of {config.num_experts} experts" if config.use_moe else ""
         raise ModelError(
             f"{source}: num_hidden_layers={config.num_hidden_layers}{experts}: the weights have {num_tensors} tensors "
-            "in all; compare them with config.json"
+            f"in all; compare them with {described_by}"
         )
     try:
         return CausalLM(config, device="meta")
     except (OverflowError, RuntimeError, TypeError) as error:
-        raise ModelError(f"{source}: sizes that no tensor can have ({reason(error)}); correct config.json") from None
+        raise ModelError(f"{source}: sizes that no tensor can have ({reason(error)}); correct {described_by}") from None
 
 
 def save_folder(

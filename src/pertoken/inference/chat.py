@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folder, tokenizer_folder
+from pertoken.checkpoints.read import has_tokenizer, load_model, recipe_of, resolve_model_folder, tokenizer_folder
 from pertoken.data.chat.template import end_of_turn_id, render
 from pertoken.data.chat.typed_specials import mark_typed, typed_in, unmark
 from pertoken.data.formats import Conversation
@@ -37,9 +37,9 @@ class ChatSession:
 
     @classmethod
     def load(cls, path: str, device: str = "auto") -> ChatSession:
-        """From a run, a checkpoint or a Hugging Face folder. Raises ModelError or RecipeError."""
+        """From a run, a checkpoint, a Hugging Face folder or a GGUF file. Raises ModelError or RecipeError."""
         folder = resolve_model_folder(path)
-        if not folder.is_dir():
+        if not has_tokenizer(folder):
             raise ModelError(f"{path}: has no tokenizer; `pertoken export` it as a Hugging Face folder with one first")
         tokenizer = open_tokenizer(tokenizer_folder(folder))
         recipe = recipe_of(folder)

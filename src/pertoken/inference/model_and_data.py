@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pertoken.checkpoints.read import load_model, recipe_of, resolve_model_folder, tokenizer_folder
+from pertoken.checkpoints.read import has_tokenizer, load_model, recipe_of, resolve_model_folder, tokenizer_folder
 from pertoken.data.files.find import find_files
 from pertoken.data.files.records import Record, read_records
 from pertoken.data.formats import formats_that_give
@@ -36,7 +36,7 @@ def _data_recipe(folder: Path, path: str, overrides: Sequence[str], *, longest: 
             k: v for k, v in saved["data"].items() if k not in ("sources", "eval_path", "eval_fraction", "eval_split")
         }
     values["data"] = data | {"path": path, "tokenizer": data.get("tokenizer")}
-    if folder.is_dir():  # the tokenizer as it was saved with the model, added tokens and template included
+    if has_tokenizer(folder):  # the tokenizer as it was saved with the model, added tokens and template included
         values["data"] |= {"tokenizer": str(tokenizer_folder(folder)), "add_tokens": [], "chat_template": None}
     for override in overrides:
         apply_override(values, override)

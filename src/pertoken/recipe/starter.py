@@ -55,7 +55,7 @@ STARTERS = {
 # Supervised fine-tuning. Run it with: pertoken train this-file.toml
 stage = "sft"
 out_dir = "runs/sft"
-init_from = "runs/pretrain"     # a run, a Hugging Face model folder, or a MiniMind .pth; left out: from scratch
+init_from = "runs/pretrain"     # a run, a Hugging Face model folder, a .gguf or MiniMind .pth; left out: from scratch
 
 # [adapter]                     # train small matrices beside the frozen ones of init_from:
 # kind = "lora"

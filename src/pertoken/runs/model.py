@@ -13,7 +13,9 @@ from pertoken.engines.choose import choose_engine
 from pertoken.errors import CheckpointError, ModelError, RecipeError
 from pertoken.folders.adapters import adapt, adapted_modules, checksums, merge, targeted_modules
 from pertoken.folders.files import count_weights, weight_files
+from pertoken.folders.gguf import count_gguf
 from pertoken.folders.open import load_adapter, resize_embeddings
+from pertoken.gguf_file import is_gguf
 from pertoken.hub.fetch import name_of
 from pertoken.model.decoder import CausalLM
 from pertoken.model.lora import Base, keep_frozen_in
@@ -129,8 +131,8 @@ def _load_initial(recipe: Recipe, data: RunData, precision: Precision, listener:
     path, init_from, num_tokens = data.init_from, recipe.init_from, len(data.tokenizer)
     assert path is not None
     folder = resolve_model_folder(path)
-    if folder.is_dir():
-        _, numbers = count_weights(weight_files(base_of(folder)))
+    if folder.suffix != ".pth":
+        numbers = count_gguf(folder) if is_gguf(folder) else count_weights(weight_files(base_of(folder)))[1]
         check_parameters(f"init_from={init_from}", numbers, recipe, precision.device)
     model = load_model(folder, dtype=precision.parameter_dtype)
     for key in sorted(recipe.model.model_fields_set - {"vocab_size", "frozen_dtype"}):

@@ -1,4 +1,4 @@
-"""Opening tokenizers: any folder that `AutoTokenizer` loads, one of our own without transformers."""
+"""Opening tokenizers: any folder that `AutoTokenizer` loads, a GGUF file, one of our own without transformers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pertoken.data.tokens.gguf import gguf_tokenizer
 from pertoken.data.tokens.trained import CHATML, SPECIAL_TOKENS, TrainedTokenizer
 from pertoken.errors import ModelError, RecipeError
 from pertoken.families import FAMILIES, Family
 from pertoken.files import plain_files, user_path
+from pertoken.gguf_file import is_gguf
 from pertoken.text import escaped_logs, reason, shown
 
 if TYPE_CHECKING:
@@ -42,13 +44,13 @@ MAX_TOKENS = 1 << 24  # fifty times the largest vocabulary in use: an id beyond 
 def load_tokenizer(
     path: str | Path, *, add_tokens: Sequence[str] = (), chat_template: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, from local files only and without running code of the folder's.
+    """The tokenizer in a folder or a GGUF file, from local files only and without running code of the folder's.
 
     `add_tokens` become special tokens with new ids. `chat_template` replaces the folder's: "chatml" for the one of
     trained tokenizers, the path of a .jinja file, or the Jinja text itself.
     Raises ModelError for the folder, RecipeError for the other two.
     """
-    tokenizer = _load_folder(Path(path))
+    tokenizer = _load_checked(Path(path))
     if "" in add_tokens:
         raise RecipeError("data.add_tokens: an empty token; remove it")
     if add_tokens:
@@ -72,7 +74,7 @@ def open_tokenizer(path: str | Path, *, add_tokens: Sequence[str] = (), chat_tem
 
     The result answers what pertoken asks of a tokenizer; `as_transformers` makes of it what others may want.
     """
-    tokenizer = None if add_tokens else TrainedTokenizer.open(path)
+    tokenizer = None if add_tokens or is_gguf(Path(path)) else TrainedTokenizer.open(path)
     if tokenizer is None:
         return load_tokenizer(path, add_tokens=add_tokens, chat_template=chat_template)
     if chat_template is not None:
@@ -94,10 +96,25 @@ def as_transformers(tokenizer: TrainedTokenizer | PreTrainedTokenizerBase) -> Pr
     )
 
 
+def _load_checked(path: Path) -> PreTrainedTokenizerBase:
+    """Raises ModelError for a tokenizer that has too many tokens, or does not give ordinary text back."""
+    path = user_path(path, "tokenizer")
+    tokenizer = gguf_tokenizer(path) if is_gguf(path) else _load_folder(path)
+    last = max(tokenizer.get_vocab().values(), default=-1)
+    if not 0 <= last < MAX_TOKENS:
+        raise ModelError(f"tokenizer {path}: its last token has the id {last}; there can be {MAX_TOKENS:,} at most")
+    if (changed := _changed_text(tokenizer)) is not None:
+        text, read_back = changed
+        raise ModelError(
+            f"tokenizer {path}: {shown(text)} comes back as {shown(read_back)}, so a model could not "
+            "learn to write ordinary text; choose a tokenizer that keeps letters, signs and spaces as they are"
+        )
+    return tokenizer
+
+
 def _load_folder(path: Path) -> PreTrainedTokenizerBase:
     import transformers
 
-    path = user_path(path, "tokenizer")
     if not path.is_dir():
         raise ModelError(f"tokenizer {path}: no such folder; name one that holds a tokenizer.json")
     if not (path / "tokenizer.json").is_file():
@@ -112,20 +129,12 @@ def _load_folder(path: Path) -> PreTrainedTokenizerBase:
             tokenizer = loader.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         if not tokenizer.is_fast:
             raise ModelError(f"tokenizer {path}: has no tokenizer.json, so tokens cannot be traced back to their text")
-        last = max(tokenizer.get_vocab().values(), default=-1)
+        tokenizer.get_vocab()
         special_ids(tokenizer)
     except (KeyboardInterrupt, SystemExit, ModelError):
         raise
     except BaseException as error:  # whatever a broken folder makes of the loader; a panic of its Rust is no Exception
         raise ModelError(f"tokenizer {path}: cannot be loaded ({reason(error)}); it needs a tokenizer.json") from None
-    if not 0 <= last < MAX_TOKENS:
-        raise ModelError(f"tokenizer {path}: its last token has the id {last}; there can be {MAX_TOKENS:,} at most")
-    if (changed := _changed_text(tokenizer)) is not None:
-        text, read_back = changed
-        raise ModelError(
-            f"tokenizer {path}: {shown(text)} comes back as {shown(read_back)}, so a model could not "
-            "learn to write ordinary text; choose a tokenizer that keeps letters, signs and spaces as they are"
-        )
     return tokenizer
 
 
