@@ -22,6 +22,8 @@ from transformers import (
     MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
     Qwen2Config,
@@ -64,6 +66,7 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "olmo3": (Olmo3Config, Olmo3ForCausalLM),
     "gemma": (GemmaConfig, GemmaForCausalLM),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
@@ -104,6 +107,7 @@ WINDOWS = [  # shorter than the longest texts, in all layers and in some
     ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 20, "layer_types": [SLIDING, FULL]}),
     ("gemma3", {"sliding_window": 7, "layer_types": [SLIDING, FULL]}),
+    ("olmo3", {"sliding_window": 7, "layer_types": [SLIDING, FULL]}),
     ("smollm3", {"no_rope_layers": [1, 0]}),
     (
         "smollm3",
@@ -121,6 +125,7 @@ DENSE = [
     ("llama", LLAMA3),
     ("qwen2", YARN),
     ("gemma3", LINEAR | {"layer_types": [SLIDING, FULL], "sliding_window": 7}),
+    ("olmo3", YARN | {"layer_types": [FULL, SLIDING], "sliding_window": 7}),
     ("granite", MULTIPLIED),
     ("gemma3", CAPPED),
     *WINDOWS,
@@ -173,14 +178,19 @@ VARIANTS = (
 )
 
 
+def by_layer_type(family, rope):
+    """`rope` in layers that see everything; OLMo 3 has one base in both kinds of layer."""
+    base = 77.0 if family == "gemma3" else rope["rope_theta"]
+    return {FULL: rope, SLIDING: {"rope_type": "default", "rope_theta": base}}
+
+
 def random_hf_model(family, **keys):
     """Every weight random, norms too, and large enough that each one shows in the logits."""
     config_class, model_class = (FAMILIES | MIXTURES)[family]
     shared = SHARED | {"pad_token_id": None}  # whose embedding it would freeze
-    if family == "gemma3":
+    if family in ("gemma3", "olmo3"):
         shared["layer_types"] = [FULL] * SHARED["num_hidden_layers"]
-        local = {SLIDING: {"rope_type": "default", "rope_theta": 77.0}}
-        keys = {key: {FULL: value} | local if key == "rope_parameters" else value for key, value in keys.items()}
+        keys = {key: by_layer_type(family, value) if key == "rope_parameters" else value for key, value in keys.items()}
     model = model_class(config_class(**shared | keys)).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

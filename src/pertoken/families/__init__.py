@@ -11,6 +11,7 @@ from pertoken.families.minimind import MINIMIND
 from pertoken.families.mistral import MISTRAL
 from pertoken.families.mixtral import MIXTRAL
 from pertoken.families.olmo2 import OLMO2
+from pertoken.families.olmo3 import OLMO3
 from pertoken.families.olmoe import OLMOE
 from pertoken.families.qwen2 import QWEN2
 from pertoken.families.qwen2_moe import QWEN2_MOE
@@ -30,6 +31,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": MIXTRAL,
     "smollm3": SMOLLM3,
     "olmo2": OLMO2,
+    "olmo3": OLMO3,
     "olmoe": OLMOE,
     "granite": GRANITE,
     "gemma": GEMMA,

@@ -50,7 +50,8 @@ class Family:
     full_attention_every: int | None = None  # with a window, each so manieth layer sees everything; None: no layer
     # `layer_types` alone says which layers have the window, and `rope_parameters` has those of each type of layer.
     by_layer_type: bool = False
-    rope_local_base_freq: float | None = None  # of the layers with a window, where they have a base of their own
+    # With `by_layer_type`, the rotary base of the layers with a window, which are never scaled; None: `rope_theta`.
+    rope_local_base_freq: float | None = None
     no_rope: bool = False  # `no_rope_layers` says in which layers queries and keys are not turned
     # Transformers' classes compute all of them by the same functions; a class of its own may have fewer.
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")

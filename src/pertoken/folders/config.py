@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pertoken.errors import ModelError
 from pertoken.families import FAMILIES, Family, saved_as
 from pertoken.folders.refusals import NotCovered, refuse
-from pertoken.folders.rope import FULL, SLIDING, refuse_rope, rope_from_hf, rope_to_hf
+from pertoken.folders.rope import FULL, SLIDING, local_base_from_hf, refuse_rope, rope_from_hf, rope_to_hf
 from pertoken.recipe.model import ModelConfig, ResolvedModelConfig
 from pertoken.text import shown
 
@@ -99,9 +99,8 @@ def _layers(values: dict[str, Any], family: Family) -> dict[str, Any]:
     types = _layer_types(values, family)
     if types is not None and SLIDING in types:
         found |= {"sliding_window": values.get("sliding_window"), "layer_types": types}
-    if family.rope_local_base_freq is not None:
-        of_windows = (values.get("rope_parameters") or {}).get(SLIDING) or {}
-        found["rope_local_base_freq"] = of_windows.get("rope_theta", values.get("rope_local_base_freq"))
+    if family.by_layer_type:
+        found["rope_local_base_freq"] = local_base_from_hf(values, family)
     return found
 
 
@@ -168,11 +167,14 @@ def _refuse_windows(values: dict[str, Any], family: Family) -> None:
             refuse(values, "layer_types", f"pertoken has {FULL} and {SLIDING}; choose a model with these")
         if len(values.get("layer_types", ())) not in (0, values.get("num_hidden_layers")):
             refuse(values, "layer_types", "one entry for each of num_hidden_layers is needed; correct it")
-        if "layer_types" in values and not family.by_layer_type:
+        if "layer_types" in values:
             types = _layer_types(values, family) or [FULL] * len(values["layer_types"])
             if list(values["layer_types"]) != types:
-                switch = f"and {family.window_switch}" if family.window_switch else "which is of all layers"
-                refuse(values, "layer_types", f"does not go with sliding_window {switch}; correct one of them")
+                switch = f" and {family.window_switch}" if family.window_switch else ""
+                refuse(values, "layer_types", f"does not go with sliding_window{switch}; correct one of them")
+        elif family.by_layer_type and "sliding_window" not in values:
+            values["sliding_window"] = None
+            refuse(values, "sliding_window", f"of layers that are {SLIDING} by default; add layer_types")
         return
     if family.window_switch is None and "sliding_window" in values:
         refuse(values, "sliding_window", "pertoken has full attention only; set it to null for short texts")

@@ -6,9 +6,10 @@ from typing import Any
 
 from pertoken.families import Family
 from pertoken.folders.refusals import refuse
-from pertoken.recipe.model import ROPE_SCALINGS, ResolvedModelConfig
+from pertoken.recipe.model import ResolvedModelConfig
+from pertoken.recipe.rope import ROPE_SCALINGS
 
-__all__ = ["FULL", "SLIDING", "refuse_rope", "rope_from_hf", "rope_to_hf"]
+__all__ = ["FULL", "SLIDING", "local_base_from_hf", "refuse_rope", "rope_from_hf", "rope_to_hf"]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # In the dict of rotary parameters beside those of a scaling.
@@ -23,6 +24,14 @@ def rope_from_hf(values: dict[str, Any], family: Family) -> tuple[Any, dict[str,
         required, optional = ROPE_SCALINGS[kind]
         scaling = {"rope_type": kind} | {key: rope.get(key) for key in (*required, *optional)}
     return rope.get("rope_theta", values["rope_theta"]), scaling
+
+
+def local_base_from_hf(values: dict[str, Any], family: Family) -> Any:
+    """`rope_theta` of layers with a window, of a type whose rotary parameters go by type of layer; None: its own."""
+    local = (values.get("rope_parameters") or {}).get(SLIDING) or {}
+    if family.rope_local_base_freq is not None:
+        return local.get("rope_theta", values.get("rope_local_base_freq"))
+    return local.get("rope_theta", values["rope_theta"])
 
 
 def rope_to_hf(config: ResolvedModelConfig, family: Family) -> dict[str, Any]:
@@ -40,15 +49,31 @@ def refuse_rope(values: dict[str, Any], family: Family) -> None:
         refuse(values, "rope_parameters", "pertoken reads them by type of layer; write them so")
     for key in ("rope_parameters", "rope_scaling"):
         _refuse_scaling(values, key, family)
-    local = values.get("rope_parameters", {}).get(SLIDING)
-    if family.by_layer_type and local is not None and not _is_plain(local):
-        refuse(values, "rope_parameters", f"pertoken has plain angles in layers of {SLIDING}; write them so")
+    if family.by_layer_type:
+        _refuse_by_layer_type(values, family)
     if _rope_type(_rope(values, family)) != "default" and "original_max_position_embeddings" in values:
         refuse(
             values, "original_max_position_embeddings", "pertoken reads it among the rotary parameters; move it there"
         )
     if values.get("partial_rotary_factor", 1) != 1:
         refuse(values, "partial_rotary_factor", "pertoken rotates whole heads; choose a model that does")
+
+
+def _refuse_by_layer_type(values: dict[str, Any], family: Family) -> None:
+    local = values.get("rope_parameters", {}).get(SLIDING)
+    if local is not None and not _is_plain(local):
+        refuse(values, "rope_parameters", f"pertoken has plain angles in layers of {SLIDING}; write them so")
+    scaling = values.get("rope_scaling", {})
+    if FULL in scaling or SLIDING in scaling or (scaling and "rope_type" not in scaling):
+        # transformers 5 would take `type` alone for no scaling, 4 for one
+        refuse(values, "rope_scaling", f"pertoken reads that of {FULL} here, with its rope_type; write it so")
+    if family.rope_local_base_freq is None:
+        # Where the second is not given, transformers 4 takes `rope_theta`, and 5 the type's own base.
+        bases = {_rope(values, family).get("rope_theta", values["rope_theta"]), local_base_from_hf(values, family)}
+        bases |= set() if local is not None and "rope_theta" in local else {family.defaults["rope_theta"]}
+        if len(bases) > 1:
+            key = "rope_parameters" if "rope_parameters" in values else "rope_theta"
+            refuse(values, key, "pertoken has one rotary base for all layers, written for both types of layer")
 
 
 def _refuse_scaling(values: dict[str, Any], key: str, family: Family) -> None:
@@ -78,7 +103,10 @@ def _is_plain(rope: Any) -> bool:
 
 def _rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
     """The rotary parameters that transformers takes where a file has those of version 4 and of version 5."""
-    return _of_full_attention(values.get("rope_scaling") or values.get("rope_parameters") or {}, family)
+    scaling, parameters = values.get("rope_scaling") or {}, values.get("rope_parameters") or {}
+    if family.by_layer_type:
+        return _of_full_attention(parameters, family) | scaling
+    return scaling or parameters
 
 
 def _of_full_attention(rope: dict[str, Any], family: Family) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pertoken.recipe.model import ResolvedModelConfig, RopeScaling
+from pertoken.recipe.model import ResolvedModelConfig
+from pertoken.recipe.rope import RopeScaling
 
 __all__ = ["Rope", "frequencies", "rope_angles", "rotary_scale", "rotate"]
 

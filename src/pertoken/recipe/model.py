@@ -10,9 +10,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pertoken.families import FAMILIES, Family, recipe_names, saved_as
+from pertoken.recipe.rope import RopeScaling
 from pertoken.recipe.section import Section
 
-__all__ = ["MOE_KEYS", "NUMBERS", "ROPE_SCALINGS", "LayerKind", "ModelConfig", "ResolvedModelConfig", "RopeScaling"]
+__all__ = ["MOE_KEYS", "NUMBERS", "LayerKind", "ModelConfig", "ResolvedModelConfig"]
 
 
 # MiniMind's
@@ -36,50 +37,6 @@ NUMBERS = (
     "final_logit_softcapping",
 )
 _NEUTRAL = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}  # as if there were none
-
-
-# Of each kind of scaling the keys that it must have, and those that it may have.
-ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "linear": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
-    "yarn": (
-        ("factor", "original_max_position_embeddings"),
-        ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
-    ),
-}
-
-
-class RopeScaling(Section):
-    """Rotary frequencies for longer texts than a model was first trained on (`model/rope.py` has the formulas)."""
-
-    rope_type: Literal["llama3", "linear", "yarn"] = "llama3"
-    factor: float = Field(ge=1)  # frequencies are divided by it, all of them or the low ones
-    original_max_position_embeddings: int | None = Field(default=None, ge=1)  # tokens
-    # Llama 3.1. Fewer turns than the first within the original length: a low frequency; more than the second: a high
-    # one, which stays as it is.
-    low_freq_factor: float | None = Field(default=None, gt=0)
-    high_freq_factor: float | None = Field(default=None, gt=0)
-    # YaRN. More turns than the first: a high frequency; fewer than the second: a low one.
-    beta_fast: float | None = Field(default=None, gt=0)  # None: 32
-    beta_slow: float | None = Field(default=None, gt=0)  # None: 1
-    attention_factor: float | None = Field(default=None, gt=0)  # of cosine and sine; None: from the keys below
-    mscale: float | None = Field(default=None, ge=0)
-    mscale_all_dim: float | None = Field(default=None, ge=0)
-    truncate: bool | None = None  # the dimensions between which the ramp goes are whole numbers; None: true
-
-    @model_validator(mode="after")
-    def _consistent(self) -> RopeScaling:
-        required, optional = ROPE_SCALINGS[self.rope_type]
-        for key in type(self).model_fields.keys() - {"rope_type"}:
-            given = getattr(self, key) is not None
-            if given and key not in (*required, *optional):
-                raise ValueError(f'{key}={getattr(self, key)}: rope_type="{self.rope_type}" has none; leave it out')
-            if not given and key in required:
-                raise ValueError(f'{key}: missing, and rope_type="{self.rope_type}" needs it; add it')
-        low, high = self.low_freq_factor, self.high_freq_factor
-        if low is not None and high is not None and high <= low:
-            raise ValueError(f"high_freq_factor={high}: must be more than low_freq_factor={low}")
-        return self
 
 
 @dataclass(frozen=True)
@@ -224,7 +181,7 @@ class ModelConfig(Section):
         for key, has in (
             ("sliding_window", record.windows is not None),
             ("layer_types", record.windows is not None),
-            ("rope_local_base_freq", record.rope_local_base_freq is not None),
+            ("rope_local_base_freq", record.by_layer_type),
             ("no_rope_layers", record.no_rope),
         ):
             value = getattr(self, key)
@@ -238,6 +195,14 @@ class ModelConfig(Section):
                     f"model.{key}: {len(value)} entries for model.num_hidden_layers={self.num_hidden_layers}; give one "
                     "for each layer"
                 )
+        local, base = self.rope_local_base_freq, self.rope_theta or record.rope_theta
+        if local is not None and record.rope_local_base_freq is None and local != base:
+            raise ValueError(
+                f"model.rope_local_base_freq={local}: {record.model_type} models have one base for all layers; leave "
+                "the key out"
+            )
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "yarn" and base <= 1:
+            raise ValueError(f"model.rope_theta={base}: YaRN needs more than 1; raise it")
         if self.layer_types is not None and "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("model.layer_types: sliding_attention needs model.sliding_window; give it")
 
@@ -268,6 +233,10 @@ class ModelConfig(Section):
         if record.experts is not None and record.experts.shared:
             shared_width = shared_width or width
         head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        rope_theta = self.rope_theta or record.rope_theta
+        local_base = self.rope_local_base_freq or record.rope_local_base_freq
+        if record.by_layer_type:
+            local_base = local_base or rope_theta
         attention_multiplier, query_scalar = self.attention_multiplier, self.query_pre_attn_scalar
         if "attention_multiplier" in record.numbers:
             attention_multiplier = attention_multiplier or head_dim**-0.5
@@ -283,9 +252,9 @@ class ModelConfig(Section):
             intermediate_size=width,
             vocab_size=self.vocab_size or vocab_size,
             max_position_embeddings=self.max_position_embeddings,
-            rope_theta=self.rope_theta or record.rope_theta,
+            rope_theta=rope_theta,
             rope_scaling=self.rope_scaling,
-            rope_local_base_freq=self.rope_local_base_freq or record.rope_local_base_freq,
+            rope_local_base_freq=local_base,
             sliding_window=self.sliding_window,
             layer_types=self._layer_types(record),
             no_rope_layers=self.no_rope_layers or ((1,) * self.num_hidden_layers if record.no_rope else None),
