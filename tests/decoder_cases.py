@@ -59,6 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ("sliding_attention", "full_attention", "sliding_attention"),
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     },
+    "phi3, three quarters turned": {"family": "phi3", "partial_rotary_factor": 0.75},
     "smollm3": {"family": "smollm3", "no_rope_layers": (1, 0, 1)},
     "one head each": {"num_key_value_heads": 4, "head_dim": 6},
     "experts": {"use_moe": True, "num_experts": 4, "num_experts_per_tok": 2, "aux_loss_coef": 0.1},

@@ -32,6 +32,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "model__logits_scaling": 0.3,
     },
     "gemma": {"model__family": "gemma"},
+    "phi3": {"model__family": "phi3", "model__head_dim": 16, "model__partial_rotary_factor": 0.75},
+    "olmo3": {
+        "model__family": "olmo3",
+        "model__sliding_window": 40,
+        "model__rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    },
     "olmoe": {"model__family": "olmoe", "model__use_moe": True, "model__num_experts_per_tok": 2},
     "shared expert": {"model__family": "qwen2", "model__use_moe": True, "model__num_experts_per_tok": 2},
     "gemma3": {
@@ -48,6 +54,8 @@ CLASSES = {
     "qwen2, untied": "Qwen2ForCausalLM",
     "llama3": "LlamaForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "granite": "GraniteForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
 }
@@ -91,7 +99,7 @@ def test_a_trained_model_decodes_and_opens_in_transformers_with_the_same_logits(
     assert made == greedy.tolist()
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama3", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2", "llama3", "gemma3", "phi3"])
 def test_a_resumed_run_is_the_uninterrupted_one(world: World, tmp_path: Path, name: str) -> None:
     keys = {**MODELS[name], "train__max_steps": 6, "checkpoint__save_interval": 3, "data__eval_path": []}
     train(world.recipe(tmp_path / "run", **keys))

@@ -12,6 +12,7 @@ from transformers import (
     Olmo2Config,
     Olmo3Config,
     OlmoeConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -41,6 +42,7 @@ FAMILIES = {
     "llama": LlamaConfig,
     "olmo2": Olmo2Config,
     "olmo3": Olmo3Config,
+    "phi3": Phi3Config,
     "granite": GraniteConfig,
     "gemma": GemmaConfig,
     "gemma3": Gemma3TextConfig,
@@ -105,7 +107,7 @@ def test_scaled_rotary_frequencies_survive_the_way_there_and_back():
     ],
     ids=lambda scaling: scaling["rope_type"],
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "phi3"])
 def test_linear_and_yarn_scaling_survive_the_way_there_and_back_in_every_family(family, scaling):
     keys = SHARED | {"family": family, "rope_scaling": scaling}
     config = ModelConfig.model_validate(keys).resolve(97)
@@ -129,6 +131,15 @@ def test_a_published_olmo3_is_read_with_a_window_in_three_of_four_layers_and_yar
     assert [kind.rope for kind in config.layer_kinds] == ["local", "local", "local", "global"] * 2
     assert (config.rope_local_base_freq, config.rope_scaling.model_dump(exclude_none=True)) == (5e5, yarn)
     assert config == config_from_hf(Olmo3Config(**deepcopy(values)).to_dict())
+
+
+def test_a_published_phi4_mini_without_its_scaling_turns_three_quarters_of_each_head():
+    values = SHARED | PHI3 | {"partial_rotary_factor": 0.75, "rope_scaling": None, "sliding_window": 262144}
+    config = config_from_hf(values)
+    assert (config.rotary_dim, config.layer_kinds[0].window) == (6, 262144)
+    theirs = Phi3Config(**deepcopy(values))
+    assert config_from_hf(theirs.to_dict()) == config_from_hf(config_to_hf(config)) == config
+    assert Phi3Config(**config_to_hf(config)).rope_parameters == theirs.rope_parameters
 
 
 def test_of_two_sets_of_rotary_parameters_transformers_choice_counts():
@@ -267,6 +278,7 @@ PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e5}
 YARN = {"rope_type": "yarn", "rope_theta": 1e5, "factor": 4.0, "original_max_position_embeddings": 64}
 YARN_OF_4 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 OLMO3 = {"model_type": "olmo3", "layer_types": ["full_attention"] * 2}
+PHI3 = {"model_type": "phi3"}
 REFUSED = [
     ({"model_type": "starcoder2"}, "model_type='starcoder2'"),
     ({"model_type": None}, "model_type=None"),
@@ -327,6 +339,9 @@ REFUSED = [
         "rope_parameters={",
     ),
     ({"model_type": "llama", "rope_theta": 1.0, "rope_scaling": YARN_OF_4}, "rope_theta=1.0"),
+    (PHI3 | {"rope_scaling": YARN_OF_4}, "rope_scaling={"),
+    (PHI3 | {"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}}, "rope_scaling={"),
+    (PHI3 | {"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4: 3 of 8"),
     (GEMMA3 | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0"),
     ({"model_type": "granite", "residual_multiplier": -1.0}, "residual_multiplier=-1.0"),
     ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv=8.0"),

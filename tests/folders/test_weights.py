@@ -26,6 +26,8 @@ from transformers import (
     Olmo3ForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
@@ -41,6 +43,7 @@ from transformers import (
 from pertoken.data.batch.pack import MicroBatch
 from pertoken.engines.cpu.engine import CpuEngine
 from pertoken.errors import ModelError
+from pertoken.folders.fused import fuse
 from pertoken.folders.minimind import load_minimind, save_minimind
 from pertoken.folders.weights import load_folder, resize_embeddings, save_folder
 from pertoken.inference.generate import generate
@@ -71,8 +74,10 @@ FAMILIES = {
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
 }
+SCALED = [family for family in FAMILIES if family != "phi3"]
 # Texts are longer than the original length, and the frequencies are of all three kinds: kept, divided, in between.
 LLAMA3 = {
     "rope_parameters": {
@@ -102,8 +107,13 @@ MULTIPLIED = {
     "logits_scaling": 5.0,
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
+PARTIAL = {
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e2, "partial_rotary_factor": 0.75},
+}
 WINDOWS = [  # shorter than the longest texts, in all layers and in some
     ("mistral", {"sliding_window": 7}),
+    ("phi3", {"sliding_window": 7}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 20, "layer_types": [SLIDING, FULL]}),
     ("gemma3", {"sliding_window": 7, "layer_types": [SLIDING, FULL]}),
@@ -128,6 +138,7 @@ DENSE = [
     ("olmo3", YARN | {"layer_types": [FULL, SLIDING], "sliding_window": 7}),
     ("granite", MULTIPLIED),
     ("gemma3", CAPPED),
+    ("phi3", PARTIAL),
     *WINDOWS,
 ]
 MIXTURES = {
@@ -149,8 +160,9 @@ VARIANTS = (
     ]
     + [
         pytest.param("llama", LLAMA3, id="llama3"),
-        *(pytest.param(family, LINEAR, id=f"{family}-linear") for family in FAMILIES),
-        *(pytest.param(family, YARN, id=f"{family}-yarn") for family in FAMILIES),
+        *(pytest.param(family, LINEAR, id=f"{family}-linear") for family in SCALED),
+        *(pytest.param(family, YARN, id=f"{family}-yarn") for family in SCALED),
+        pytest.param("phi3", PARTIAL, id="phi3-partial"),
         *(pytest.param(family, keys, id=f"{family}-layers-{i}") for i, (family, keys) in enumerate(WINDOWS)),
         pytest.param("granite", MULTIPLIED, id="granite-multiplied"),
         pytest.param("gemma3", CAPPED, id="gemma3-capped"),
@@ -277,10 +289,10 @@ def test_gradients_equal_those_of_transformers(family, keys, kernels, tmp_path):
     for doc in docs:  # labels are the inputs themselves in `flat`: unshifted, as good as any
         logits = hf_model(doc[None]).logits[0]
         torch.nn.functional.cross_entropy(logits, doc, reduction="sum").backward()
+    ours = fuse({name: parameter.grad for name, parameter in model.named_parameters()}, model.config)
     for name, parameter in hf_model.named_parameters():
-        ours = dict(model.named_parameters())[name].grad
         # transformers takes its rotary angles and its norms in float32 even here
-        assert float((ours - parameter.grad).norm() / parameter.grad.norm()) < 1e-5, name
+        assert float((ours[name] - parameter.grad).norm() / parameter.grad.norm()) < 1e-5, name
 
 
 class Float64:
@@ -315,9 +327,10 @@ def test_float64_gradients_are_those_of_a_plain_loop_over_transformers_in_float6
             loss.backward()
             total += float(loss.detach())
         assert float(loss_sum.detach()) == pytest.approx(total, rel=1e-12)
-        for name, parameter in model.named_parameters():
+        ours = fuse({name: parameter.grad for name, parameter in model.named_parameters()}, model.config)
+        for name, gradient in ours.items():
             theirs = hf_model.get_parameter(name).grad
-            assert float((parameter.grad - theirs).abs().max() / theirs.abs().max()) < 1e-10, name
+            assert float((gradient - theirs).abs().max() / theirs.abs().max()) < 1e-10, name
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -481,6 +481,14 @@ def test_a_covered_family_keeps_our_own_decoder(world, tmp_path, name, keys):
     assert isinstance(load_model(folder), CausalLM)
 
 
+def test_a_model_with_fused_matrices_is_ours_and_transformers_for_an_adapter(world, tmp_path):
+    folder = make_folder(world, tmp_path, "Phi3", SIZES)
+    assert isinstance(load_model(folder), CausalLM)
+    assert isinstance(load_model(folder, for_adapter=True), FallbackLM)
+    folder = make_folder(world, tmp_path, "Llama", SIZES)
+    assert isinstance(load_model(folder, for_adapter=True), CausalLM)
+
+
 def test_the_recipe_that_a_run_wrote_runs_again(run, tmp_path):
     code, _, err = pertoken("train", run / "recipe.toml", f"out_dir={tmp_path / 'again'}", "train.max_steps=1")
     assert code == 0, err

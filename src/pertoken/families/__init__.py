@@ -13,6 +13,7 @@ from pertoken.families.mixtral import MIXTRAL
 from pertoken.families.olmo2 import OLMO2
 from pertoken.families.olmo3 import OLMO3
 from pertoken.families.olmoe import OLMOE
+from pertoken.families.phi3 import PHI3
 from pertoken.families.qwen2 import QWEN2
 from pertoken.families.qwen2_moe import QWEN2_MOE
 from pertoken.families.qwen3 import QWEN3
@@ -33,6 +34,7 @@ FAMILIES: dict[str, Family] = {
     "olmo2": OLMO2,
     "olmo3": OLMO3,
     "olmoe": OLMOE,
+    "phi3": PHI3,
     "granite": GRANITE,
     "gemma": GEMMA,
     "gemma3_text": GEMMA3,

@@ -10,7 +10,15 @@ from pydantic import ValidationError
 from pertoken.errors import ModelError
 from pertoken.families import FAMILIES, Family, saved_as
 from pertoken.folders.refusals import NotCovered, refuse
-from pertoken.folders.rope import FULL, SLIDING, local_base_from_hf, refuse_rope, rope_from_hf, rope_to_hf
+from pertoken.folders.rope import (
+    FULL,
+    SLIDING,
+    local_base_from_hf,
+    partial_from_hf,
+    refuse_rope,
+    rope_from_hf,
+    rope_to_hf,
+)
 from pertoken.recipe.model import ModelConfig, ResolvedModelConfig
 from pertoken.text import shown
 
@@ -99,6 +107,8 @@ def _layers(values: dict[str, Any], family: Family) -> dict[str, Any]:
     types = _layer_types(values, family)
     if types is not None and SLIDING in types:
         found |= {"sliding_window": values.get("sliding_window"), "layer_types": types}
+    if family.partial_rotary:
+        found["partial_rotary_factor"] = partial_from_hf(values, family)
     if family.by_layer_type:
         found["rope_local_base_freq"] = local_base_from_hf(values, family)
     return found

@@ -9,7 +9,7 @@ from pertoken.folders.refusals import refuse
 from pertoken.recipe.model import ResolvedModelConfig
 from pertoken.recipe.rope import ROPE_SCALINGS
 
-__all__ = ["FULL", "SLIDING", "local_base_from_hf", "refuse_rope", "rope_from_hf", "rope_to_hf"]
+__all__ = ["FULL", "SLIDING", "local_base_from_hf", "partial_from_hf", "refuse_rope", "rope_from_hf", "rope_to_hf"]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # In the dict of rotary parameters beside those of a scaling.
@@ -34,13 +34,21 @@ def local_base_from_hf(values: dict[str, Any], family: Family) -> Any:
     return local.get("rope_theta", values["rope_theta"])
 
 
+def partial_from_hf(values: dict[str, Any], family: Family) -> Any:
+    """Of a type that may have it, what part of each head is turned."""
+    return _rope(values, family).get("partial_rotary_factor", values.get("partial_rotary_factor"))
+
+
 def rope_to_hf(config: ResolvedModelConfig, family: Family) -> dict[str, Any]:
     """What transformers 5 writes, and what 4 reads. 5 prefers the second, with the base of `rope_theta`."""
     scaling = None if config.rope_scaling is None else config.rope_scaling.model_dump(exclude_none=True)
     rope: dict[str, Any] = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
     if family.by_layer_type:
         rope = {FULL: rope, SLIDING: {"rope_theta": config.rope_local_base_freq, "rope_type": "default"}}
-    return {"rope_parameters": rope, "rope_scaling": scaling}
+    found: dict[str, Any] = {"rope_parameters": rope, "rope_scaling": scaling}
+    if family.partial_rotary:
+        rope["partial_rotary_factor"] = found["partial_rotary_factor"] = config.partial_rotary_factor
+    return found
 
 
 def refuse_rope(values: dict[str, Any], family: Family) -> None:
@@ -55,7 +63,7 @@ def refuse_rope(values: dict[str, Any], family: Family) -> None:
         refuse(
             values, "original_max_position_embeddings", "pertoken reads it among the rotary parameters; move it there"
         )
-    if values.get("partial_rotary_factor", 1) != 1:
+    if values.get("partial_rotary_factor", 1) != 1 and not family.partial_rotary:
         refuse(values, "partial_rotary_factor", "pertoken rotates whole heads; choose a model that does")
 
 
@@ -82,7 +90,8 @@ def _refuse_scaling(values: dict[str, Any], key: str, family: Family) -> None:
     if kind not in family.rope_types:
         has = ", ".join(family.rope_types)
         refuse(values, key, f"pertoken has rope_type {has} for model_type {family.model_type}; choose one of them")
-    if rope.get("partial_rotary_factor", 1) != 1 or any(isinstance(v, dict) for v in rope.values()):
+    partial = rope.get("partial_rotary_factor", 1) != 1 and not family.partial_rotary
+    if partial or any(isinstance(v, dict) for v in rope.values()):
         refuse(values, key, "pertoken has one kind of rotary embeddings over whole heads; choose a model with it")
     if kind == "default":
         return

@@ -61,6 +61,7 @@ class ModelConfig(Section):
     max_position_embeddings: int = Field(default=32768, ge=2)
     rope_theta: float | None = Field(default=None, gt=0)
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float | None = Field(default=None, gt=0, le=1)  # of each head, that is turned
     rope_local_base_freq: float | None = Field(default=None, gt=0)  # `rope_theta` of the layers with a window
     sliding_window: int | None = Field(default=None, ge=1)  # tokens that a query sees, itself one of them
     layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None
@@ -117,6 +118,12 @@ class ModelConfig(Section):
         head_dim = self.head_dim or self.hidden_size // heads
         if head_dim % 2:
             raise ValueError(f"model.head_dim={head_dim}: must be even, rotary embeddings turn pairs")
+        turned = int(head_dim * (self.partial_rotary_factor or 1.0))
+        if turned % 2 or not turned:
+            raise ValueError(
+                f"model.partial_rotary_factor={self.partial_rotary_factor}: {turned} of {head_dim} dimensions would be "
+                "turned; rotary embeddings turn pairs, choose an even number"
+            )
         if self.num_experts is not None:
             self._choose_among(self.num_experts)
         self._fits(self._record())
@@ -195,6 +202,16 @@ class ModelConfig(Section):
                     f"model.{key}: {len(value)} entries for model.num_hidden_layers={self.num_hidden_layers}; give one "
                     "for each layer"
                 )
+        if self.partial_rotary_factor not in (None, 1.0) and not record.partial_rotary:
+            raise ValueError(
+                f"model.partial_rotary_factor={self.partial_rotary_factor}: {record.model_type} models turn whole "
+                "heads; leave the key out, or choose another model.family"
+            )
+        if self.rope_scaling is not None and self.rope_scaling.rope_type not in record.rope_types:
+            raise ValueError(
+                f'model.rope_scaling.rope_type="{self.rope_scaling.rope_type}": {record.model_type} models have none; '
+                "leave model.rope_scaling out, or choose another model.family"
+            )
         local, base = self.rope_local_base_freq, self.rope_theta or record.rope_theta
         if local is not None and record.rope_local_base_freq is None and local != base:
             raise ValueError(
@@ -255,6 +272,7 @@ class ModelConfig(Section):
             rope_theta=rope_theta,
             rope_scaling=self.rope_scaling,
             rope_local_base_freq=local_base,
+            partial_rotary_factor=self.partial_rotary_factor or 1.0,
             sliding_window=self.sliding_window,
             layer_types=self._layer_types(record),
             no_rope_layers=self.no_rope_layers or ((1,) * self.num_hidden_layers if record.no_rope else None),
@@ -292,6 +310,7 @@ class ResolvedModelConfig(ModelConfig):
     intermediate_size: int
     vocab_size: int
     rope_theta: float
+    partial_rotary_factor: float
     embedding_multiplier: float
     residual_multiplier: float
     logits_scaling: float
@@ -320,6 +339,11 @@ class ResolvedModelConfig(ModelConfig):
         kinds = [LayerKind(self.sliding_window, local) if t == "sliding_attention" else LayerKind() for t in types]
         turned = self.no_rope_layers or (1,) * count
         return tuple(kind if turns else replace(kind, rope="none") for kind, turns in zip(kinds, turned, strict=True))
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of each head are turned."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def embedding_scale(self) -> float:
