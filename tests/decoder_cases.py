@@ -47,6 +47,12 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "gemma": {"family": "gemma"},
     "gemma3": {"family": "gemma3", "query_pre_attn_scalar": 9, "final_logit_softcapping": 3.0},
+    "gemma2, capped scores": {
+        "family": "gemma2",
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "sliding_window": 300,
+    },
     "mistral, a window": {"family": "mistral", "sliding_window": 40},
     "gemma3, windows of some layers": {
         "family": "gemma3",

@@ -54,6 +54,7 @@ def test_a_recipe_names_each_family_and_says_whether_there_are_experts():
         "phi3",
         "granite",
         "gemma",
+        "gemma2",
         "gemma3",
     ]
     assert recipe_names() == names

@@ -32,6 +32,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "model__logits_scaling": 0.3,
     },
     "gemma": {"model__family": "gemma"},
+    "gemma2": {
+        "model__family": "gemma2",
+        "model__attn_logit_softcapping": 2.0,
+        "model__final_logit_softcapping": 7.0,
+        "model__sliding_window": 40,
+    },
     "phi3": {"model__family": "phi3", "model__head_dim": 16, "model__partial_rotary_factor": 0.75},
     "olmo3": {
         "model__family": "olmo3",
@@ -48,6 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 CLASSES = {
     "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
     "olmoe": "OlmoeForCausalLM",
     "shared expert": "Qwen2MoeForCausalLM",
     "qwen2": "Qwen2ForCausalLM",

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GraniteConfig,
@@ -45,6 +46,7 @@ FAMILIES = {
     "phi3": Phi3Config,
     "granite": GraniteConfig,
     "gemma": GemmaConfig,
+    "gemma2": Gemma2Config,
     "gemma3": Gemma3TextConfig,
 }
 LLAMA3 = {
@@ -331,6 +333,8 @@ REFUSED = [
     (GEMMA3 | {"rope_scaling": {"full_attention": {"rope_type": "linear", "factor": 8.0}}}, "rope_scaling={"),
     (GEMMA3 | {"sliding_window": None, "layer_types": ["sliding_attention"] * 2}, "layer_types="),
     ({"model_type": "gemma3_text", "sliding_window": None}, "sliding_window=None"),
+    ({"model_type": "gemma2", "sliding_window": None}, "sliding_window=None"),
+    ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     (OLMO3 | {"rope_theta": 1e4}, "rope_theta=10000.0"),
     (OLMO3 | {"rope_parameters": {"full_attention": PLAIN_ROPE}}, "rope_parameters={"),
     (
@@ -412,7 +416,7 @@ def test_what_is_switched_off_is_not_refused(keys):
 def test_null_key_value_heads_are_as_many_as_query_heads():
     values = SHARED | {"num_key_value_heads": None}
     for family, config_class in FAMILIES.items():
-        if family in ("gemma", "gemma3"):  # whose classes take no null
+        if family in ("gemma", "gemma2", "gemma3"):  # whose classes take no null
             continue
         config = config_from_hf({**values, "model_type": config_class.model_type})
         assert config.num_key_value_heads == config_class(**values).num_key_value_heads == 6

@@ -8,6 +8,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GemmaConfig,
@@ -71,6 +73,7 @@ FAMILIES = {
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
     "olmo3": (Olmo3Config, Olmo3ForCausalLM),
     "gemma": (GemmaConfig, GemmaForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
@@ -130,6 +133,8 @@ WINDOWS = [  # shorter than the longest texts, in all layers and in some
     ),
 ]
 CAPPED = {"final_logit_softcapping": 7.0, "query_pre_attn_scalar": 5}
+CAPPED_SCORES = CAPPED | {"attn_logit_softcapping": 2.0, "sliding_window": 7, "layer_types": [SLIDING, FULL]}
+NOT_CAPPED = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
 DENSE = [
     *((family, {}) for family in FAMILIES),
     ("llama", LLAMA3),
@@ -139,6 +144,7 @@ DENSE = [
     ("granite", MULTIPLIED),
     ("gemma3", CAPPED),
     ("phi3", PARTIAL),
+    ("gemma2", CAPPED_SCORES),
     *WINDOWS,
 ]
 MIXTURES = {
@@ -166,6 +172,8 @@ VARIANTS = (
         *(pytest.param(family, keys, id=f"{family}-layers-{i}") for i, (family, keys) in enumerate(WINDOWS)),
         pytest.param("granite", MULTIPLIED, id="granite-multiplied"),
         pytest.param("gemma3", CAPPED, id="gemma3-capped"),
+        pytest.param("gemma2", CAPPED_SCORES, id="gemma2-capped"),
+        pytest.param("gemma2", NOT_CAPPED, id="gemma2-not-capped"),
         pytest.param("llama", LLAMA3 | {"head_dim": 20, "tie_word_embeddings": False}, id="llama3-head_dim"),
     ]
     + [
@@ -200,8 +208,9 @@ def random_hf_model(family, **keys):
     """Every weight random, norms too, and large enough that each one shows in the logits."""
     config_class, model_class = (FAMILIES | MIXTURES)[family]
     shared = SHARED | {"pad_token_id": None}  # whose embedding it would freeze
-    if family in ("gemma3", "olmo3"):
+    if family in ("gemma2", "gemma3", "olmo3"):
         shared["layer_types"] = [FULL] * SHARED["num_hidden_layers"]
+    if family in ("gemma3", "olmo3"):
         keys = {key: by_layer_type(family, value) if key == "rope_parameters" else value for key, value in keys.items()}
     model = model_class(config_class(**shared | keys)).eval()
     generator = torch.Generator().manual_seed(3)

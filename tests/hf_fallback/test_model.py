@@ -56,7 +56,7 @@ TRAINS = {
         {**COHERE, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "mixtral": ("Mixtral", {**SIZES, "num_local_experts": 4, "sliding_window": 16}),
-    "gemma2": ("Gemma2", {**SIZES, "final_logit_softcapping": 3.0}),
+    "gemma2": ("Gemma2", {**SIZES, "final_logit_softcapping": 3.0, "hidden_activation": "gelu"}),
     "llama-biases": ("Llama", {**SIZES, "mlp_bias": True}),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pertoken.families.family import Experts, Family
 from pertoken.families.gemma import GEMMA
+from pertoken.families.gemma2 import GEMMA2
 from pertoken.families.gemma3 import GEMMA3
 from pertoken.families.granite import GRANITE
 from pertoken.families.llama import LLAMA
@@ -37,6 +38,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": PHI3,
     "granite": GRANITE,
     "gemma": GEMMA,
+    "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "minimind": MINIMIND,
 }

@@ -32,8 +32,11 @@ _KINDS: dict[str, type] = {
     "quantization_config": dict,
     "layer_types": list,
 }
-# Keys whose null is not their absence: as many key-value heads as query heads, and no window.
-_NULL_SAYS_SOMETHING = ("num_key_value_heads", "sliding_window")
+# Keys whose null is not their absence: as many key-value heads as query heads, no window, and no cap.
+_NULL_SAYS_SOMETHING = (
+    *("num_key_value_heads", "sliding_window"),
+    *("final_logit_softcapping", "attn_logit_softcapping"),
+)
 _SHARED = "shared_expert_intermediate_size"
 
 
@@ -162,13 +165,18 @@ def _refuse_what_is_missing(values: dict[str, Any], family: Family) -> None:
         reason = f"pertoken has {family.activation} only for model_type {family.model_type}; choose a model with it"
         refuse(values, family.activation_key, reason)
     for key in ("attn_logit_softcapping", "use_bidirectional_attention", "clip_qkv"):
-        if values.get(key):
+        if values.get(key) and key not in family.numbers:
             refuse(values, key, "pertoken has plain causal attention; choose a model with it")
     # transformers dequantizes GGUF as it reads it, but leaves the note in what it writes out.
     if values.get("quantization_config", {}).get("quant_method", "gguf") != "gguf":
         refuse(values, "quantization_config", "pertoken reads floating-point weights; write the model out dequantized")
     _refuse_experts(values, family)
     _refuse_windows(values, family)
+
+
+def _takes_no_null(family: Family) -> bool:
+    """Whether the class wants a size of windows even where no layer has one."""
+    return family.windows == "layer_types" and family.window_switch is None
 
 
 def _refuse_windows(values: dict[str, Any], family: Family) -> None:
@@ -182,7 +190,7 @@ def _refuse_windows(values: dict[str, Any], family: Family) -> None:
             if list(values["layer_types"]) != types:
                 switch = f" and {family.window_switch}" if family.window_switch else ""
                 refuse(values, "layer_types", f"does not go with sliding_window{switch}; correct one of them")
-        elif family.by_layer_type and "sliding_window" not in values:
+        elif _takes_no_null(family) and "sliding_window" not in values:
             values["sliding_window"] = None
             refuse(values, "sliding_window", f"of layers that are {SLIDING} by default; add layer_types")
         return
@@ -266,7 +274,7 @@ def _layers_to_hf(config: ResolvedModelConfig, family: Family) -> dict[str, Any]
     found: dict[str, Any] = {}
     if family.windows is not None:
         types = list(config.layer_types or [FULL] * config.num_hidden_layers)
-        if config.sliding_window is not None or not family.by_layer_type:  # whose class takes no null
+        if config.sliding_window is not None or not _takes_no_null(family):
             found["sliding_window"] = config.sliding_window
         if family.windows == "layer_types":
             full = next((i for i, kind in enumerate(types) if kind == SLIDING), len(types))

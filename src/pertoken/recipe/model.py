@@ -35,6 +35,7 @@ NUMBERS = (
     "query_pre_attn_scalar",
     "logits_scaling",
     "final_logit_softcapping",
+    "attn_logit_softcapping",
 )
 _NEUTRAL = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}  # as if there were none
 
@@ -74,6 +75,7 @@ class ModelConfig(Section):
     query_pre_attn_scalar: int | None = Field(default=None, ge=1)  # the scores are divided by its square root
     logits_scaling: float | None = Field(default=None, gt=0)  # the logits are divided by it
     final_logit_softcapping: float | None = Field(default=None, gt=0)  # c: a logit x becomes c * tanh(x / c)
+    attn_logit_softcapping: float | None = Field(default=None, gt=0)  # the same for the scores of attention
     use_moe: bool = False
     num_experts: int | None = Field(default=None, ge=1)
     num_experts_per_tok: int | None = Field(default=None, ge=1)
@@ -284,6 +286,7 @@ class ModelConfig(Section):
             query_pre_attn_scalar=query_scalar,
             logits_scaling=self.logits_scaling or 1.0,
             final_logit_softcapping=self.final_logit_softcapping,
+            attn_logit_softcapping=self.attn_logit_softcapping,
             use_moe=self.use_moe,
             num_experts=self.num_experts or _NUM_EXPERTS,
             num_experts_per_tok=self.num_experts_per_tok or 1,
@@ -356,6 +359,12 @@ class ResolvedModelConfig(ModelConfig):
         if self.query_pre_attn_scalar is not None:
             return float(self.query_pre_attn_scalar**-0.5)
         return self.attention_multiplier
+
+    @property
+    def attention_settings(self) -> dict[str, Any]:
+        """What attention is in every layer: `scale` and, where there is one, `softcap`."""
+        softcap = self.attn_logit_softcapping
+        return {"scale": self.attention_scale} | ({} if softcap is None else {"softcap": softcap})
 
     @property
     def qk_norm_sizes(self) -> tuple[int, int]:
