@@ -102,7 +102,9 @@ def test_a_trained_model_decodes_and_opens_in_transformers_with_the_same_logits(
         assert float((found - expected[at]).abs().max() / expected.abs().max()) < 1e-5
     made = list(generate(ours, ids[:150].tolist(), max_new_tokens=5, temperature=0.0))
     with torch.no_grad():
-        greedy = theirs.generate(ids[None, :150], max_new_tokens=5, do_sample=False, eos_token_id=None)[0, 150:]
+        seen = torch.ones(1, 150, dtype=torch.int64)  # else transformers would leave out the padding token
+        settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+        greedy = theirs.generate(ids[None, :150], attention_mask=seen, **settings)[0, 150:]
     assert made == greedy.tolist()
 
 
