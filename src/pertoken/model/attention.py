@@ -44,7 +44,8 @@ def which_attention(
     """How the documents of a micro-batch attend: "varlen", where they lie, or "rectangles", padded side by side.
 
     `capability` is `flash_capability`'s. PyTorch's FlashAttention takes half precision alone, heads of a multiple of 8
-    up to 256, and CUDA devices from 8.0 (Ampere) on; above 192 its backward pass does not run on all of them. It has no cap of scores.
+    up to 256, and CUDA devices from 8.0 (Ampere) on; above 192 its backward pass does not run on all of them. It has
+    no cap of scores.
     """
     fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 192 and softcap is None
     return (
