@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from pertoken.folders import weights as hf
 from pertoken.folders.adapters import base_folder, check_base, is_adapter, put_on, read_adapter, save_adapter
 from pertoken.folders.config import config_from_hf, family_of
 from pertoken.folders.files import check_fallback, read_json, save_tokenizer
+from pertoken.folders.fused import split
 from pertoken.folders.refusals import NotCovered
 from pertoken.hf_fallback.load import load_fallback
 from pertoken.hf_fallback.model import FallbackLM
 from pertoken.model.decoder import CausalLM
 from pertoken.model.protocol import LanguageModel
 
-__all__ = ["load_adapter", "load_folder", "resize_embeddings", "save_folder"]
+__all__ = ["load_adapter", "load_folder", "resize_embeddings", "save_folder", "split_as"]
 
 
 def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32, for_adapter: bool = False) -> LanguageModel:
@@ -101,6 +103,11 @@ def resize_embeddings(model: LanguageModel, vocab_size: int) -> None:
         hf.resize_embeddings(model, vocab_size)
     else:
         _fallback(model).resize(vocab_size)
+
+
+def split_as(model: LanguageModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors by their names on disk, with fused matrices taken apart where `model` has them apart."""
+    return split(tensors, model.config) if isinstance(model, CausalLM) else tensors
 
 
 def _fallback(model: LanguageModel) -> FallbackLM:

@@ -38,7 +38,6 @@ def which_attention(
     dtype: torch.dtype,
     head_dim: int,
     capability: tuple[int, int] | None,
-    *,
     softcap: float | None = None,
 ) -> Literal["varlen", "rectangles"]:
     """How the documents of a micro-batch attend: "varlen", where they lie, or "rectangles", padded side by side.

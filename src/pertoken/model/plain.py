@@ -91,7 +91,7 @@ class PlainPass:
 def _layout(model: CausalLM, micro_batch: MicroBatch) -> AttentionLayout:
     device, dtype = micro_batch.input_ids.device, compute_dtype(model.model.embed_tokens.weight)
     softcap = model.config.attn_logit_softcapping
-    form = which_attention(device.type, dtype, model.config.head_dim, flash_capability(device), softcap=softcap)
+    form = which_attention(device.type, dtype, model.config.head_dim, flash_capability(device), softcap)
     cu_seqlens = micro_batch.cu_seqlens if form == "varlen" else None
     return AttentionLayout.of(micro_batch.lengths, device, cu_seqlens=cu_seqlens, longest=micro_batch.longest)
 

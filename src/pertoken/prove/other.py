@@ -17,10 +17,8 @@ from torch import Tensor
 
 from pertoken.data.batch.pack import Sample
 from pertoken.folders.adapters import base_folder
-from pertoken.folders.fused import split
-from pertoken.folders.open import save_folder
+from pertoken.folders.open import save_folder, split_as
 from pertoken.hf_fallback.quiet import quiet
-from pertoken.model.decoder import CausalLM
 from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import Case
 from pertoken.prove.reference import reference_gradient
@@ -55,9 +53,7 @@ def transformers_padded(name: str, case: Case) -> Result:
         loss += float(loss_sum.detach()) / num_tokens
     ours = {_without_peft(plain_name(name)): name for name, _ in case.model.named_parameters()}
     theirs = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    if isinstance(case.model, CausalLM):
-        theirs = dict(split(theirs, case.model.config))
-    theirs = _under_our_names(theirs, kept=ours)
+    theirs = _under_our_names(dict(split_as(case.model, theirs)), kept=ours)
     gradients = {ours.get(_without_peft(name), name): gradient for name, gradient in theirs.items()}
     if case.aux_loss_coef:  # a router that sends every token to one expert has no gradient but the balance loss's
         gradients = {n: torch.zeros_like(g) for n, g in reference.gradients.items() if ".mlp.gate." in n} | gradients
