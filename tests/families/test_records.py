@@ -42,7 +42,21 @@ def test_what_is_always_written_is_what_the_class_has_without_it(model_type):
 
 
 def test_a_recipe_names_each_family_and_says_whether_there_are_experts():
-    names = ["qwen3", "qwen2", "llama", "mistral", "smollm3", "olmo2", "olmoe", "granite", "gemma", "gemma3"]
+    names = [
+        "qwen3",
+        "qwen2",
+        "llama",
+        "mistral",
+        "smollm3",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "phi3",
+        "granite",
+        "gemma",
+        "gemma2",
+        "gemma3",
+    ]
     assert recipe_names() == names
     assert recipe_names(use_moe=True) == ["qwen3", "qwen2", "llama", "olmoe"]
     for name in recipe_names():

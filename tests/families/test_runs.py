@@ -32,6 +32,18 @@ MODELS: dict[str, dict[str, Any]] = {
         "model__logits_scaling": 0.3,
     },
     "gemma": {"model__family": "gemma"},
+    "gemma2": {
+        "model__family": "gemma2",
+        "model__attn_logit_softcapping": 2.0,
+        "model__final_logit_softcapping": 7.0,
+        "model__sliding_window": 40,
+    },
+    "phi3": {"model__family": "phi3", "model__head_dim": 16, "model__partial_rotary_factor": 0.75},
+    "olmo3": {
+        "model__family": "olmo3",
+        "model__sliding_window": 40,
+        "model__rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    },
     "olmoe": {"model__family": "olmoe", "model__use_moe": True, "model__num_experts_per_tok": 2},
     "shared expert": {"model__family": "qwen2", "model__use_moe": True, "model__num_experts_per_tok": 2},
     "gemma3": {
@@ -42,12 +54,15 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 CLASSES = {
     "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
     "olmoe": "OlmoeForCausalLM",
     "shared expert": "Qwen2MoeForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2, untied": "Qwen2ForCausalLM",
     "llama3": "LlamaForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "granite": "GraniteForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
 }
@@ -87,11 +102,13 @@ def test_a_trained_model_decodes_and_opens_in_transformers_with_the_same_logits(
         assert float((found - expected[at]).abs().max() / expected.abs().max()) < 1e-5
     made = list(generate(ours, ids[:150].tolist(), max_new_tokens=5, temperature=0.0))
     with torch.no_grad():
-        greedy = theirs.generate(ids[None, :150], max_new_tokens=5, do_sample=False, eos_token_id=None)[0, 150:]
+        seen = torch.ones(1, 150, dtype=torch.int64)  # else transformers would leave out the padding token
+        settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+        greedy = theirs.generate(ids[None, :150], attention_mask=seen, **settings)[0, 150:]
     assert made == greedy.tolist()
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama3", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2", "llama3", "gemma3", "phi3"])
 def test_a_resumed_run_is_the_uninterrupted_one(world: World, tmp_path: Path, name: str) -> None:
     keys = {**MODELS[name], "train__max_steps": 6, "checkpoint__save_interval": 3, "data__eval_path": []}
     train(world.recipe(tmp_path / "run", **keys))

@@ -4,13 +4,16 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GraniteConfig,
     LlamaConfig,
     MixtralConfig,
     Olmo2Config,
+    Olmo3Config,
     OlmoeConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -39,8 +42,11 @@ FAMILIES = {
     "qwen2": Qwen2Config,
     "llama": LlamaConfig,
     "olmo2": Olmo2Config,
+    "olmo3": Olmo3Config,
+    "phi3": Phi3Config,
     "granite": GraniteConfig,
     "gemma": GemmaConfig,
+    "gemma2": Gemma2Config,
     "gemma3": Gemma3TextConfig,
 }
 LLAMA3 = {
@@ -93,6 +99,49 @@ def test_scaled_rotary_frequencies_survive_the_way_there_and_back():
     assert theirs.rope_parameters == {"rope_theta": 777.0} | LLAMA3
     assert config_from_hf(theirs.to_dict()) == config
     assert LlamaConfig(**as_read_by_4).rope_parameters == theirs.rope_parameters
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 8.0},
+        {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "attention_factor": 1.2},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "phi3"])
+def test_linear_and_yarn_scaling_survive_the_way_there_and_back_in_every_family(family, scaling):
+    keys = SHARED | {"family": family, "rope_scaling": scaling}
+    config = ModelConfig.model_validate(keys).resolve(97)
+    values = config_to_hf(config, eos_token_id=2)
+    assert config_from_hf(values) == config
+    as_read_by_4 = {key: value for key, value in values.items() if key != "rope_parameters"}
+    assert as_read_by_4["rope_scaling"] == scaling
+    assert config_from_hf(as_read_by_4) == config
+    theirs, of_4 = (FAMILIES[family](**deepcopy(form)) for form in (values, as_read_by_4))
+    full = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
+    assert {key: full[key] for key in scaling} == scaling
+    assert of_4.rope_parameters == theirs.rope_parameters
+    assert config_from_hf(theirs.to_dict()) == config
+
+
+def test_a_published_olmo3_is_read_with_a_window_in_three_of_four_layers_and_yarn_in_the_others():
+    yarn = {"attention_factor": 1.2079441541679836, "beta_fast": 32, "beta_slow": 1, "factor": 8.0}
+    yarn |= {"original_max_position_embeddings": 8192, "rope_type": "yarn"}
+    values = SHARED | {"model_type": "olmo3", "num_hidden_layers": 8, "rope_theta": 500000, "rope_scaling": yarn}
+    config = config_from_hf(values | {"sliding_window": 4096})
+    assert [kind.rope for kind in config.layer_kinds] == ["local", "local", "local", "global"] * 2
+    assert (config.rope_local_base_freq, config.rope_scaling.model_dump(exclude_none=True)) == (5e5, yarn)
+    assert config == config_from_hf(Olmo3Config(**deepcopy(values)).to_dict())
+
+
+def test_a_published_phi4_mini_without_its_scaling_turns_three_quarters_of_each_head():
+    values = SHARED | PHI3 | {"partial_rotary_factor": 0.75, "rope_scaling": None, "sliding_window": 262144}
+    config = config_from_hf(values)
+    assert (config.rotary_dim, config.layer_kinds[0].window) == (6, 262144)
+    theirs = Phi3Config(**deepcopy(values))
+    assert config_from_hf(theirs.to_dict()) == config_from_hf(config_to_hf(config)) == config
+    assert Phi3Config(**config_to_hf(config)).rope_parameters == theirs.rope_parameters
 
 
 def test_of_two_sets_of_rotary_parameters_transformers_choice_counts():
@@ -229,6 +278,9 @@ def test_minimind_configurations_are_read():
 GEMMA3 = {"model_type": "gemma3_text", "layer_types": ["full_attention"] * 2}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e5}
 YARN = {"rope_type": "yarn", "rope_theta": 1e5, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN_OF_4 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+OLMO3 = {"model_type": "olmo3", "layer_types": ["full_attention"] * 2}
+PHI3 = {"model_type": "phi3"}
 REFUSED = [
     ({"model_type": "starcoder2"}, "model_type='starcoder2'"),
     ({"model_type": None}, "model_type=None"),
@@ -277,6 +329,23 @@ REFUSED = [
         GEMMA3 | {"rope_parameters": {"full_attention": PLAIN_ROPE, "sliding_attention": PLAIN_ROPE | {"factor": 2.0}}},
         "sliding_attention",
     ),
+    (GEMMA3 | {"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling={"),
+    (GEMMA3 | {"rope_scaling": {"full_attention": {"rope_type": "linear", "factor": 8.0}}}, "rope_scaling={"),
+    (GEMMA3 | {"sliding_window": None, "layer_types": ["sliding_attention"] * 2}, "layer_types="),
+    ({"model_type": "gemma3_text", "sliding_window": None}, "sliding_window=None"),
+    ({"model_type": "gemma2", "sliding_window": None}, "sliding_window=None"),
+    ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    (OLMO3 | {"rope_theta": 1e4}, "rope_theta=10000.0"),
+    (OLMO3 | {"rope_parameters": {"full_attention": PLAIN_ROPE}}, "rope_parameters={"),
+    (
+        OLMO3
+        | {"rope_parameters": {"full_attention": PLAIN_ROPE, "sliding_attention": PLAIN_ROPE | {"rope_theta": 1.0}}},
+        "rope_parameters={",
+    ),
+    ({"model_type": "llama", "rope_theta": 1.0, "rope_scaling": YARN_OF_4}, "rope_theta=1.0"),
+    (PHI3 | {"rope_scaling": YARN_OF_4}, "rope_scaling={"),
+    (PHI3 | {"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}}, "rope_scaling={"),
+    (PHI3 | {"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4: 3 of 8"),
     (GEMMA3 | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0"),
     ({"model_type": "granite", "residual_multiplier": -1.0}, "residual_multiplier=-1.0"),
     ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv=8.0"),
@@ -347,7 +416,7 @@ def test_what_is_switched_off_is_not_refused(keys):
 def test_null_key_value_heads_are_as_many_as_query_heads():
     values = SHARED | {"num_key_value_heads": None}
     for family, config_class in FAMILIES.items():
-        if family in ("gemma", "gemma3"):  # whose classes take no null
+        if family in ("gemma", "gemma2", "gemma3"):  # whose classes take no null
             continue
         config = config_from_hf({**values, "model_type": config_class.model_type})
         assert config.num_key_value_heads == config_class(**values).num_key_value_heads == 6

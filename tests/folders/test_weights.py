@@ -8,6 +8,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GemmaConfig,
@@ -22,8 +24,12 @@ from transformers import (
     MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
@@ -39,6 +45,7 @@ from transformers import (
 from pertoken.data.batch.pack import MicroBatch
 from pertoken.engines.cpu.engine import CpuEngine
 from pertoken.errors import ModelError
+from pertoken.folders.fused import fuse
 from pertoken.folders.minimind import load_minimind, save_minimind
 from pertoken.folders.weights import load_folder, resize_embeddings, save_folder
 from pertoken.model.decoder import CausalLM
@@ -63,12 +70,16 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "olmo3": (Olmo3Config, Olmo3ForCausalLM),
     "gemma": (GemmaConfig, GemmaForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
 }
+SCALED = [family for family in FAMILIES if family != "phi3"]
 # Texts are longer than the original length, and the frequencies are of all three kinds: kept, divided, in between.
 LLAMA3 = {
     "rope_parameters": {
@@ -98,11 +109,17 @@ MULTIPLIED = {
     "logits_scaling": 5.0,
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
+PARTIAL = {
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e2, "partial_rotary_factor": 0.75},
+}
 WINDOWS = [  # shorter than the longest texts, in all layers and in some
     ("mistral", {"sliding_window": 7}),
+    ("phi3", {"sliding_window": 7}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 20, "layer_types": [SLIDING, FULL]}),
     ("gemma3", {"sliding_window": 7, "layer_types": [SLIDING, FULL]}),
+    ("olmo3", {"sliding_window": 7, "layer_types": [SLIDING, FULL]}),
     ("smollm3", {"no_rope_layers": [1, 0]}),
     (
         "smollm3",
@@ -115,13 +132,18 @@ WINDOWS = [  # shorter than the longest texts, in all layers and in some
     ),
 ]
 CAPPED = {"final_logit_softcapping": 7.0, "query_pre_attn_scalar": 5}
+CAPPED_SCORES = CAPPED | {"attn_logit_softcapping": 2.0, "sliding_window": 7, "layer_types": [SLIDING, FULL]}
+NOT_CAPPED = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
 DENSE = [
     *((family, {}) for family in FAMILIES),
     ("llama", LLAMA3),
     ("qwen2", YARN),
     ("gemma3", LINEAR | {"layer_types": [SLIDING, FULL], "sliding_window": 7}),
+    ("olmo3", YARN | {"layer_types": [FULL, SLIDING], "sliding_window": 7}),
     ("granite", MULTIPLIED),
     ("gemma3", CAPPED),
+    ("phi3", PARTIAL),
+    ("gemma2", CAPPED_SCORES),
     *WINDOWS,
 ]
 MIXTURES = {
@@ -143,11 +165,14 @@ VARIANTS = (
     ]
     + [
         pytest.param("llama", LLAMA3, id="llama3"),
-        *(pytest.param(family, LINEAR, id=f"{family}-linear") for family in FAMILIES),
-        *(pytest.param(family, YARN, id=f"{family}-yarn") for family in FAMILIES),
+        *(pytest.param(family, LINEAR, id=f"{family}-linear") for family in SCALED),
+        *(pytest.param(family, YARN, id=f"{family}-yarn") for family in SCALED),
+        pytest.param("phi3", PARTIAL, id="phi3-partial"),
         *(pytest.param(family, keys, id=f"{family}-layers-{i}") for i, (family, keys) in enumerate(WINDOWS)),
         pytest.param("granite", MULTIPLIED, id="granite-multiplied"),
         pytest.param("gemma3", CAPPED, id="gemma3-capped"),
+        pytest.param("gemma2", CAPPED_SCORES, id="gemma2-capped"),
+        pytest.param("gemma2", NOT_CAPPED, id="gemma2-not-capped"),
         pytest.param("llama", LLAMA3 | {"head_dim": 20, "tie_word_embeddings": False}, id="llama3-head_dim"),
     ]
     + [
@@ -172,14 +197,20 @@ VARIANTS = (
 )
 
 
+def by_layer_type(family, rope):
+    """`rope` in layers that see everything; OLMo 3 has one base in both kinds of layer."""
+    base = 77.0 if family == "gemma3" else rope["rope_theta"]
+    return {FULL: rope, SLIDING: {"rope_type": "default", "rope_theta": base}}
+
+
 def random_hf_model(family, **keys):
     """Every weight random, norms too, and large enough that each one shows in the logits."""
     config_class, model_class = (FAMILIES | MIXTURES)[family]
     shared = SHARED | {"pad_token_id": None}  # whose embedding it would freeze
-    if family == "gemma3":
+    if family in ("gemma2", "gemma3", "olmo3"):
         shared["layer_types"] = [FULL] * SHARED["num_hidden_layers"]
-        local = {SLIDING: {"rope_type": "default", "rope_theta": 77.0}}
-        keys = {key: {FULL: value} | local if key == "rope_parameters" else value for key, value in keys.items()}
+    if family in ("gemma3", "olmo3"):
+        keys = {key: by_layer_type(family, value) if key == "rope_parameters" else value for key, value in keys.items()}
     model = model_class(config_class(**shared | keys)).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -266,10 +297,10 @@ def test_gradients_equal_those_of_transformers(family, keys, kernels, tmp_path):
     for doc in docs:  # labels are the inputs themselves in `flat`: unshifted, as good as any
         logits = hf_model(doc[None]).logits[0]
         torch.nn.functional.cross_entropy(logits, doc, reduction="sum").backward()
+    ours = fuse({name: parameter.grad for name, parameter in model.named_parameters()}, model.config)
     for name, parameter in hf_model.named_parameters():
-        ours = dict(model.named_parameters())[name].grad
         # transformers takes its rotary angles and its norms in float32 even here
-        assert float((ours - parameter.grad).norm() / parameter.grad.norm()) < 1e-5, name
+        assert float((ours[name] - parameter.grad).norm() / parameter.grad.norm()) < 1e-5, name
 
 
 class Float64:
@@ -304,9 +335,10 @@ def test_float64_gradients_are_those_of_a_plain_loop_over_transformers_in_float6
             loss.backward()
             total += float(loss.detach())
         assert float(loss_sum.detach()) == pytest.approx(total, rel=1e-12)
-        for name, parameter in model.named_parameters():
+        ours = fuse({name: parameter.grad for name, parameter in model.named_parameters()}, model.config)
+        for name, gradient in ours.items():
             theirs = hf_model.get_parameter(name).grad
-            assert float((parameter.grad - theirs).abs().max() / theirs.abs().max()) < 1e-10, name
+            assert float((gradient - theirs).abs().max() / theirs.abs().max()) < 1e-10, name
 
 
 @pytest.mark.parametrize("family", MIXTURES)

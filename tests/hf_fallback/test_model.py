@@ -47,20 +47,17 @@ SIZES = {
     **NO_TOKENS,
 }
 COHERE = {key: value for key, value in SIZES.items() if key != "head_dim"}
-# Dropout as GPT-2 and Cohere have it, or more; OLMo 3 has windows in one layer, and shorter than the samples.
+# Dropout as GPT-2 and Cohere have it, or more; Cohere 2 has windows in one layer, and shorter than the samples.
 TRAINS = {
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024, **NO_TOKENS}),
     "cohere": ("Cohere", {**COHERE, "attention_dropout": 0.1}),
-    "olmo3": (
-        "Olmo3",
+    "cohere2": (
+        "Cohere2",
         {**COHERE, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "mixtral": ("Mixtral", {**SIZES, "num_local_experts": 4, "sliding_window": 16}),
-    "gemma2": ("Gemma2", {**SIZES, "final_logit_softcapping": 3.0}),
-    "llama-scaled-rope": (
-        "Llama",
-        {**SIZES, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-    ),
+    "gemma2": ("Gemma2", {**SIZES, "final_logit_softcapping": 3.0, "hidden_activation": "gelu"}),
+    "llama-biases": ("Llama", {**SIZES, "mlp_bias": True}),
 }
 
 
@@ -276,7 +273,7 @@ def test_the_padding_token_learns(world, tmp_path):
     assert model.hf.get_input_embeddings().weight.grad[5].abs().max() > 0
 
 
-@pytest.mark.parametrize("name", ["gpt2", "olmo3"])
+@pytest.mark.parametrize("name", ["gpt2", "cohere2"])
 def test_resume_is_bitwise(world, folders, tmp_path, name):
     recipe = world.write_recipe(
         tmp_path / "recipe",
@@ -456,7 +453,7 @@ def test_a_scaled_qwen2_of_few_layers_loads_with_the_logits_of_transformers(tmp_
     config = Qwen2Config(
         vocab_size=50, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
         intermediate_size=16, bos_token_id=0, eos_token_id=1,
-        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
     )  # fmt: skip
     assert config.max_window_layers > layers
     assert not config.use_sliding_window
@@ -482,6 +479,14 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_fac
 def test_a_covered_family_keeps_our_own_decoder(world, tmp_path, name, keys):
     folder = make_folder(world, tmp_path, name, {**SIZES, **keys})
     assert isinstance(load_model(folder), CausalLM)
+
+
+def test_a_model_with_fused_matrices_is_ours_and_transformers_for_an_adapter(world, tmp_path):
+    folder = make_folder(world, tmp_path, "Phi3", SIZES)
+    assert isinstance(load_model(folder), CausalLM)
+    assert isinstance(load_model(folder, for_adapter=True), FallbackLM)
+    folder = make_folder(world, tmp_path, "Llama", SIZES)
+    assert isinstance(load_model(folder, for_adapter=True), CausalLM)
 
 
 def test_the_recipe_that_a_run_wrote_runs_again(run, tmp_path):

@@ -42,6 +42,7 @@ LENGTHS = [(1,), (1, 1), (129, 7, 1), (5, 128, 31)]
 )
 def test_flash_attention_is_asked_for_what_it_can_do(device_type, dtype, head_dim, capability, form):
     assert which_attention(device_type, dtype, head_dim, capability) == form
+    assert which_attention(device_type, dtype, head_dim, capability, 50.0) == "rectangles"
 
 
 @pytest.mark.parametrize(

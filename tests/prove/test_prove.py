@@ -173,6 +173,12 @@ FAMILIES = {
         "logits_scaling": 0.3,
     },
     "gemma3": {"family": "gemma3", "query_pre_attn_scalar": 5, "final_logit_softcapping": 0.7},
+    "gemma2": {"family": "gemma2", "attn_logit_softcapping": 1.5, "sliding_window": 30, "final_logit_softcapping": 0.7},
+    "phi3": {"family": "phi3", "partial_rotary_factor": 0.75, "head_dim": 16, "sliding_window": 30},
+    "yarn": {
+        "rope_theta": 50.0,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    },
     "shared expert": {"family": "qwen2", "use_moe": True, "num_experts_per_tok": 2, "aux_loss_coef": 0.1},
 }
 

@@ -366,12 +366,15 @@ def recipe_of(folder: Path) -> dict[str, Any] | None:
     return Checkpoint(folder).state.recipe
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
+def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, for_adapter: bool = False) -> LanguageModel:
     """A model from a run, a checkpoint, a Hugging Face folder, peft's folder of an adapter, a GGUF file or a MiniMind
-    `.pth`, with parameters in `dtype`.
+    `.pth`, with parameters in `dtype`; `for_adapter` as of `load_folder`.
 
     Raises ModelError where the path is none of these, or neither pertoken nor transformers has the architecture.
     """
     folder = resolve_model_folder(path)
-    load = load_minimind if folder.suffix == ".pth" else load_gguf if is_gguf(folder) else load_folder
-    return load(folder, dtype=dtype)
+    if folder.suffix == ".pth":
+        return load_minimind(folder, dtype=dtype)
+    if is_gguf(folder):
+        return load_gguf(folder, dtype=dtype)
+    return load_folder(folder, dtype=dtype, for_adapter=for_adapter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pertoken.families.family import Experts, Family
 from pertoken.families.gemma import GEMMA
+from pertoken.families.gemma2 import GEMMA2
 from pertoken.families.gemma3 import GEMMA3
 from pertoken.families.granite import GRANITE
 from pertoken.families.llama import LLAMA
@@ -11,7 +12,9 @@ from pertoken.families.minimind import MINIMIND
 from pertoken.families.mistral import MISTRAL
 from pertoken.families.mixtral import MIXTRAL
 from pertoken.families.olmo2 import OLMO2
+from pertoken.families.olmo3 import OLMO3
 from pertoken.families.olmoe import OLMOE
+from pertoken.families.phi3 import PHI3
 from pertoken.families.qwen2 import QWEN2
 from pertoken.families.qwen2_moe import QWEN2_MOE
 from pertoken.families.qwen3 import QWEN3
@@ -30,9 +33,12 @@ FAMILIES: dict[str, Family] = {
     "mixtral": MIXTRAL,
     "smollm3": SMOLLM3,
     "olmo2": OLMO2,
+    "olmo3": OLMO3,
     "olmoe": OLMOE,
+    "phi3": PHI3,
     "granite": GRANITE,
     "gemma": GEMMA,
+    "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "minimind": MINIMIND,
 }

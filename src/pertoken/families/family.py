@@ -39,8 +39,8 @@ class Gguf:
 class Family:
     """One model type of Hugging Face: its names, its defaults, and what sets it apart in the decoder.
 
-    Every family is a causal decoder with RMSNorm, a gated feed-forward part, and rotary embeddings over whole heads;
-    where layers differ, it is in the window of attention and in the angles. A configuration that asks for anything else
+    Every family is a causal decoder with RMSNorm, a gated feed-forward part, and rotary embeddings; where
+    layers differ, it is in the window of attention and in the angles. A configuration that asks for anything else
     is refused by name.
     """
 
@@ -54,6 +54,9 @@ class Family:
     # Written beside the architecture, always the same: a null `pad_token_id` where the class would else have one.
     constants: Mapping[str, Any] = field(default_factory=dict)
     weight_names: Mapping[str, str] = field(default_factory=dict)  # parts of a parameter's name: ours -> on disk
+    # Matrices that are one on disk, and the decoder's parts of them in order, such as
+    # {"gate_up_proj": ("gate_proj", "up_proj")}.
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # The class that transformers' AutoTokenizer makes of any tokenizer beside such a config.json, whatever the folder
     # of the tokenizer says; None: it does as the folder says.
     forced_tokenizer: str | None = None
@@ -65,7 +68,9 @@ class Family:
     full_attention_every: int | None = None  # with a window, each so manieth layer sees everything; None: no layer
     # `layer_types` alone says which layers have the window, and `rope_parameters` has those of each type of layer.
     by_layer_type: bool = False
-    rope_local_base_freq: float | None = None  # of the layers with a window, where they have a base of their own
+    # With `by_layer_type`, the rotary base of the layers with a window, which are never scaled; None: `rope_theta`.
+    rope_local_base_freq: float | None = None
+    partial_rotary: bool = False  # `partial_rotary_factor` says what part of each head is turned, its first dimensions
     no_rope: bool = False  # `no_rope_layers` says in which layers queries and keys are not turned
     # Transformers' classes compute all of them by the same functions; a class of its own may have fewer.
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")

@@ -10,7 +10,15 @@ from pydantic import ValidationError
 from pertoken.errors import ModelError
 from pertoken.families import FAMILIES, Family, saved_as
 from pertoken.folders.refusals import NotCovered, refuse
-from pertoken.folders.rope import FULL, SLIDING, refuse_rope, rope_from_hf, rope_to_hf
+from pertoken.folders.rope import (
+    FULL,
+    SLIDING,
+    local_base_from_hf,
+    partial_from_hf,
+    refuse_rope,
+    rope_from_hf,
+    rope_to_hf,
+)
 from pertoken.recipe.model import ModelConfig, ResolvedModelConfig
 from pertoken.text import shown
 
@@ -24,8 +32,11 @@ _KINDS: dict[str, type] = {
     "quantization_config": dict,
     "layer_types": list,
 }
-# Keys whose null is not their absence: as many key-value heads as query heads, and no window.
-_NULL_SAYS_SOMETHING = ("num_key_value_heads", "sliding_window")
+# Keys whose null is not their absence: as many key-value heads as query heads, no window, and no cap.
+_NULL_SAYS_SOMETHING = (
+    *("num_key_value_heads", "sliding_window"),
+    *("final_logit_softcapping", "attn_logit_softcapping"),
+)
 _SHARED = "shared_expert_intermediate_size"
 
 
@@ -99,9 +110,10 @@ def _layers(values: dict[str, Any], family: Family) -> dict[str, Any]:
     types = _layer_types(values, family)
     if types is not None and SLIDING in types:
         found |= {"sliding_window": values.get("sliding_window"), "layer_types": types}
-    if family.rope_local_base_freq is not None:
-        of_windows = (values.get("rope_parameters") or {}).get(SLIDING) or {}
-        found["rope_local_base_freq"] = of_windows.get("rope_theta", values.get("rope_local_base_freq"))
+    if family.partial_rotary:
+        found["partial_rotary_factor"] = partial_from_hf(values, family)
+    if family.by_layer_type:
+        found["rope_local_base_freq"] = local_base_from_hf(values, family)
     return found
 
 
@@ -153,7 +165,7 @@ def _refuse_what_is_missing(values: dict[str, Any], family: Family) -> None:
         reason = f"pertoken has {family.activation} only for model_type {family.model_type}; choose a model with it"
         refuse(values, family.activation_key, reason)
     for key in ("attn_logit_softcapping", "use_bidirectional_attention", "clip_qkv"):
-        if values.get(key):
+        if values.get(key) and key not in family.numbers:
             refuse(values, key, "pertoken has plain causal attention; choose a model with it")
     # transformers dequantizes GGUF as it reads it, but leaves the note in what it writes out.
     if values.get("quantization_config", {}).get("quant_method", "gguf") != "gguf":
@@ -162,17 +174,25 @@ def _refuse_what_is_missing(values: dict[str, Any], family: Family) -> None:
     _refuse_windows(values, family)
 
 
+def _takes_no_null(family: Family) -> bool:
+    """Whether the class wants a size of windows even where no layer has one."""
+    return family.windows == "layer_types" and family.window_switch is None
+
+
 def _refuse_windows(values: dict[str, Any], family: Family) -> None:
     if family.windows is not None:
         if any(kind not in (FULL, SLIDING) for kind in values.get("layer_types", ())):
             refuse(values, "layer_types", f"pertoken has {FULL} and {SLIDING}; choose a model with these")
         if len(values.get("layer_types", ())) not in (0, values.get("num_hidden_layers")):
             refuse(values, "layer_types", "one entry for each of num_hidden_layers is needed; correct it")
-        if "layer_types" in values and not family.by_layer_type:
+        if "layer_types" in values:
             types = _layer_types(values, family) or [FULL] * len(values["layer_types"])
             if list(values["layer_types"]) != types:
-                switch = f"and {family.window_switch}" if family.window_switch else "which is of all layers"
-                refuse(values, "layer_types", f"does not go with sliding_window {switch}; correct one of them")
+                switch = f" and {family.window_switch}" if family.window_switch else ""
+                refuse(values, "layer_types", f"does not go with sliding_window{switch}; correct one of them")
+        elif _takes_no_null(family) and "sliding_window" not in values:
+            values["sliding_window"] = None
+            refuse(values, "sliding_window", f"of layers that are {SLIDING} by default; add layer_types")
         return
     if family.window_switch is None and "sliding_window" in values:
         refuse(values, "sliding_window", "pertoken has full attention only; set it to null for short texts")
@@ -254,7 +274,7 @@ def _layers_to_hf(config: ResolvedModelConfig, family: Family) -> dict[str, Any]
     found: dict[str, Any] = {}
     if family.windows is not None:
         types = list(config.layer_types or [FULL] * config.num_hidden_layers)
-        if config.sliding_window is not None or not family.by_layer_type:  # whose class takes no null
+        if config.sliding_window is not None or not _takes_no_null(family):
             found["sliding_window"] = config.sliding_window
         if family.windows == "layer_types":
             full = next((i for i, kind in enumerate(types) if kind == SLIDING), len(types))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,31 @@ from torch import Tensor
 
 from pertoken.folders import weights as hf
 from pertoken.folders.adapters import base_folder, check_base, is_adapter, put_on, read_adapter, save_adapter
-from pertoken.folders.files import check_fallback, save_tokenizer
+from pertoken.folders.config import config_from_hf, family_of
+from pertoken.folders.files import check_fallback, read_json, save_tokenizer
+from pertoken.folders.fused import split
 from pertoken.folders.refusals import NotCovered
 from pertoken.hf_fallback.load import load_fallback
 from pertoken.hf_fallback.model import FallbackLM
 from pertoken.model.decoder import CausalLM
 from pertoken.model.protocol import LanguageModel
 
-__all__ = ["load_adapter", "load_folder", "resize_embeddings", "save_folder"]
+__all__ = ["load_adapter", "load_folder", "resize_embeddings", "save_folder", "split_as"]
 
 
-def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
+def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32, for_adapter: bool = False) -> LanguageModel:
     """The model of a Hugging Face folder (config.json and safetensors), with parameters in `dtype`.
 
     A family that the decoder lacks, and a feature that it lacks (other rotary embeddings, windows, biases), mean
-    transformers' own model. A folder with an adapter means its base model, adapted. Raises ModelError where that cannot
-    be any of these.
+    transformers' own model. A folder with an adapter means its base model, adapted. `for_adapter` says that an adapter
+    will be put on the model: one whose matrices are fused on disk is transformers' own then, as peft's adapters of such
+    matrices are for all of each. Raises ModelError where that cannot be any of these.
     """
     if is_adapter(Path(path)):
         return load_adapter(Path(path), dtype=dtype)
     try:
+        if for_adapter:
+            _refuse_fused(Path(path))
         return hf.load_folder(path, dtype=dtype)
     except NotCovered as refusal:
         if not _transformers_has(refusal.model_type):
@@ -51,9 +57,16 @@ def load_adapter(folder: Path, *, dtype: torch.dtype = torch.float32, base: Path
     check_base(folder, adapter, where)
     if base is not None and base.resolve() != Path(adapter.base.name).resolve() and adapter.base.revision is None:
         adapter = replace(adapter, base=replace(adapter.base, name=str(base.resolve())))
-    model = load_folder(where, dtype=dtype)
+    model = load_folder(where, dtype=dtype, for_adapter=True)
     put_on(model, adapter, folder)
     return model
+
+
+def _refuse_fused(folder: Path) -> None:
+    values = read_json(folder / "config.json")
+    if family_of(config_from_hf(values)).fused:
+        model_type = values["model_type"]
+        raise NotCovered(f"model_type={model_type}: adapters of its matrices are transformers' own", model_type)
 
 
 def _transformers_has(model_type: object) -> bool:
@@ -90,6 +103,11 @@ def resize_embeddings(model: LanguageModel, vocab_size: int) -> None:
         hf.resize_embeddings(model, vocab_size)
     else:
         _fallback(model).resize(vocab_size)
+
+
+def split_as(model: LanguageModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors by their names on disk, with fused matrices taken apart where `model` has them apart."""
+    return split(tensors, model.config) if isinstance(model, CausalLM) else tensors
 
 
 def _fallback(model: LanguageModel) -> FallbackLM:

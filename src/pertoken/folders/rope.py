@@ -6,9 +6,10 @@ from typing import Any
 
 from pertoken.families import Family
 from pertoken.folders.refusals import refuse
-from pertoken.recipe.model import ROPE_SCALINGS, ResolvedModelConfig
+from pertoken.recipe.model import ResolvedModelConfig
+from pertoken.recipe.rope import ROPE_SCALINGS
 
-__all__ = ["FULL", "SLIDING", "refuse_rope", "rope_from_hf", "rope_to_hf"]
+__all__ = ["FULL", "SLIDING", "local_base_from_hf", "partial_from_hf", "refuse_rope", "rope_from_hf", "rope_to_hf"]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # In the dict of rotary parameters beside those of a scaling.
@@ -25,13 +26,29 @@ def rope_from_hf(values: dict[str, Any], family: Family) -> tuple[Any, dict[str,
     return rope.get("rope_theta", values["rope_theta"]), scaling
 
 
+def local_base_from_hf(values: dict[str, Any], family: Family) -> Any:
+    """`rope_theta` of layers with a window, of a type whose rotary parameters go by type of layer; None: its own."""
+    local = (values.get("rope_parameters") or {}).get(SLIDING) or {}
+    if family.rope_local_base_freq is not None:
+        return local.get("rope_theta", values.get("rope_local_base_freq"))
+    return local.get("rope_theta", values["rope_theta"])
+
+
+def partial_from_hf(values: dict[str, Any], family: Family) -> Any:
+    """Of a type that may have it, what part of each head is turned."""
+    return _rope(values, family).get("partial_rotary_factor", values.get("partial_rotary_factor"))
+
+
 def rope_to_hf(config: ResolvedModelConfig, family: Family) -> dict[str, Any]:
     """What transformers 5 writes, and what 4 reads. 5 prefers the second, with the base of `rope_theta`."""
     scaling = None if config.rope_scaling is None else config.rope_scaling.model_dump(exclude_none=True)
     rope: dict[str, Any] = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
     if family.by_layer_type:
         rope = {FULL: rope, SLIDING: {"rope_theta": config.rope_local_base_freq, "rope_type": "default"}}
-    return {"rope_parameters": rope, "rope_scaling": scaling}
+    found: dict[str, Any] = {"rope_parameters": rope, "rope_scaling": scaling}
+    if family.partial_rotary:
+        rope["partial_rotary_factor"] = found["partial_rotary_factor"] = config.partial_rotary_factor
+    return found
 
 
 def refuse_rope(values: dict[str, Any], family: Family) -> None:
@@ -40,15 +57,31 @@ def refuse_rope(values: dict[str, Any], family: Family) -> None:
         refuse(values, "rope_parameters", "pertoken reads them by type of layer; write them so")
     for key in ("rope_parameters", "rope_scaling"):
         _refuse_scaling(values, key, family)
-    local = values.get("rope_parameters", {}).get(SLIDING)
-    if family.by_layer_type and local is not None and not _is_plain(local):
-        refuse(values, "rope_parameters", f"pertoken has plain angles in layers of {SLIDING}; write them so")
+    if family.by_layer_type:
+        _refuse_by_layer_type(values, family)
     if _rope_type(_rope(values, family)) != "default" and "original_max_position_embeddings" in values:
         refuse(
             values, "original_max_position_embeddings", "pertoken reads it among the rotary parameters; move it there"
         )
-    if values.get("partial_rotary_factor", 1) != 1:
+    if values.get("partial_rotary_factor", 1) != 1 and not family.partial_rotary:
         refuse(values, "partial_rotary_factor", "pertoken rotates whole heads; choose a model that does")
+
+
+def _refuse_by_layer_type(values: dict[str, Any], family: Family) -> None:
+    local = values.get("rope_parameters", {}).get(SLIDING)
+    if local is not None and not _is_plain(local):
+        refuse(values, "rope_parameters", f"pertoken has plain angles in layers of {SLIDING}; write them so")
+    scaling = values.get("rope_scaling", {})
+    if FULL in scaling or SLIDING in scaling or (scaling and "rope_type" not in scaling):
+        # transformers 5 would take `type` alone for no scaling, 4 for one
+        refuse(values, "rope_scaling", f"pertoken reads that of {FULL} here, with its rope_type; write it so")
+    if family.rope_local_base_freq is None:
+        # Where the second is not given, transformers 4 takes `rope_theta`, and 5 the type's own base.
+        bases = {_rope(values, family).get("rope_theta", values["rope_theta"]), local_base_from_hf(values, family)}
+        bases |= set() if local is not None and "rope_theta" in local else {family.defaults["rope_theta"]}
+        if len(bases) > 1:
+            key = "rope_parameters" if "rope_parameters" in values else "rope_theta"
+            refuse(values, key, "pertoken has one rotary base for all layers, written for both types of layer")
 
 
 def _refuse_scaling(values: dict[str, Any], key: str, family: Family) -> None:
@@ -57,7 +90,8 @@ def _refuse_scaling(values: dict[str, Any], key: str, family: Family) -> None:
     if kind not in family.rope_types:
         has = ", ".join(family.rope_types)
         refuse(values, key, f"pertoken has rope_type {has} for model_type {family.model_type}; choose one of them")
-    if rope.get("partial_rotary_factor", 1) != 1 or any(isinstance(v, dict) for v in rope.values()):
+    partial = rope.get("partial_rotary_factor", 1) != 1 and not family.partial_rotary
+    if partial or any(isinstance(v, dict) for v in rope.values()):
         refuse(values, key, "pertoken has one kind of rotary embeddings over whole heads; choose a model with it")
     if kind == "default":
         return
@@ -78,7 +112,10 @@ def _is_plain(rope: Any) -> bool:
 
 def _rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
     """The rotary parameters that transformers takes where a file has those of version 4 and of version 5."""
-    return _of_full_attention(values.get("rope_scaling") or values.get("rope_parameters") or {}, family)
+    scaling, parameters = values.get("rope_scaling") or {}, values.get("rope_parameters") or {}
+    if family.by_layer_type:
+        return _of_full_attention(parameters, family) | scaling
+    return scaling or parameters
 
 
 def _of_full_attention(rope: dict[str, Any], family: Family) -> dict[str, Any]:

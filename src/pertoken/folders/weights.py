@@ -6,6 +6,7 @@ What the decoder cannot compute is refused by name, never approximated.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pertoken.errors import ModelError
 from pertoken.files import plain_file
 from pertoken.folders.config import config_from_hf, config_to_hf, family_of
 from pertoken.folders.files import read_json, save_tokenizer, weight_files, write_json
+from pertoken.folders.fused import fuse, split
 from pertoken.model.aligned import aligned
 from pertoken.model.decoder import CausalLM
 from pertoken.recipe.model import ResolvedModelConfig
@@ -62,8 +64,11 @@ def name_on_disk(name: str, config: ResolvedModelConfig) -> str:
     return name
 
 
-def build_model(config: ResolvedModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype, source: Path) -> CausalLM:
+def build_model(
+    config: ResolvedModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, source: Path
+) -> CausalLM:
     """A model around the tensors, which are not copied where they have `dtype` already and lie as `aligned` wants."""
+    tensors = split(tensors, config)
     model = skeleton(config, len(tensors), source)
     on_disk = {name: name_on_disk(name, config) for name in model.state_dict()}
     expected = {on_disk[name]: tensor.shape for name, tensor in model.state_dict().items()}
@@ -128,6 +133,7 @@ def save_folder(
         name_on_disk(name, model.config): tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in (model.state_dict() if weights is None else weights).items()
     }
+    tensors = fuse(tensors, model.config)
     special = {"eos_token_id": eos_token_id, "bos_token_id": getattr(tokenizer, "bos_token_id", None)}
     config = config_to_hf(model.config, dtype=dtype or model.head_weight.dtype, **special)
     write_json(folder / "config.json", config)

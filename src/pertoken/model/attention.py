@@ -34,14 +34,19 @@ _RECTANGLE_COST = 256**2  # to launch a dozen kernels, forward and backward
 
 
 def which_attention(
-    device_type: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int] | None
+    device_type: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: tuple[int, int] | None,
+    softcap: float | None = None,
 ) -> Literal["varlen", "rectangles"]:
     """How the documents of a micro-batch attend: "varlen", where they lie, or "rectangles", padded side by side.
 
     `capability` is `flash_capability`'s. PyTorch's FlashAttention takes half precision alone, heads of a multiple of 8
-    up to 256, and CUDA devices from 8.0 (Ampere) on; above 192 its backward pass does not run on all of them.
+    up to 256, and CUDA devices from 8.0 (Ampere) on; above 192 its backward pass does not run on all of them. It has
+    no cap of scores.
     """
-    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 192
+    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 192 and softcap is None
     return (
         "varlen" if device_type == "cuda" and capability is not None and capability >= (8, 0) and fits else "rectangles"
     )
@@ -137,12 +142,14 @@ def attention(
     layout: AttentionLayout,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v within each document, every token seeing itself and what precedes it. [N, H, D]
 
     `scale` is 1 / sqrt(D) if None. H is a multiple of K; query head h uses key-value head h // (H / K). Documents are
     right-padded into rectangles: causality alone keeps the padding out of every real row, so there is no mask. With
-    `window` a token sees so many at most, itself one of them; only documents longer than that need a mask.
+    `window` a token sees so many at most, itself one of them; only documents longer than that need a mask. With
+    `softcap` c a scaled score x is c * tanh(x / c).
     """
     if not layout.rectangles:
         return q_NHD + (k_NKD.sum() + v_NKD.sum())  # N = 0: nothing to attend to, but all three have a (zero) gradient
@@ -154,12 +161,30 @@ def attention(
     for (s, t), *qkv in zip(layout.rectangles, *parts, strict=True):
         q_SHTD, k_SKTD, v_SKTD = (x.view(s, t, *x.shape[1:]).transpose(1, 2) for x in qkv)
         mask = None if window is None or t <= window else _band(t, 0, window, q_NHD.device)
-        out_SHTD = F.scaled_dot_product_attention(
-            q_SHTD, k_SKTD, v_SKTD, attn_mask=mask, is_causal=mask is None, enable_gqa=True, scale=scale
-        )
+        if softcap is not None:
+            mask = _band(t, 0, None, q_NHD.device) if mask is None else mask
+            out_SHTD = _capped_attention(q_SHTD, k_SKTD, v_SKTD, mask, scale=scale, softcap=softcap)
+        else:
+            out_SHTD = F.scaled_dot_product_attention(
+                q_SHTD, k_SKTD, v_SKTD, attn_mask=mask, is_causal=mask is None, enable_gqa=True, scale=scale
+            )
         outputs.append(out_SHTD.transpose(1, 2).flatten(0, 1))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out if layout.positions is None else out.index_select(0, layout.positions)
+
+
+def _capped_attention(
+    q_SHTD: Tensor, k_SKLD: Tensor, v_SKLD: Tensor, mask_TL: Tensor, *, scale: float | None, softcap: float
+) -> Tensor:
+    """softmax(c * tanh(scale * q k^T / c)) v where `mask` is true, which no kernel of PyTorch computes; [S, H, T, D].
+
+    Scores are at least float32 from the cap to the soft-max.
+    """
+    k_SHLD, v_SHLD = (x.repeat_interleave(q_SHTD.shape[1] // x.shape[1], 1) for x in (k_SKLD, v_SKLD))
+    scores = q_SHTD @ k_SHLD.transpose(2, 3)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = softcap * torch.tanh(scores * ((scale or q_SHTD.shape[-1] ** -0.5) / softcap))
+    return scores.masked_fill(~mask_TL, -torch.inf).softmax(-1).to(v_SHLD.dtype) @ v_SHLD
 
 
 def _band(rows: int, before: int, window: int | None, device: torch.device) -> Tensor:
@@ -238,6 +263,7 @@ def cached_attention(
     layer: int,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """T new tokens of one sequence attend to the cached ones and, causally, to each other. [T, H, D]
 
@@ -254,6 +280,10 @@ def cached_attention(
         mask = _band(end - start, start, window, q_THD.device)
     elif start and end - start > 1:  # is_causal would align the first new token with the first cached one
         mask = _band(end - start, start, None, q_THD.device)
+    if softcap is not None:
+        mask = _band(end - start, start, window, q_THD.device)
+        capped = _capped_attention(q_HTD[None], k_KLD[None], v_KLD[None], mask, scale=scale, softcap=softcap)
+        return capped[0].transpose(0, 1)
     is_causal = mask is None and not start
     out_HTD = F.scaled_dot_product_attention(
         q_HTD[None], k_KLD[None], v_KLD[None], attn_mask=mask, is_causal=is_causal, enable_gqa=True, scale=scale

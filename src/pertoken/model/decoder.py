@@ -205,7 +205,7 @@ class CausalLM(nn.Module):
         """Logits [V] after the last of `input_ids` [T], which continue what the cache holds and are added to it."""
         start, end = cache.length, cache.length + input_ids.shape[0]
         position_ids = torch.arange(start, end, device=input_ids.device)
-        attend = partial(cached_attention, cache=cache, scale=self.config.attention_scale)
+        attend = partial(cached_attention, cache=cache, **self.config.attention_settings)
         kinds = self.config.layer_kinds
         attends = [attend_in(partial(attend, layer=i), kind) for i, kind in enumerate(kinds)]
         hidden, _ = run_plain(self, input_ids, position_ids, attends)

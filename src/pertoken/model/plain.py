@@ -74,7 +74,7 @@ class PlainPass:
     def run(
         self, documents: Documents | None, output_rows: Tensor | None, *, recompute: bool
     ) -> tuple[Tensor, list[ExpertLoad]]:
-        attend = partial(self._attend, layout=self._layout, scale=self._model.config.attention_scale)
+        attend = partial(self._attend, layout=self._layout, **self._model.config.attention_settings)
         attends = [attend_in(attend, kind) for kind in self._model.config.layer_kinds]
         return run_plain(
             self._model,
@@ -90,7 +90,8 @@ class PlainPass:
 
 def _layout(model: CausalLM, micro_batch: MicroBatch) -> AttentionLayout:
     device, dtype = micro_batch.input_ids.device, compute_dtype(model.model.embed_tokens.weight)
-    form = which_attention(device.type, dtype, model.config.head_dim, flash_capability(device))
+    softcap = model.config.attn_logit_softcapping
+    form = which_attention(device.type, dtype, model.config.head_dim, flash_capability(device), softcap)
     cu_seqlens = micro_batch.cu_seqlens if form == "varlen" else None
     return AttentionLayout.of(micro_batch.lengths, device, cu_seqlens=cu_seqlens, longest=micro_batch.longest)
 

@@ -9,9 +9,11 @@ import math
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pertoken.recipe.model import ResolvedModelConfig, RopeScaling
+from pertoken.recipe.model import ResolvedModelConfig
+from pertoken.recipe.rope import RopeScaling
 
 __all__ = ["Rope", "frequencies", "rope_angles", "rotary_scale", "rotate"]
 
@@ -25,7 +27,8 @@ def frequencies(
     *,
     kind: Literal["global", "local", "none"] = "global",
 ) -> Tensor:
-    """By how many radians each pair of dimensions turns from one position to the next: [D / 2], falling.
+    """By how many radians each pair of dimensions turns from one position to the next: [D / 2], falling, and zero for
+    pairs beyond `partial_rotary_factor`.
 
     `kind` is a layer's (`LayerKind.rope`): by `rope_theta`, by `rope_local_base_freq`, or zero, which turns nothing.
     `rope_scaling` is of the first kind alone: a frequency is kept, divided by `factor`, or goes from the one to the
@@ -33,14 +36,15 @@ def frequencies(
     """
     if kind == "none":
         return torch.zeros(config.head_dim // 2, dtype=dtype, device=device)
-    exponents = torch.arange(0, config.head_dim, 2, dtype=dtype, device=device) / config.head_dim
+    exponents = torch.arange(0, config.rotary_dim, 2, dtype=dtype, device=device) / config.rotary_dim
     if kind == "local":
         assert config.rope_local_base_freq is not None, "layer_kinds has such layers only where there is one"
         return 1.0 / config.rope_local_base_freq**exponents
     plain = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if scaling is None:
-        return plain
+        return F.pad(plain, (0, (config.head_dim - config.rotary_dim) // 2))
+    assert config.rotary_dim == config.head_dim, "no family has both"
     kept = _kept_share(plain, scaling, config.rope_theta)
     return plain * kept + plain / scaling.factor * (1 - kept)
 

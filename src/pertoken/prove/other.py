@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pertoken.data.batch.pack import Sample
 from pertoken.folders.adapters import base_folder
-from pertoken.folders.open import save_folder
+from pertoken.folders.open import save_folder, split_as
 from pertoken.hf_fallback.quiet import quiet
 from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import Case
@@ -52,7 +52,8 @@ def transformers_padded(name: str, case: Case) -> Result:
         torch.autograd.backward((loss_sum + case.train.z_loss_coef * squares) / num_tokens)
         loss += float(loss_sum.detach()) / num_tokens
     ours = {_without_peft(plain_name(name)): name for name, _ in case.model.named_parameters()}
-    theirs = _under_our_names({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, kept=ours)
+    theirs = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    theirs = _under_our_names(dict(split_as(case.model, theirs)), kept=ours)
     gradients = {ours.get(_without_peft(name), name): gradient for name, gradient in theirs.items()}
     if case.aux_loss_coef:  # a router that sends every token to one expert has no gradient but the balance loss's
         gradients = {n: torch.zeros_like(g) for n, g in reference.gradients.items() if ".mlp.gate." in n} | gradients

@@ -10,9 +10,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pertoken.families import FAMILIES, Family, recipe_names, saved_as
+from pertoken.recipe.rope import RopeScaling
 from pertoken.recipe.section import Section
 
-__all__ = ["MOE_KEYS", "NUMBERS", "ROPE_SCALINGS", "LayerKind", "ModelConfig", "ResolvedModelConfig", "RopeScaling"]
+__all__ = ["MOE_KEYS", "NUMBERS", "LayerKind", "ModelConfig", "ResolvedModelConfig"]
 
 
 # MiniMind's
@@ -34,52 +35,9 @@ NUMBERS = (
     "query_pre_attn_scalar",
     "logits_scaling",
     "final_logit_softcapping",
+    "attn_logit_softcapping",
 )
 _NEUTRAL = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}  # as if there were none
-
-
-# Of each kind of scaling the keys that it must have, and those that it may have.
-ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "linear": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
-    "yarn": (
-        ("factor", "original_max_position_embeddings"),
-        ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
-    ),
-}
-
-
-class RopeScaling(Section):
-    """Rotary frequencies for longer texts than a model was first trained on (`model/rope.py` has the formulas)."""
-
-    rope_type: Literal["llama3", "linear", "yarn"] = "llama3"
-    factor: float = Field(ge=1)  # frequencies are divided by it, all of them or the low ones
-    original_max_position_embeddings: int | None = Field(default=None, ge=1)  # tokens
-    # Llama 3.1. Fewer turns than the first within the original length: a low frequency; more than the second: a high
-    # one, which stays as it is.
-    low_freq_factor: float | None = Field(default=None, gt=0)
-    high_freq_factor: float | None = Field(default=None, gt=0)
-    # YaRN. More turns than the first: a high frequency; fewer than the second: a low one.
-    beta_fast: float | None = Field(default=None, gt=0)  # None: 32
-    beta_slow: float | None = Field(default=None, gt=0)  # None: 1
-    attention_factor: float | None = Field(default=None, gt=0)  # of cosine and sine; None: from the keys below
-    mscale: float | None = Field(default=None, ge=0)
-    mscale_all_dim: float | None = Field(default=None, ge=0)
-    truncate: bool | None = None  # the dimensions between which the ramp goes are whole numbers; None: true
-
-    @model_validator(mode="after")
-    def _consistent(self) -> RopeScaling:
-        required, optional = ROPE_SCALINGS[self.rope_type]
-        for key in type(self).model_fields.keys() - {"rope_type"}:
-            given = getattr(self, key) is not None
-            if given and key not in (*required, *optional):
-                raise ValueError(f'{key}={getattr(self, key)}: rope_type="{self.rope_type}" has none; leave it out')
-            if not given and key in required:
-                raise ValueError(f'{key}: missing, and rope_type="{self.rope_type}" needs it; add it')
-        low, high = self.low_freq_factor, self.high_freq_factor
-        if low is not None and high is not None and high <= low:
-            raise ValueError(f"high_freq_factor={high}: must be more than low_freq_factor={low}")
-        return self
 
 
 @dataclass(frozen=True)
@@ -104,6 +62,7 @@ class ModelConfig(Section):
     max_position_embeddings: int = Field(default=32768, ge=2)
     rope_theta: float | None = Field(default=None, gt=0)
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float | None = Field(default=None, gt=0, le=1)  # of each head, that is turned
     rope_local_base_freq: float | None = Field(default=None, gt=0)  # `rope_theta` of the layers with a window
     sliding_window: int | None = Field(default=None, ge=1)  # tokens that a query sees, itself one of them
     layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None
@@ -116,6 +75,7 @@ class ModelConfig(Section):
     query_pre_attn_scalar: int | None = Field(default=None, ge=1)  # the scores are divided by its square root
     logits_scaling: float | None = Field(default=None, gt=0)  # the logits are divided by it
     final_logit_softcapping: float | None = Field(default=None, gt=0)  # c: a logit x becomes c * tanh(x / c)
+    attn_logit_softcapping: float | None = Field(default=None, gt=0)  # the same for the scores of attention
     use_moe: bool = False
     num_experts: int | None = Field(default=None, ge=1)
     num_experts_per_tok: int | None = Field(default=None, ge=1)
@@ -160,6 +120,12 @@ class ModelConfig(Section):
         head_dim = self.head_dim or self.hidden_size // heads
         if head_dim % 2:
             raise ValueError(f"model.head_dim={head_dim}: must be even, rotary embeddings turn pairs")
+        turned = int(head_dim * (self.partial_rotary_factor or 1.0))
+        if turned % 2 or not turned:
+            raise ValueError(
+                f"model.partial_rotary_factor={self.partial_rotary_factor}: {turned} of {head_dim} dimensions would be "
+                "turned; rotary embeddings turn pairs, choose an even number"
+            )
         if self.num_experts is not None:
             self._choose_among(self.num_experts)
         self._fits(self._record())
@@ -224,7 +190,7 @@ class ModelConfig(Section):
         for key, has in (
             ("sliding_window", record.windows is not None),
             ("layer_types", record.windows is not None),
-            ("rope_local_base_freq", record.rope_local_base_freq is not None),
+            ("rope_local_base_freq", record.by_layer_type),
             ("no_rope_layers", record.no_rope),
         ):
             value = getattr(self, key)
@@ -238,6 +204,24 @@ class ModelConfig(Section):
                     f"model.{key}: {len(value)} entries for model.num_hidden_layers={self.num_hidden_layers}; give one "
                     "for each layer"
                 )
+        if self.partial_rotary_factor not in (None, 1.0) and not record.partial_rotary:
+            raise ValueError(
+                f"model.partial_rotary_factor={self.partial_rotary_factor}: {record.model_type} models turn whole "
+                "heads; leave the key out, or choose another model.family"
+            )
+        if self.rope_scaling is not None and self.rope_scaling.rope_type not in record.rope_types:
+            raise ValueError(
+                f'model.rope_scaling.rope_type="{self.rope_scaling.rope_type}": {record.model_type} models have none; '
+                "leave model.rope_scaling out, or choose another model.family"
+            )
+        local, base = self.rope_local_base_freq, self.rope_theta or record.rope_theta
+        if local is not None and record.rope_local_base_freq is None and local != base:
+            raise ValueError(
+                f"model.rope_local_base_freq={local}: {record.model_type} models have one base for all layers; leave "
+                "the key out"
+            )
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "yarn" and base <= 1:
+            raise ValueError(f"model.rope_theta={base}: YaRN needs more than 1; raise it")
         if self.layer_types is not None and "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("model.layer_types: sliding_attention needs model.sliding_window; give it")
 
@@ -268,6 +252,10 @@ class ModelConfig(Section):
         if record.experts is not None and record.experts.shared:
             shared_width = shared_width or width
         head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        rope_theta = self.rope_theta or record.rope_theta
+        local_base = self.rope_local_base_freq or record.rope_local_base_freq
+        if record.by_layer_type:
+            local_base = local_base or rope_theta
         attention_multiplier, query_scalar = self.attention_multiplier, self.query_pre_attn_scalar
         if "attention_multiplier" in record.numbers:
             attention_multiplier = attention_multiplier or head_dim**-0.5
@@ -283,9 +271,10 @@ class ModelConfig(Section):
             intermediate_size=width,
             vocab_size=self.vocab_size or vocab_size,
             max_position_embeddings=self.max_position_embeddings,
-            rope_theta=self.rope_theta or record.rope_theta,
+            rope_theta=rope_theta,
             rope_scaling=self.rope_scaling,
-            rope_local_base_freq=self.rope_local_base_freq or record.rope_local_base_freq,
+            rope_local_base_freq=local_base,
+            partial_rotary_factor=self.partial_rotary_factor or 1.0,
             sliding_window=self.sliding_window,
             layer_types=self._layer_types(record),
             no_rope_layers=self.no_rope_layers or ((1,) * self.num_hidden_layers if record.no_rope else None),
@@ -297,6 +286,7 @@ class ModelConfig(Section):
             query_pre_attn_scalar=query_scalar,
             logits_scaling=self.logits_scaling or 1.0,
             final_logit_softcapping=self.final_logit_softcapping,
+            attn_logit_softcapping=self.attn_logit_softcapping,
             use_moe=self.use_moe,
             num_experts=self.num_experts or _NUM_EXPERTS,
             num_experts_per_tok=self.num_experts_per_tok or 1,
@@ -323,6 +313,7 @@ class ResolvedModelConfig(ModelConfig):
     intermediate_size: int
     vocab_size: int
     rope_theta: float
+    partial_rotary_factor: float
     embedding_multiplier: float
     residual_multiplier: float
     logits_scaling: float
@@ -353,6 +344,11 @@ class ResolvedModelConfig(ModelConfig):
         return tuple(kind if turns else replace(kind, rope="none") for kind, turns in zip(kinds, turned, strict=True))
 
     @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of each head are turned."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
     def embedding_scale(self) -> float:
         """What the embedding of a token is multiplied by."""
         return self.hidden_size**0.5 if self.scaled_embedding else self.embedding_multiplier
@@ -363,6 +359,12 @@ class ResolvedModelConfig(ModelConfig):
         if self.query_pre_attn_scalar is not None:
             return float(self.query_pre_attn_scalar**-0.5)
         return self.attention_multiplier
+
+    @property
+    def attention_settings(self) -> dict[str, Any]:
+        """What attention is in every layer: `scale` and, where there is one, `softcap`."""
+        softcap = self.attn_logit_softcapping
+        return {"scale": self.attention_scale} | ({} if softcap is None else {"softcap": softcap})
 
     @property
     def qk_norm_sizes(self) -> tuple[int, int]:

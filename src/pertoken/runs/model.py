@@ -134,7 +134,8 @@ def _load_initial(recipe: Recipe, data: RunData, precision: Precision, listener:
     if folder.suffix != ".pth":
         numbers = count_gguf(folder) if is_gguf(folder) else count_weights(weight_files(base_of(folder)))[1]
         check_parameters(f"init_from={init_from}", numbers, recipe, precision.device)
-    model = load_model(folder, dtype=precision.parameter_dtype)
+    adapts = recipe.adapter.kind != "none"
+    model = load_model(folder, dtype=precision.parameter_dtype, for_adapter=adapts)
     for key in sorted(recipe.model.model_fields_set - {"vocab_size", "frozen_dtype"}):
         asked, has = getattr(recipe.model, key), model.setting(key)
         if asked is not None and key in MOE_KEYS and not model.facts.has_experts:

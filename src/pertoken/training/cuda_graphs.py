@@ -48,7 +48,9 @@ def why_no_graphs(model: object, precision: Precision, execution: Execution, *, 
         return "the host decides which expert computes what"
     if precision.dtype != "bfloat16":
         return 'train.dtype="bfloat16" alone has attention of one shape for documents of any length'
-    if which_attention(device.type, torch.bfloat16, model.config.head_dim, flash_capability(device)) != "varlen":
+    head_dim, softcap = model.config.head_dim, model.config.attn_logit_softcapping
+    form = which_attention(device.type, torch.bfloat16, head_dim, flash_capability(device), softcap)
+    if form != "varlen":
         return "this GPU or PyTorch has no attention of one shape for documents of any length"
     if execution.activation_checkpointing or execution.loss_impl not in ("auto", "chunked"):
         return "activation checkpointing and the losses of others ask the host"

@@ -40,6 +40,7 @@ class Heads:
     kv: int
     dim: int
     scale: float  # of the scores
+    softcap: float | None = None  # c: a scaled score x becomes c * tanh(x / c)
 
     @property
     def group(self) -> int:
@@ -205,7 +206,8 @@ def attention_forward(
         scores = torch.bmm(_queries(q, block, heads), _keys(k, block, heads).transpose(1, 2))
         shape = (block.documents * heads.query, block.rows)
         log_z = torch.empty(shape)
-        kernels.softmax_forward(scores.view(*shape, block.columns), log_z, block.limits, heads.scale, block.starts)
+        scale, _ = _cap(scores, heads)
+        kernels.softmax_forward(scores.view(*shape, block.columns), log_z, block.limits, scale, block.starts)
         _put(_queries(out, block, heads), scores, _keys(v, block, heads))
         log_zs.append(log_z)
     return out, log_zs
@@ -233,7 +235,10 @@ def attention_backward(
         k_B, v_B, d_k_B, d_v_B = (_keys(x, block, heads) for x in (k, v, d_k, d_v))
         scores, d_p = torch.bmm(q_B, k_B.transpose(1, 2)), torch.bmm(d_out_B, v_B.transpose(1, 2))
         shape = (block.documents * heads.query, block.rows, block.columns)
-        kernels.softmax_backward(scores.view(shape), d_p.view(shape), log_z, block.limits, heads.scale, block.starts)
+        scale, slope = _cap(scores, heads, gradient=True)
+        kernels.softmax_backward(scores.view(shape), d_p.view(shape), log_z, block.limits, scale, block.starts)
+        if slope is not None:
+            d_p.mul_(slope)
         _put(_queries(d_q, block, heads), d_p, k_B)
         if block.query_width == block.rows:
             _put(d_k_B, d_p.transpose(1, 2), q_B)
@@ -250,6 +255,16 @@ def attention_backward(
             for d_x, total in zip((d_k, d_v), wide.pop(block.first_key), strict=True):
                 _keys(d_x, whole, heads).copy_(total)
     return d_q, d_k, d_v
+
+
+def _cap(scores: Tensor, heads: Heads, *, gradient: bool = False) -> tuple[float, Tensor | None]:
+    """In place: scores become tanh(scale * score / softcap) where there is a cap. Returns by what the
+    soft-max multiplies them, and with `gradient` what turns the gradient of the tanh into that of the score."""
+    if heads.softcap is None:
+        return heads.scale, None
+    inner = heads.scale / heads.softcap
+    scores.mul_(inner).tanh_()
+    return heads.softcap, (1.0 - scores.square()).mul_(inner) if gradient else None
 
 
 def _put(to: Tensor, a: Tensor, b: Tensor) -> None:

@@ -62,7 +62,8 @@ class CpuBatch:
     ) -> CpuBatch:
         """For consecutive documents of `lengths`, in a layer that sees all of them and turns by `rope_theta`."""
         scale = config.attention_scale or float(config.head_dim) ** -0.5
-        heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim, scale)
+        softcap = config.attn_logit_softcapping
+        heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim, scale, softcap)
         return cls(
             kernels,
             heads,
