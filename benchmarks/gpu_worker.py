@@ -29,6 +29,7 @@ from pertoken.data.batch.order import step_at
 from pertoken.data.batch.sample import Sample
 from pertoken.engines.choice import Choice
 from pertoken.engines.choose import choose_engine
+from pertoken.engines.cuda_graphs import graphs_for
 from pertoken.folders.adapters import adapt
 from pertoken.folders.config import config_to_hf
 from pertoken.model.decoder import CausalLM
@@ -41,7 +42,6 @@ from pertoken.recipe.model import ModelConfig, ResolvedModelConfig
 from pertoken.recipe.schema import Recipe
 from pertoken.runs.computation import Computation, samples_of, update
 from pertoken.tracking.reporter import Reporter
-from pertoken.training.cuda_graphs import graphs_for
 from pertoken.training.optimizers import build_optimizer
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState
@@ -198,7 +198,7 @@ def pertoken(
         execution=execution,
     )
     if graphs:
-        state.graphs = graphs_for(model, state.objective, precision, execution)
+        state.graphs = graphs_for(model, state.objective, device, execution, precision.autocast)
     budget = recipe.train.micro_batch_tokens
     computation = Computation(recipe, model, state, steps.samples, steps.count, budget, Reporter())  # type: ignore[arg-type]
 

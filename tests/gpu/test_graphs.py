@@ -9,11 +9,11 @@ import torch
 from gpu_runs import SIZES, assert_close, rows
 from gpu_steps import share, state_of, waits_of
 
+from pertoken.engines.cuda_graphs import graphs_for
 from pertoken.engines.torch_compile import CompileEngine
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.objective.choose import objective_of
 from pertoken.recipe.train import TrainConfig
-from pertoken.training.cuda_graphs import graphs_for
 from pertoken.training.step import train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -28,7 +28,9 @@ KINDS = {
 
 
 def with_graphs(state):
-    state.graphs = graphs_for(state.model, state.objective, state.precision, state.execution)
+    state.graphs = graphs_for(
+        state.model, state.objective, state.precision.device, state.execution, state.precision.autocast
+    )
     return state
 
 

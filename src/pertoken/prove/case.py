@@ -11,6 +11,7 @@ import torch
 
 from pertoken.data.batch.sample import Sample
 from pertoken.data.batch.share import Share, share_of
+from pertoken.engines.cuda_graphs import graphs_for
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.protocol import BalanceLoss, LanguageModel, TorchModule
 from pertoken.objective.choose import objective_of
@@ -20,7 +21,6 @@ from pertoken.prove.report import Gradient
 from pertoken.prove.samples import Chosen, InMemory
 from pertoken.recipe.schema import Recipe
 from pertoken.recipe.train import TrainConfig
-from pertoken.training.cuda_graphs import graphs_for
 from pertoken.training.parallel import World, whole
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
@@ -129,7 +129,7 @@ def gradient_of_step(
         world or World(),
         objective=objective,
         execution=execution,
-        graphs=graphs_for(model, objective, precision, execution) if graphs else None,
+        graphs=graphs_for(model, objective, precision.device, execution, precision.autocast) if graphs else None,
     )
     kept: dict[str, torch.Tensor] = {}
 

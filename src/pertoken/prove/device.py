@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from pertoken.engines.cuda_graphs import why_no_graphs
 from pertoken.engines.torch_compile import CompileEngine, not_compiled
 from pertoken.errors import RecipeError
 from pertoken.model.execution import PLAIN, Execution
@@ -14,7 +15,6 @@ from pertoken.prove.case import EXACT, FLOAT32_FACTOR, Case, gradient_of_step
 from pertoken.prove.reference import reference_gradient
 from pertoken.prove.report import Gradient, Result, compare, largest_error
 from pertoken.recipe.schema import Recipe
-from pertoken.training.cuda_graphs import why_no_graphs
 from pertoken.training.precision import Precision, resolve_device
 
 __all__ = ["DEVICE_CLASSES", "device_of"]
@@ -76,7 +76,7 @@ def _compiled(name: str, case: Case, device: torch.device) -> Result:
 
 
 def _graphs(name: str, case: Case, device: torch.device) -> Result:
-    why = why_no_graphs(case.model, Precision("bfloat16", device), PLAIN, ranks=1)
+    why = why_no_graphs(case.model, "bfloat16", device, PLAIN)
     if why is not None:
         return Result(name, "bfloat16", "skipped", note=why)
     return _on(device, name, case, "bfloat16", PLAIN, "replayed as CUDA graphs", graphs=True)

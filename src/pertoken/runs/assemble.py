@@ -15,6 +15,7 @@ from pertoken.checkpoints.saver import Saver
 from pertoken.checkpoints.state import TrainerState
 from pertoken.data.batch.order import steps_per_epoch
 from pertoken.engines.choice import Choice
+from pertoken.engines.cuda_graphs import Graphs, graphs_for, why_no_graphs
 from pertoken.errors import CheckpointError, RecipeError
 from pertoken.model.protocol import LanguageModel
 from pertoken.objective.choose import objective_of
@@ -35,7 +36,6 @@ from pertoken.tracking.metrics_file import MetricsFile
 from pertoken.tracking.reporter import Reporter
 from pertoken.tracking.summary import Summary
 from pertoken.tracking.trackers import open_trackers
-from pertoken.training.cuda_graphs import Graphs, graphs_for, why_no_graphs
 from pertoken.training.optimizers import build_optimizer
 from pertoken.training.parallel import World, parallelize
 from pertoken.training.precision import Precision, resolve_device
@@ -118,14 +118,14 @@ def _graphs(recipe: Recipe, model: LanguageModel, precision: Precision, world: W
     train = recipe.train
     if train.cuda_graphs is False:
         return None
-    why = why_no_graphs(model, precision, choice.execution, ranks=world.size)
+    why = why_no_graphs(model, precision.dtype, precision.device, choice.execution, ranks=world.size)
     if why is not None:
         if train.cuda_graphs:
             raise RecipeError(f"train.cuda_graphs=true: {why}; leave the key out")
         return None
     if train.cuda_graphs is None and model.num_active_parameters * train.micro_batch_tokens > _WORTH_A_GRAPH:
         return None
-    return graphs_for(model, objective_of(train), precision, choice.execution)
+    return graphs_for(model, objective_of(train), precision.device, choice.execution, precision.autocast)
 
 
 def verified_probe(computation: Computation, checkpoint: Checkpoint | None, *, compiled: bool, force: bool) -> Probe:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from pertoken.data.batch.share import Share, counts_of
+from pertoken.engines.cuda_graphs import Graphs, Metrics
 from pertoken.kernels.ops import Kernels
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.protocol import TorchModule
 from pertoken.objective.terms import CROSS_ENTROPY, Objective
-from pertoken.training.cuda_graphs import Graphs, Metrics
 from pertoken.training.faults import nearest_bad_gradient
 from pertoken.training.norms import clip, total_norm
 from pertoken.training.parallel import World, synchronized

@@ -8,6 +8,7 @@ few shapes (`data/batch/pad.py`), and gradients have buffers of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -24,7 +25,6 @@ from pertoken.model.execution import Execution
 from pertoken.model.operations import attention_operations, body_parameters, padding_metric
 from pertoken.model.protocol import TorchModule
 from pertoken.objective.terms import LossOutput, Objective
-from pertoken.training.precision import Precision
 
 __all__ = ["Graphs", "Metrics", "graphs_for", "why_no_graphs"]
 
@@ -35,9 +35,10 @@ Passes = Callable[[MicroBatch, Mapping[str, Tensor]], Metrics]
 _MOST_GRAPHS = 64  # each takes the host a second or so to record, and a megabyte or so of memory
 
 
-def why_no_graphs(model: object, precision: Precision, execution: Execution, *, ranks: int) -> str | None:
-    """Why the passes of `model` cannot be recorded, in words; None if they can."""
-    device = precision.device
+def why_no_graphs(
+    model: object, dtype: str, device: torch.device, execution: Execution, *, ranks: int = 1
+) -> str | None:
+    """Why the passes of `model`, computed in `dtype` on `device`, cannot be recorded, in words; None if they can."""
     if device.type != "cuda":
         return "CUDA graphs are for CUDA"
     if ranks > 1:
@@ -46,7 +47,7 @@ def why_no_graphs(model: object, precision: Precision, execution: Execution, *, 
         return "CUDA graphs are for pertoken's own decoder"
     if model.config.use_moe:
         return "the host decides which expert computes what"
-    if precision.dtype != "bfloat16":
+    if dtype != "bfloat16":
         return 'train.dtype="bfloat16" alone has attention of one shape for documents of any length'
     head_dim, softcap = model.config.head_dim, model.config.attn_logit_softcapping
     form = which_attention(device.type, torch.bfloat16, head_dim, flash_capability(device), softcap)
@@ -57,16 +58,22 @@ def why_no_graphs(model: object, precision: Precision, execution: Execution, *, 
     return not_compiled(model)  # hooks and layers of a user's own may do anything
 
 
-def graphs_for(model: TorchModule, objective: Objective, precision: Precision, execution: Execution) -> Graphs:
-    """For a model of which `why_no_graphs` says None."""
+def graphs_for(
+    model: TorchModule,
+    objective: Objective,
+    device: torch.device,
+    execution: Execution,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> Graphs:
+    """For a model of which `why_no_graphs` says None. `autocast` is entered for each forward pass."""
 
     def passes(micro_batch: MicroBatch, denominators: Mapping[str, Tensor]) -> Metrics:
-        with precision.autocast():
+        with autocast():
             out: LossOutput = model(micro_batch, execution, objective=objective)
         out.objective(denominators).backward()  # type: ignore[no-untyped-call]
         return out.metrics
 
-    return Graphs(model, passes, precision.device)
+    return Graphs(model, passes, device)
 
 
 @dataclass

@@ -10,11 +10,11 @@ import torch
 from pertoken.data.batch.pack import MicroBatch, Sample, collate
 from pertoken.data.batch.pad import Shape, pad, shape_of
 from pertoken.data.batch.share import share_of_all
+from pertoken.engines.cuda_graphs import Graphs, graphs_for, why_no_graphs
 from pertoken.model.decoder import CausalLM
 from pertoken.model.execution import PLAIN
 from pertoken.objective.terms import CROSS_ENTROPY
 from pertoken.recipe.model import ModelConfig
-from pertoken.training.cuda_graphs import Graphs, graphs_for, why_no_graphs
 from pertoken.training.optimizers.adamw import build_adamw
 from pertoken.training.precision import Precision
 from pertoken.training.step import TrainState, train_step
@@ -108,7 +108,7 @@ def steps(graphs: bool, **keys: object) -> tuple[list[tuple[float, float, float]
     ours = model(**keys)
     state = TrainState(ours, build_adamw(ours, weight_decay=0.1, betas=(0.9, 0.95)), FLOAT64.new_scaler(), FLOAT64)
     if graphs:
-        state.graphs = graphs_for(ours, CROSS_ENTROPY, FLOAT64, PLAIN)
+        state.graphs = graphs_for(ours, CROSS_ENTROPY, CPU, PLAIN, FLOAT64.autocast)
         state.graphs.__class__ = Again
     rows = []
     for seed in range(5):  # two shapes, in turn
@@ -133,7 +133,7 @@ def test_steps_that_are_replayed_are_the_steps_that_are_not(keys):
 
 def test_a_user_s_hook_or_new_weight_is_heard():
     ours = model()
-    graphs = graphs_for(ours, CROSS_ENTROPY, FLOAT64, PLAIN)
+    graphs = graphs_for(ours, CROSS_ENTROPY, CPU, PLAIN, FLOAT64.autocast)
     graphs.__class__ = Again
     for _ in range(2):
         assert graphs.begin()
@@ -151,15 +151,15 @@ def test_a_user_s_hook_or_new_weight_is_heard():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"precision": Precision("bfloat16", CPU)}, "for CUDA"),
+        ({"device": CPU}, "for CUDA"),
         ({"ranks": 2}, "one process"),
         ({"model": torch.nn.Linear(2, 2)}, "own decoder"),
-        ({"precision": Precision("float32", torch.device("cuda"))}, "bfloat16"),
+        ({"dtype": "float32"}, "bfloat16"),
     ],
 )
 def test_why_passes_are_not_recorded_is_said(change, says):
-    keys = {"model": model(), "precision": Precision("bfloat16", torch.device("cuda")), "ranks": 1} | change
-    assert says in why_no_graphs(keys["model"], keys["precision"], PLAIN, ranks=keys["ranks"])
+    keys = {"model": model(), "dtype": "bfloat16", "device": torch.device("cuda"), "execution": PLAIN} | change
+    assert says in why_no_graphs(**keys)
 
 
 def test_padding_is_never_of_another_shape():
