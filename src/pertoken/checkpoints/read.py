@@ -358,11 +358,15 @@ def recipe_of(folder: Path) -> dict[str, Any] | None:
     return Checkpoint(folder).state.recipe
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
+def load_model(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, blocks_dtype: torch.dtype | None = None
+) -> LanguageModel:
     """A model from a run, a checkpoint, a Hugging Face folder, peft's folder of an adapter or a MiniMind `.pth`, with
-    parameters in `dtype`.
+    parameters in `dtype`; `blocks_dtype` as of `load_folder`.
 
     Raises ModelError where the path is none of these, or neither pertoken nor transformers has the architecture.
     """
     folder = resolve_model_folder(path)
-    return load_minimind(folder, dtype=dtype) if folder.suffix == ".pth" else load_folder(folder, dtype=dtype)
+    if folder.suffix == ".pth":
+        return load_minimind(folder, dtype=dtype)
+    return load_folder(folder, dtype=dtype, blocks_dtype=blocks_dtype)
