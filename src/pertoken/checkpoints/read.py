@@ -71,6 +71,7 @@ __all__ = [
     "resolve_model_folder",
     "set_best",
     "tokenizer_folder",
+    "whole_optimizer_tensors",
 ]
 
 LEDGER = "metrics.ledger"  # safetensors by another name: its checksums cover timings, so equal runs differ in it
@@ -124,7 +125,7 @@ def has_optimizer(folder: Path) -> bool:
 
 def load_optimizer(checkpoint: Checkpoint, model: TorchModule, optimizer: Optimizer) -> None:
     """Fill `optimizer` with the saved state of any number of ranks. Raises CheckpointError where it does not fit."""
-    tensors = _whole_optimizer_tensors(checkpoint.folder)
+    tensors = whole_optimizer_tensors(checkpoint.folder)
     for name, parameter in model.named_parameters():
         entries = {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == name}
         if not entries:  # frozen, or without a gradient so far
@@ -146,7 +147,7 @@ def load_optimizer(checkpoint: Checkpoint, model: TorchModule, optimizer: Optimi
             optimizer.state[parameter][key] = shard_like(value, needed[key])
 
 
-def _whole_optimizer_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def whole_optimizer_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """From one file, or from every rank's rows."""
     if not (folder / OPTIMIZER_INDEX).exists():
         return load_file(folder / OPTIMIZER)

@@ -41,6 +41,7 @@ from pertoken.tracking.listener import Listener
 from pertoken.tracking.reporter import Reporter
 from pertoken.tracking.trackers import check_trackers
 from pertoken.training.memory import check_size
+from pertoken.training.optimizers import optimizer_kind
 from pertoken.training.parallel import World, join_world
 from pertoken.training.precision import Precision, resolve_device
 
@@ -235,6 +236,7 @@ def _check_early(recipe: Recipe) -> None:
     if recipe.init_from is None:
         check_size(recipe, vocab_size=2)
     check_trackers(recipe.log)
+    optimizer_kind(recipe.train.optimizer).check_installed()
 
 
 def _refuse_other_data(data: RunData, checkpoint: Checkpoint, *, force: bool, listener: Listener) -> None:
