@@ -1,4 +1,4 @@
-"""AdamW with moments in eight bits (Dettmers et al., "8-bit Optimizers via Block-wise Quantization"), by bitsandbytes."""
+"""AdamW with moments in eight bits (Dettmers et al., "8-bit Optimizers via Block-wise Quantization")."""
 
 from __future__ import annotations
 
