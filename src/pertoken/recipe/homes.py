@@ -35,13 +35,13 @@ class OptimizerHome:
 
 OPTIMIZERS: dict[str, OptimizerHome] = {
     "adamw": OptimizerHome("pertoken.training.optimizers.adamw:ADAMW", reads=("betas", "optimizer_dtype")),
-    "adamw8bit": OptimizerHome(
-        "pertoken.training.optimizers.adamw8bit:ADAMW8BIT", reads=("betas",), can_shard=False, can_float64=False
-    ),
     "muon": OptimizerHome(
         "pertoken.training.optimizers.muon:MUON", reads=("betas", "muon_learning_rate", "optimizer_dtype")
     ),
     "adafactor": OptimizerHome("pertoken.training.optimizers.adafactor:ADAFACTOR", can_shard=False),
+    "adamw8bit": OptimizerHome(
+        "pertoken.training.optimizers.adamw8bit:ADAMW8BIT", reads=("betas",), can_shard=False, can_float64=False
+    ),
 }
 
 # Homes of a `TrackerKind`.

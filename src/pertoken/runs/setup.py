@@ -32,6 +32,7 @@ from pertoken.runs.files import EVENTS
 from pertoken.runs.folder import changed_data, earlier_run, keep_others_out, make_room, refuse_changes
 from pertoken.runs.loop import fit
 from pertoken.runs.model import build_model, prepare_model
+from pertoken.runs.needs import memory_needs
 from pertoken.runs.policy import Stop, count_evaluations, is_out_of_patience
 from pertoken.runs.run import Run
 from pertoken.runs.signals import StopRequest, stop_on_signals
@@ -150,6 +151,9 @@ def _train(
         reporter.message('this processor emulates bfloat16; train.dtype="float32" is faster here')
 
     total_steps = count_steps(recipe, len(data.train))
+    weights = data.init_from if checkpoint is None or recipe.adapter.kind != "none" else str(checkpoint.folder)
+    if (needs := memory_needs(recipe, weights, len(data.tokenizer), device)) is not None:
+        reporter.needs(needs)
     model = build_model(recipe, data, checkpoint, precision, reporter)
     choice = prepare_model(model, recipe, checkpoint, precision, total_steps, reporter)
     family = saved_as(str(model.setting("family")), use_moe=model.facts.has_experts)
