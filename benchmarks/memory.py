@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--only 135M 270M] [--methods full lora]
 
 The shapes are those of SmolLM2-135M, Gemma 3 270M and Qwen3-0.6B. Each row is a process of its own: weights from a
-bfloat16 folder, bfloat16 compute, batches of one sample of some 300 tokens. Measured is the most that the process had of
-pages of its own (RssAnon, looked at every 2 ms) from its start to the end of the third step, less what it had after
+bfloat16 folder, bfloat16 compute, batches of one sample of some 300 tokens. Measured is the most that the process had
+of pages of its own (RssAnon, looked at every 2 ms) from its start to the end of the last step, less what it had after
 imports; files that are mapped do not count, nor does the checkpoint at the end. Computed is `training_bytes`.
 """
 
