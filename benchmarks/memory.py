@@ -25,6 +25,7 @@ import json, re, sys, threading, time
 from pathlib import Path
 import torch
 from pertoken import Recipe, train
+from pertoken.runs import assemble
 from pertoken.tracking.listener import Listener
 from pertoken.folders.config import config_from_hf
 from pertoken.training.memory import training_bytes
@@ -42,6 +43,7 @@ class Watch(Listener):
             self.peak = max(self.peak, own())
             time.sleep(0.002)
 
+assemble.seconds_per_token = lambda *_: float("nan")  # nobody asks how long it will take
 recipe = Recipe.parse(json.loads(sys.argv[1]))
 config = config_from_hf(json.loads(Path(recipe.init_from, "config.json").read_text()))
 watch = Watch()
@@ -71,7 +73,7 @@ def make_model(folder: Path, config: Any) -> None:
     save_folder(model, folder, eos_token_id=2)
 
 
-def make_data(folder: Path) -> tuple[Path, Path]:
+def make_data(folder: Path, length: int) -> tuple[Path, Path]:
     """(chats, a tokenizer whose tokens are characters)"""
     from pertoken.data.tokens.train import train_tokenizer
 
@@ -80,7 +82,7 @@ def make_data(folder: Path) -> tuple[Path, Path]:
         {
             "messages": [
                 {"role": "user", "content": f"{i}?"},
-                {"role": "assistant", "content": (sentence * 9)[: LENGTH - 20]},
+                {"role": "assistant", "content": (sentence * 9)[:length]},
             ]
         }
         for i in range(STEPS * BATCH)
@@ -90,13 +92,15 @@ def make_data(folder: Path) -> tuple[Path, Path]:
     return chats, folder / "tokenizer"
 
 
-def recipe_of(changes: dict[str, Any], model: Path, work: Path, chats: Path, tokenizer: Path) -> dict[str, Any]:
+def recipe_of(
+    changes: dict[str, Any], model: Path, work: Path, chats: Path, tokenizer: Path, length: int
+) -> dict[str, Any]:
     values: dict[str, Any] = {
         "stage": "sft",
         "out_dir": str(work / "run"),
         "init_from": str(model),
-        "data": {"path": str(chats), "tokenizer": str(tokenizer), "max_seq_len": 2 * LENGTH},
-        "train": {"max_steps": STEPS, "batch_size": BATCH, "micro_batch_tokens": BATCH * LENGTH, "dtype": "bfloat16"},
+        "data": {"path": str(chats), "tokenizer": str(tokenizer), "max_seq_len": 2 * length},
+        "train": {"max_steps": STEPS, "batch_size": BATCH, "micro_batch_tokens": BATCH * length, "dtype": "bfloat16"},
         "checkpoint": {"async_save": False, "save_optimizer": False},
     }
     for section, keys in changes.items():
@@ -108,6 +112,7 @@ def main() -> None:
     parser = parser_of(__doc__ or "", name="memory")
     parser.add_argument("--only", nargs="*", default=["135M", "270M", "0.6B"])
     parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a sample, about")
     parser.add_argument("--steps", type=int, default=STEPS, help="from the second on, each takes the same")
     args = parser.parse_args()
     from pertoken.training.methods import METHODS
@@ -115,11 +120,11 @@ def main() -> None:
     rows, claims = [], []
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         work = Path(folder)
-        chats, tokenizer = make_data(work)
+        chats, tokenizer = make_data(work, args.length - 20)
         for shape in args.only:
             make_model(work / shape, shapes()[shape])
             for method in args.methods or METHODS:
-                recipe = recipe_of(METHODS[method], work / shape, work, chats, tokenizer)
+                recipe = recipe_of(METHODS[method], work / shape, work, chats, tokenizer, args.length)
                 done = run(python("-c", CHILD, json.dumps(recipe), args.steps))
                 found = json.loads(done.output.strip().splitlines()[-1])
                 computed = sum(found["parts"].values())
