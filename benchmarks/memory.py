@@ -21,7 +21,7 @@ STEPS, BATCH, LENGTH = 3, 1, 300
 CLOSE = 0.2  # of measured, how far computed may be off
 
 CHILD = """
-import json, re, sys, threading, time
+import json, os, re, sys, threading, time
 from pathlib import Path
 import torch
 from pertoken import Recipe, train
@@ -35,11 +35,14 @@ def own():
 
 class Watch(Listener):
     def __init__(self):
-        self.peak, self.done = 0, False
+        self.peak = 0
     def stepped(self, row, summary):
-        self.done = row.step == int(sys.argv[2])
+        if row.step == int(sys.argv[2]):  # the checkpoint at the end is another matter
+            parts = training_bytes(recipe, config)
+            print(json.dumps({"peak": max(self.peak, own()) - start, "parts": parts}), flush=True)
+            os._exit(0)
     def look(self):
-        while not self.done:
+        while True:
             self.peak = max(self.peak, own())
             time.sleep(0.002)
 
@@ -48,12 +51,8 @@ recipe = Recipe.parse(json.loads(sys.argv[1]))
 config = config_from_hf(json.loads(Path(recipe.init_from, "config.json").read_text()))
 watch = Watch()
 start = own()
-thread = threading.Thread(target=watch.look)
-thread.start()
+threading.Thread(target=watch.look, daemon=True).start()
 train(recipe, overwrite=True, listener=watch)
-watch.done = True
-thread.join()
-print(json.dumps({"peak": watch.peak - start, "parts": training_bytes(recipe, config)}))
 """
 
 
