@@ -84,7 +84,8 @@ def machine_bytes() -> int | None:
 def training_bytes(recipe: Recipe, config: ResolvedModelConfig) -> dict[str, int]:
     """What one process needs to train the decoder of `config`, in bytes, by arithmetic.
 
-    "low precision" are the copies of the blocks' matrices that products are computed with. Activations are what the
+    "low precision" are the copies of the blocks' matrices that products are computed with; under an adapter the kernels
+    have the sum W + s B A there, whatever W is kept in. Activations are what the
     plain modules keep of a micro-batch for its backward pass, and the head's chunk of logits; the CPU engine keeps
     less. Not counted: what Python and its libraries take, and the copy of weights and optimizer that a checkpoint in
     the background is written from.
@@ -102,7 +103,7 @@ def training_bytes(recipe: Recipe, config: ResolvedModelConfig) -> dict[str, int
         "weights": weights,
         "gradients": trained * wide,
         "optimizer": round(trained * optimizer_bytes(train)),
-        "low precision": matrices * low if low < wide and recipe.model.frozen_dtype != "bfloat16" else 0,
+        "low precision": matrices * low if low < wide else 0,
         "activations": train.micro_batch_tokens * _activations(recipe, config, wide, low)
         + _HEAD_ROWS * config.vocab_size * (wide + low),
     }
