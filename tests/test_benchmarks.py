@@ -20,6 +20,7 @@ LIGHT = [
     "finetune",
     "head",
     "lora",
+    "memory",
     "norm",
     "pretrain",
     "saving",

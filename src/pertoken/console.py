@@ -109,6 +109,9 @@ class _Printer(Listener):
         if done_bytes == total_bytes:
             self._since = None
 
+    def needs(self, memory: str) -> None:
+        self._console.print(f"memory: {memory}", soft_wrap=True)
+
     def started(self, summary: Summary) -> None:
         self._console.print(_summary_text(summary), end="")
         self._console.print(_example(summary))

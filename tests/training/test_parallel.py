@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tiny import World, rows_of, untimed
 
 from pertoken import Recipe, load_model, train
+from pertoken.checkpoints.read import whole_optimizer_tensors
 
 pytestmark = pytest.mark.numeric
 
@@ -420,3 +421,19 @@ def test_an_adapter_on_two_ranks_is_the_one_of_one_rank(world, tmp_path):
         state = {key for file in newest.glob("optimizer*.safetensors") for key in load_file(file)}
         assert state
         assert all(".lora_" in key for key in state)
+
+
+def test_moments_in_bfloat16_are_rounded_alike_on_any_number_of_ranks(world, tmp_path):
+    """Gradients differ in their last bits, so a few roundings do; with other draws half would."""
+    low = {"train__optimizer_dtype": "bfloat16", "train__max_steps": 4}
+    train(recipe_of(world, tmp_path / "alone", **low))
+    run_jobs(2, tmp_path, [(recipe_of(world, tmp_path / how, **low, train__parallel=how), False) for how in HOW])
+    newest = Path("checkpoints") / "step-00000004"
+    expected = load_file(tmp_path / "alone" / newest / "optimizer.safetensors")
+    for how in HOW:
+        found = whole_optimizer_tensors(tmp_path / how / newest)
+        assert found.keys() == expected.keys()
+        moments = [name for name in expected if not name.endswith("/step")]
+        assert all(found[name].dtype == torch.bfloat16 for name in moments)
+        same = sum(int((found[name] == expected[name]).sum()) for name in moments)
+        assert same > 0.99 * sum(expected[name].numel() for name in moments), how

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pertoken.audit.plan import Estimate, Plan, architecture, estimate, plan
+from pertoken.audit.plan import Estimate, Plan, estimate, plan
 from pertoken.audit.rows import find_answers, find_duplicates, find_in_both
 from pertoken.data.batch.sample import Sample, as_count
 from pertoken.data.files.kinds import kind_of
@@ -24,6 +24,7 @@ from pertoken.errors import DataError
 from pertoken.prove.checks import trained_otherwise
 from pertoken.recipe.schema import Recipe
 from pertoken.runs.data import RunData, load_data
+from pertoken.runs.needs import architecture
 from pertoken.tracking.listener import Heard, Listener
 from pertoken.training.parallel import World
 

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from pertoken.checkpoints.read import resolve_model_folder
 from pertoken.data.batch.order import step_at, steps_per_epoch
 from pertoken.data.batch.share import share_of
 from pertoken.data.store.dataset import Dataset
 from pertoken.errors import RecipeError
-from pertoken.folders.config import config_from_hf
-from pertoken.folders.files import read_json
-from pertoken.folders.gguf import config_of_gguf
-from pertoken.folders.refusals import NotCovered
-from pertoken.gguf_file import is_gguf
 from pertoken.model.attention import AttentionLayout
 from pertoken.model.decoder import CausalLM
 from pertoken.model.operations import padding_of
@@ -30,11 +23,12 @@ from pertoken.runs.model import prepare_model
 from pertoken.runs.warm_up import first_samples, seconds_per_token, warm_up_ddp
 from pertoken.tracking.listener import Listener
 from pertoken.tracking.reporter import Reporter
+from pertoken.training.fits import methods_bytes
 from pertoken.training.memory import machine_bytes, training_bytes
 from pertoken.training.parallel import World
 from pertoken.training.precision import Precision, resolve_device
 
-__all__ = ["Estimate", "Plan", "architecture", "estimate", "plan"]
+__all__ = ["Estimate", "Plan", "estimate", "plan"]
 
 _STEPS = 20  # whose padding is looked at
 _MOST_TIMED = 150_000_000  # parameters: of larger models, making them takes longer than an answer should
@@ -56,24 +50,9 @@ class Estimate:
     memory_bytes: dict[str, int]  # weights, gradients, optimizer, activations
     memory_total_bytes: int
     memory_available_bytes: int | None
+    memory_by_method: dict[str, int]  # all of it, were the same model trained so (`training.methods`)
     seconds: float | None  # all steps, as two passes with random weights took on this machine; None: not timed
     how: str
-
-
-def architecture(recipe: Recipe, init_from: str | None, num_tokens: int) -> ResolvedModelConfig | None:
-    """Of the model that the recipe trains; None where its decoder is transformers' own, or no config.json says it."""
-    if init_from is None:
-        return recipe.model.resolve(num_tokens)
-    folder = Path(init_from)
-    if folder.suffix == ".pth":
-        return None
-    folder = resolve_model_folder(folder)
-    if is_gguf(folder):
-        return config_of_gguf(folder)
-    try:
-        return config_from_hf(read_json(folder / "config.json"))
-    except NotCovered:
-        return None
 
 
 def plan(recipe: Recipe, store: Dataset, config: ResolvedModelConfig | None) -> Plan:
@@ -112,6 +91,7 @@ def estimate(recipe: Recipe, data: RunData, config: ResolvedModelConfig | None, 
         memory_bytes=memory,
         memory_total_bytes=sum(memory.values()),
         memory_available_bytes=machine_bytes(),
+        memory_by_method=methods_bytes(recipe, config),
         seconds=_seconds(recipe, data, config, steps),
         how="memory of one process, computed and not measured, its activations to about a third",
     )

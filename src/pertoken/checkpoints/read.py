@@ -74,6 +74,7 @@ __all__ = [
     "resolve_model_folder",
     "set_best",
     "tokenizer_folder",
+    "whole_optimizer_tensors",
 ]
 
 LEDGER = "metrics.ledger"  # safetensors by another name: its checksums cover timings, so equal runs differ in it
@@ -127,7 +128,7 @@ def has_optimizer(folder: Path) -> bool:
 
 def load_optimizer(checkpoint: Checkpoint, model: TorchModule, optimizer: Optimizer) -> None:
     """Fill `optimizer` with the saved state of any number of ranks. Raises CheckpointError where it does not fit."""
-    tensors = _whole_optimizer_tensors(checkpoint.folder)
+    tensors = whole_optimizer_tensors(checkpoint.folder)
     for name, parameter in model.named_parameters():
         entries = {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == name}
         if not entries:  # frozen, or without a gradient so far
@@ -149,7 +150,7 @@ def load_optimizer(checkpoint: Checkpoint, model: TorchModule, optimizer: Optimi
             optimizer.state[parameter][key] = shard_like(value, needed[key])
 
 
-def _whole_optimizer_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def whole_optimizer_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """From one file, or from every rank's rows."""
     if not (folder / OPTIMIZER_INDEX).exists():
         return load_file(folder / OPTIMIZER)
@@ -366,9 +367,15 @@ def recipe_of(folder: Path) -> dict[str, Any] | None:
     return Checkpoint(folder).state.recipe
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, for_adapter: bool = False) -> LanguageModel:
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    blocks_dtype: torch.dtype | None = None,
+    for_adapter: bool = False,
+) -> LanguageModel:
     """A model from a run, a checkpoint, a Hugging Face folder, peft's folder of an adapter, a GGUF file or a MiniMind
-    `.pth`, with parameters in `dtype`; `for_adapter` as of `load_folder`.
+    `.pth`, with parameters in `dtype`; `blocks_dtype` and `for_adapter` as of `load_folder`.
 
     Raises ModelError where the path is none of these, or neither pertoken nor transformers has the architecture.
     """
@@ -377,4 +384,4 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, for_adap
         return load_minimind(folder, dtype=dtype)
     if is_gguf(folder):
         return load_gguf(folder, dtype=dtype)
-    return load_folder(folder, dtype=dtype, for_adapter=for_adapter)
+    return load_folder(folder, dtype=dtype, blocks_dtype=blocks_dtype, for_adapter=for_adapter)

@@ -97,11 +97,15 @@ def show_audit(console: Console, audit: Audit) -> None:
     if needs is None:
         say(console, "memory: not known, since no configuration of the decoder says how large the model is")
     else:
-        parts = ", ".join(f"{name} {_size(size)}" for name, size in needs.memory_bytes.items())
-        there = "" if needs.memory_available_bytes is None else f" of {_size(needs.memory_available_bytes)}"
+        from pertoken.training.memory import size_text
+
+        parts = ", ".join(f"{name} {size_text(size)}" for name, size in needs.memory_bytes.items())
+        there = "" if needs.memory_available_bytes is None else f" of {size_text(needs.memory_available_bytes)}"
         if needs.seconds is not None:
             say(console, f"time: about {duration(needs.seconds)}, by two passes with random weights on this machine")
-        say(console, f"memory: about {_size(needs.memory_total_bytes)}{there} ({parts}; {needs.how})")
+        say(console, f"memory: about {size_text(needs.memory_total_bytes)}{there} ({parts}; {needs.how})")
+        methods = ", ".join(f"{name} {size_text(size)}" for name, size in needs.memory_by_method.items())
+        say(console, f"memory by method, the rest as in the recipe: {methods}")
     console.print()
     for problem in audit.problems:
         more = ", ..." if problem.count > min(len(problem.places), _PLACES) else ""
@@ -153,7 +157,3 @@ def _places(places: Sequence[str]) -> str:
         shown.append(line if file == before else place)
         before = file
     return ", ".join(shown)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"

@@ -274,7 +274,7 @@ def _adapt(model: LanguageModel, adapter: Adapter, modules: Sequence[str], seed:
     else:
         assert isinstance(model, CausalLM), type(model)
         known = _adaptable(model)
-        add_lora(model, [known[name] for name in modules], adapter, seed)
+        add_lora(model, [known[name] for name in modules], adapter, seed, model.head_weight.dtype)
     model.adapter = adapter
 
 

@@ -24,8 +24,17 @@ from pertoken.model.protocol import LanguageModel
 __all__ = ["load_adapter", "load_folder", "resize_embeddings", "save_folder", "split_as"]
 
 
-def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32, for_adapter: bool = False) -> LanguageModel:
+def load_folder(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    blocks_dtype: torch.dtype | None = None,
+    for_adapter: bool = False,
+) -> LanguageModel:
     """The model of a Hugging Face folder (config.json and safetensors), with parameters in `dtype`.
+
+    `blocks_dtype` is that of the blocks' matrices, where our decoder computes the model and they will be frozen: they
+    are then never in memory in `dtype`. An adapter's A and B have `dtype`.
 
     A family that the decoder lacks, and a feature that it lacks (other rotary embeddings, windows, biases), mean
     transformers' own model. A folder with an adapter means its base model, adapted. `for_adapter` says that an adapter
@@ -33,11 +42,11 @@ def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32, for_ada
     matrices are for all of each. Raises ModelError where that cannot be any of these.
     """
     if is_adapter(Path(path)):
-        return load_adapter(Path(path), dtype=dtype)
+        return load_adapter(Path(path), dtype=dtype, blocks_dtype=blocks_dtype)
     try:
         if for_adapter:
             _refuse_fused(Path(path))
-        return hf.load_folder(path, dtype=dtype)
+        return hf.load_folder(path, dtype=dtype, blocks_dtype=blocks_dtype)
     except NotCovered as refusal:
         if not _transformers_has(refusal.model_type):
             raise
@@ -45,7 +54,13 @@ def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32, for_ada
         return load_fallback(folder, num_weights=check_fallback(folder), dtype=dtype)
 
 
-def load_adapter(folder: Path, *, dtype: torch.dtype = torch.float32, base: Path | None = None) -> LanguageModel:
+def load_adapter(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    blocks_dtype: torch.dtype | None = None,
+    base: Path | None = None,
+) -> LanguageModel:
     """The base model with the folder's adapter, which alone is trainable; `base` is where the base is, if it is not
     where the adapter says.
 
@@ -57,7 +72,7 @@ def load_adapter(folder: Path, *, dtype: torch.dtype = torch.float32, base: Path
     check_base(folder, adapter, where)
     if base is not None and base.resolve() != Path(adapter.base.name).resolve() and adapter.base.revision is None:
         adapter = replace(adapter, base=replace(adapter.base, name=str(base.resolve())))
-    model = load_folder(where, dtype=dtype, for_adapter=True)
+    model = load_folder(where, dtype=dtype, blocks_dtype=blocks_dtype, for_adapter=True)
     put_on(model, adapter, folder)
     return model
 

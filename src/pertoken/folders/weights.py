@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pertoken.errors import ModelError
-from pertoken.files import plain_file
 from pertoken.folders.config import config_from_hf, config_to_hf, family_of
 from pertoken.folders.files import read_json, save_tokenizer, weight_files, write_json
 from pertoken.folders.fused import fuse, split
+from pertoken.folders.mapped import MappedWeights
 from pertoken.model.aligned import aligned
 from pertoken.model.decoder import CausalLM
+from pertoken.model.lora import matrices_of
 from pertoken.recipe.model import ResolvedModelConfig
 from pertoken.text import listed, reason
 
@@ -40,21 +40,24 @@ __all__ = [
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|^model\.freqs_(cos|sin)$")
 
 
-def load_folder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> CausalLM:
-    """The model of a Hugging Face folder (config.json and safetensors, one file or several with an index), in `dtype`.
+def load_folder(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, blocks_dtype: torch.dtype | None = None
+) -> CausalLM:
+    """The model of a Hugging Face folder (config.json and safetensors, one file or several with an index), in `dtype`,
+    the matrices of its blocks in `blocks_dtype`.
+
+    Weights are converted one by one, so that memory holds little more than the model.
 
     Raises ModelError for a folder that is not one, an architecture that pertoken lacks, and tensors that are missing,
     unexpected or of another shape.
     """
     folder = Path(path)
     config = config_from_hf(read_json(folder / "config.json"))
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        try:
-            tensors |= load_file(plain_file(file))
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file}: cannot be read ({reason(error)}); copy or download it again") from None
-    return build_model(config, tensors, dtype, folder)
+    tensors = MappedWeights(weight_files(folder))
+    try:
+        return build_model(config, tensors, dtype, folder, blocks_dtype=blocks_dtype)
+    finally:
+        tensors.close()
 
 
 def name_on_disk(name: str, config: ResolvedModelConfig) -> str:
@@ -65,7 +68,12 @@ def name_on_disk(name: str, config: ResolvedModelConfig) -> str:
 
 
 def build_model(
-    config: ResolvedModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, source: Path
+    config: ResolvedModelConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    source: Path,
+    *,
+    blocks_dtype: torch.dtype | None = None,
 ) -> CausalLM:
     """A model around the tensors, which are not copied where they have `dtype` already and lie as `aligned` wants."""
     tensors = split(tensors, config)
@@ -79,10 +87,11 @@ def build_model(
                 f"{source}: lm_head.weight differs from the embedding; set tie_word_embeddings to false in config.json"
             )
         expected["lm_head.weight"] = head.shape
-    tensors = {name: tensor for name, tensor in tensors.items() if not _DERIVED.search(name)}
-    if missing := sorted(expected.keys() - tensors.keys()):
+    del head  # its file would stay mapped
+    there = {name for name in tensors if not _DERIVED.search(name)}
+    if missing := sorted(expected.keys() - there):
         raise ModelError(f"{source}: {listed(missing)}: missing; the file is not of this architecture or incomplete")
-    if extra := sorted(tensors.keys() - expected.keys()):
+    if extra := sorted(there - expected.keys()):
         raise ModelError(f"{source}: {listed(extra)}: no place in this architecture; compare it with config.json")
     for name, shape in expected.items():
         found = tensors[name]
@@ -90,7 +99,14 @@ def build_model(
             raise ModelError(f"{source}: {name}: shape {[*found.shape]} is not {[*shape]}; compare it with config.json")
         if not found.is_floating_point():
             raise ModelError(f"{source}: {name}: dtype {found.dtype}; write the model out dequantized")
-    placed = {name: aligned(tensors[there].to(dtype)) for name, there in on_disk.items()}
+    dtypes = dict.fromkeys(on_disk, dtype)
+    if blocks_dtype is not None:
+        low = {module.weight for module in matrices_of(model.layers)}
+        dtypes |= {name: blocks_dtype for name, parameter in model.named_parameters() if parameter in low}
+    placed = {}
+    # The largest first, which for a moment are there twice.
+    for name in sorted(on_disk, key=lambda name: -expected[on_disk[name]].numel()):
+        placed[name] = aligned(tensors[on_disk[name]].to(dtypes[name]))
     model.load_state_dict(placed, assign=True)
     return model
 

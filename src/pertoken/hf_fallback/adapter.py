@@ -43,7 +43,7 @@ def adapt_fallback(model: FallbackLM, adapter: Adapter, targets: Sequence[str] |
     generator = torch.Generator().manual_seed(seed)
     for _, layer in adapted_layers(model):
         a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
-        like = layer.get_base_layer().weight
+        like = model.head_weight  # a layer's own matrix may be kept in less
         layer.lora_A[_NAME].weight = nn.Parameter(first_a(*a.shape, generator=generator).to(like.device, like.dtype))
         layer.lora_B[_NAME].weight = nn.Parameter(torch.zeros_like(b, dtype=like.dtype))
 

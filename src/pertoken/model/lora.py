@@ -24,6 +24,7 @@ __all__ = [
     "is_of_adapter",
     "keep_frozen_in",
     "lora_layers",
+    "matrices_of",
     "merge_lora",
 ]
 
@@ -100,10 +101,13 @@ def first_a(r: int, in_features: int, *, generator: torch.Generator) -> Tensor:
     return torch.empty(r, in_features).uniform_(-bound, bound, generator=generator)
 
 
-def add_lora(model: nn.Module, names: Iterable[str], adapter: Adapter, seed: int) -> None:
+def add_lora(
+    model: nn.Module, names: Iterable[str], adapter: Adapter, seed: int, dtype: torch.dtype | None = None
+) -> None:
     """Put a `LoraLinear` in place of each of the linear layers `names`, and freeze all else, in place.
 
-    The first A depends on `seed` alone, B is zero, so that the model computes what it did before.
+    The first A depends on `seed` alone, B is zero, so that the model computes what it did before. `dtype` is that of A
+    and B, by default the layer's.
     """
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
@@ -113,7 +117,7 @@ def add_lora(model: nn.Module, names: Iterable[str], adapter: Adapter, seed: int
         assert type(base) is nn.Linear, name
         layer = LoraLinear(base, adapter.r, adapter.scale)
         like = base.weight
-        a = first_a(adapter.r, layer.in_features, generator=generator).to(like.device, like.dtype)
+        a = first_a(adapter.r, layer.in_features, generator=generator).to(like.device, dtype or like.dtype)
         layer.lora_A.weight = nn.Parameter(a)
         layer.lora_B.weight = nn.Parameter(torch.zeros(layer.out_features, adapter.r).to(a))
         setattr(parent, leaf, layer)
@@ -130,12 +134,22 @@ def merge_lora(model: nn.Module) -> None:
     model.requires_grad_(True)
 
 
-def keep_frozen_in(dtype: torch.dtype, layers: Iterable[nn.Module]) -> None:
-    """Keep the frozen matrices of a model's blocks in `dtype`, in place, which must be what their products are computed
-    in. A mixture's router computes in float32, and stays as it is."""
+def matrices_of(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Modules of a model's blocks with a matrix that products in low precision are computed with: not a mixture's
+    routers, which compute in float32."""
     for layer in layers:
-        routers = {id(module.gate) for module in layer.modules() if isinstance(module, MixtureOfExperts)}
+        routers = {id(m) for module in layer.modules() if isinstance(module, MixtureOfExperts) for m in module.routers}
         for module in layer.modules():
             weight = module._parameters.get("weight")
-            if weight is not None and weight.ndim == 2 and not weight.requires_grad and id(module) not in routers:
-                module.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+            if weight is not None and weight.ndim == 2 and id(module) not in routers:
+                yield module
+
+
+def keep_frozen_in(dtype: torch.dtype, layers: Iterable[nn.Module]) -> None:
+    """Keep the frozen matrices of a model's blocks in `dtype`, in place, which must be what their products are computed
+    in."""
+    for module in matrices_of(layers):
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        if not weight.requires_grad and weight.dtype != dtype:
+            module.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)

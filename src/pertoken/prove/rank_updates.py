@@ -19,7 +19,7 @@ from pertoken.prove.case import FLOAT64, Case, balance_loss_of, set_balance_loss
 from pertoken.prove.plain_update import Expected
 from pertoken.prove.report import Result
 from pertoken.prove.samples import InMemory
-from pertoken.prove.update import Planned, judge_updates, plan_updates, updates_of, with_settings
+from pertoken.prove.update import Planned, judge_updates, named, plan_updates, updates_of, with_settings
 from pertoken.recipe.schema import Recipe
 from pertoken.training.optimizers import Optimizer, build_optimizer
 from pertoken.training.parallel import World, parallelize
@@ -106,4 +106,4 @@ def update_of_ranks(
     if not world.is_main:
         return None
     between = "; saved and read back between the two" if how == "fsdp" else ""
-    return judge_updates(name, taken, planned, f"{recipe.train.optimizer}, two steps{between}")
+    return judge_updates(name, taken, planned, f"{named(recipe.train)}, two steps{between}")

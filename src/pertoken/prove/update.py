@@ -33,6 +33,7 @@ from pertoken.prove.plain_update import (
 from pertoken.prove.report import Result, Verdict
 from pertoken.prove.samples import InMemory
 from pertoken.recipe.schema import Recipe
+from pertoken.recipe.train import TrainConfig
 from pertoken.runs.computation import Computation, update
 from pertoken.tracking.reporter import Reporter
 from pertoken.training.optimizers import build_optimizer
@@ -40,7 +41,7 @@ from pertoken.training.parallel import whole
 from pertoken.training.schedule import count_warmup_steps, lr_at
 from pertoken.training.step import TrainState
 
-__all__ = ["UPDATE_CLASSES", "Planned", "judge_updates", "plan_updates", "updates_of", "with_settings"]
+__all__ = ["UPDATE_CLASSES", "Planned", "judge_updates", "named", "plan_updates", "updates_of", "with_settings"]
 
 _MOST_STEPS = 5_000  # whose learning rates are compared
 _LR_ERROR = 1e-12  # of the peak; the two formulas round differently, and near a rate of 0 that is all there is
@@ -109,6 +110,13 @@ def _max_norm(case: Case, *, clipped: bool) -> float:
 def with_settings(recipe: Recipe, **train: Any) -> Recipe:
     """The recipe with other settings under [train]."""
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
+
+
+def named(train: TrainConfig) -> str:
+    """The optimizer that is proved, and what of the run's is not."""
+    if train.optimizer_dtype == "float32":
+        return train.optimizer
+    return f"{train.optimizer} without its moments' rounding to {train.optimizer_dtype}"
 
 
 def updates_of(
@@ -189,7 +197,7 @@ def _updated(name: str, case: Case, *, clipped: bool) -> Result:
     first, second = planned
     limit = f"clipped to {first.max_norm:.3g}" if clipped else "not clipped"
     own = "" if first.max_norm == case.train.grad_clip else ", not the recipe's limit"
-    what = f"{case.train.optimizer}, steps {first.number} and {second.number}"
+    what = f"{named(case.train)}, steps {first.number} and {second.number}"
     return judge_updates(name, taken, planned, f"{what}; norm {first.norm:.3g} {limit}{own}")
 
 

@@ -16,7 +16,11 @@ from typing import Any
 
 __all__ = ["ENGINES", "OPTIMIZERS", "OPTIMIZER_KEYS", "TRACKERS", "OptimizerHome", "at_home", "known_name"]
 
-OPTIMIZER_KEYS = ("betas", "muon_learning_rate")  # of [train], which some optimizers read and others do not
+OPTIMIZER_KEYS = (
+    "betas",
+    "muon_learning_rate",
+    "optimizer_dtype",
+)  # of [train], which some optimizers read and others do not
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,18 @@ class OptimizerHome:
     home: str  # of an `OptimizerKind`
     reads: tuple[str, ...] = ()  # of OPTIMIZER_KEYS
     can_shard: bool = True  # whether its update is right where parameters are sharded (train.parallel = "fsdp")
+    can_float64: bool = True  # whether it updates float64 weights
 
 
 OPTIMIZERS: dict[str, OptimizerHome] = {
-    "adamw": OptimizerHome("pertoken.training.optimizers.adamw:ADAMW", reads=("betas",)),
-    "muon": OptimizerHome("pertoken.training.optimizers.muon:MUON", reads=("betas", "muon_learning_rate")),
+    "adamw": OptimizerHome("pertoken.training.optimizers.adamw:ADAMW", reads=("betas", "optimizer_dtype")),
+    "muon": OptimizerHome(
+        "pertoken.training.optimizers.muon:MUON", reads=("betas", "muon_learning_rate", "optimizer_dtype")
+    ),
     "adafactor": OptimizerHome("pertoken.training.optimizers.adafactor:ADAFACTOR", can_shard=False),
+    "adamw8bit": OptimizerHome(
+        "pertoken.training.optimizers.adamw8bit:ADAMW8BIT", reads=("betas",), can_shard=False, can_float64=False
+    ),
 }
 
 # Homes of a `TrackerKind`.

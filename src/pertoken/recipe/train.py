@@ -27,6 +27,8 @@ class TrainConfig(Section):
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     decay_ratio: float = Field(default=0.2, gt=0, le=1)
     optimizer: Annotated[str, AfterValidator(lambda name: known_name(name, OPTIMIZERS))] = "adamw"
+    # What AdamW's two moments are kept in: "float32" means that they are as the weights, "bfloat16" takes half of it.
+    optimizer_dtype: Literal["float32", "bfloat16"] = "float32"
     muon_learning_rate: float | None = Field(default=None, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
@@ -84,6 +86,15 @@ class TrainConfig(Section):
                     f'train.{key}={shown(value)}: train.optimizer="{self.optimizer}" does not use it; '
                     f"set train.optimizer={readers}, or leave the key out"
                 )
+        if self.optimizer_dtype == "bfloat16" and self.dtype == "float64":
+            raise ValueError(
+                'train.optimizer_dtype="bfloat16": with train.dtype="float64" it would be all of the error; leave it '
+                "out, or change train.dtype"
+            )
+        if self.dtype == "float64" and not home.can_float64:
+            raise ValueError(
+                f'train.optimizer="{self.optimizer}": has no float64, and train.dtype="float64"; change one of the two'
+            )
         if self.parallel == "fsdp" and not home.can_shard:
             raise ValueError(
                 f'train.optimizer="{self.optimizer}": its update needs whole parameters, and train.parallel="fsdp" '

@@ -57,6 +57,7 @@ def audit_page(audit: dict[str, Any]) -> str:
         examples=examples,
         memory=stack(estimate["memory_bytes"] or {}, whole),
         memory_whole=whole,
+        methods=list((estimate.get("memory_by_method") or {}).items()),
         too_much=available is not None and total > available,
         most_listed=_MOST_LISTED,
     )

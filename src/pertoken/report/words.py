@@ -85,6 +85,7 @@ _ENGLISH = {
     "estimate_of": "{parameters} parameters; {how}.",
     "memory_title": "Memory by use, as parts of {whole}",
     "memory_use": "Use",
+    "memory_method": "All of it by another method",
     "weights": "Weights",
     "gradients": "Gradients",
     "optimizer": "Optimizer",

@@ -57,7 +57,7 @@ def _build_model(
     train, dtype = recipe.train, precision.parameter_dtype
     model: LanguageModel
     if checkpoint is not None:
-        model = _load_checkpoint(checkpoint, recipe, data, dtype)
+        model = _load_checkpoint(checkpoint, recipe, data, precision)
         _set_balance_loss(model, recipe)
     elif recipe.init_from is None:
         check_size(recipe, len(data.tokenizer), precision.device)
@@ -112,8 +112,14 @@ def prepare_model(
     return replace(choice, execution=execution)
 
 
-def _load_checkpoint(checkpoint: Checkpoint, recipe: Recipe, data: RunData, dtype: torch.dtype) -> LanguageModel:
+def _frozen_dtype(recipe: Recipe, precision: Precision) -> torch.dtype | None:
+    """What the blocks' matrices are loaded in, where the run keeps them in less than its parameters."""
+    return torch.bfloat16 if recipe.model.frozen_dtype == precision.dtype == "bfloat16" else None
+
+
+def _load_checkpoint(checkpoint: Checkpoint, recipe: Recipe, data: RunData, precision: Precision) -> LanguageModel:
     """An adapter's base is where it was, or where `init_from` says now; whether it is still the same is checked."""
+    dtype = precision.parameter_dtype
     if recipe.adapter.kind == "none":
         return load_model(checkpoint.folder, dtype=dtype)
     base = None
@@ -121,7 +127,7 @@ def _load_checkpoint(checkpoint: Checkpoint, recipe: Recipe, data: RunData, dtyp
     try:
         if recipe.init_from != checkpoint.recipe.init_from or data.init_from != recipe.init_from:  # of the hub
             base = base_of(resolve_model_folder(data.init_from))
-        return load_adapter(checkpoint.folder, dtype=dtype, base=base)
+        return load_adapter(checkpoint.folder, dtype=dtype, blocks_dtype=_frozen_dtype(recipe, precision), base=base)
     except ModelError as error:
         raise CheckpointError(f"{error}; or say with init_from where the base is now") from None
 
@@ -134,8 +140,12 @@ def _load_initial(recipe: Recipe, data: RunData, precision: Precision, listener:
     if folder.suffix != ".pth":
         numbers = count_gguf(folder) if is_gguf(folder) else count_weights(weight_files(base_of(folder)))[1]
         check_parameters(f"init_from={init_from}", numbers, recipe, precision.device)
-    adapts = recipe.adapter.kind != "none"
-    model = load_model(folder, dtype=precision.parameter_dtype, for_adapter=adapts)
+    model = load_model(
+        folder,
+        dtype=precision.parameter_dtype,
+        blocks_dtype=_frozen_dtype(recipe, precision),
+        for_adapter=recipe.adapter.kind != "none",
+    )
     for key in sorted(recipe.model.model_fields_set - {"vocab_size", "frozen_dtype"}):
         asked, has = getattr(recipe.model, key), model.setting(key)
         if asked is not None and key in MOE_KEYS and not model.facts.has_experts:

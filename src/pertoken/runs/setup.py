@@ -32,6 +32,7 @@ from pertoken.runs.files import EVENTS
 from pertoken.runs.folder import changed_data, earlier_run, keep_others_out, make_room, refuse_changes
 from pertoken.runs.loop import fit
 from pertoken.runs.model import build_model, prepare_model
+from pertoken.runs.needs import memory_needs
 from pertoken.runs.policy import Stop, count_evaluations, is_out_of_patience
 from pertoken.runs.run import Run
 from pertoken.runs.signals import StopRequest, stop_on_signals
@@ -41,6 +42,7 @@ from pertoken.tracking.listener import Listener
 from pertoken.tracking.reporter import Reporter
 from pertoken.tracking.trackers import check_trackers
 from pertoken.training.memory import check_size
+from pertoken.training.optimizers import optimizer_kind
 from pertoken.training.parallel import World, join_world
 from pertoken.training.precision import Precision, resolve_device
 
@@ -149,6 +151,9 @@ def _train(
         reporter.message('this processor emulates bfloat16; train.dtype="float32" is faster here')
 
     total_steps = count_steps(recipe, len(data.train))
+    weights = data.init_from if checkpoint is None or recipe.adapter.kind != "none" else str(checkpoint.folder)
+    if (needs := memory_needs(recipe, weights, len(data.tokenizer), device)) is not None:
+        reporter.needs(needs)
     model = build_model(recipe, data, checkpoint, precision, reporter)
     choice = prepare_model(model, recipe, checkpoint, precision, total_steps, reporter)
     family = saved_as(str(model.setting("family")), use_moe=model.facts.has_experts)
@@ -235,6 +240,7 @@ def _check_early(recipe: Recipe) -> None:
     if recipe.init_from is None:
         check_size(recipe, vocab_size=2)
     check_trackers(recipe.log)
+    optimizer_kind(recipe.train.optimizer).check_installed()
 
 
 def _refuse_other_data(data: RunData, checkpoint: Checkpoint, *, force: bool, listener: Listener) -> None:

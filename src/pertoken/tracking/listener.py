@@ -20,6 +20,9 @@ class Listener:
 
     def preparing(self, done_bytes: int, total_bytes: int) -> None: ...
 
+    def needs(self, memory: str) -> None:
+        """What the run takes of memory, in a line, before the model is loaded."""
+
     def started(self, summary: Summary) -> None: ...
 
     def stepped(self, row: StepRow, summary: Summary) -> None: ...
@@ -56,6 +59,9 @@ class Heard(Listener):
 
     def preparing(self, done_bytes: int, total_bytes: int) -> None:
         self._tell(lambda: self._listener.preparing(done_bytes, total_bytes))
+
+    def needs(self, memory: str) -> None:
+        self._tell(lambda: self._listener.needs(memory))
 
     def started(self, summary: Summary) -> None:
         self._tell(lambda: self._listener.started(summary))

@@ -76,6 +76,9 @@ class Reporter(Listener):
     def preparing(self, done_bytes: int, total_bytes: int) -> None:
         self._tell_all(lambda listener: listener.preparing(done_bytes, total_bytes))
 
+    def needs(self, memory: str) -> None:
+        self._tell_all(lambda listener: listener.needs(memory))
+
     def started(self, summary: Summary) -> None:
         self._tell_all(lambda listener: listener.started(summary))
 

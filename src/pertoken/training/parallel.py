@@ -27,9 +27,11 @@ from pertoken.objective.terms import LossOutput, Term
 __all__ = [
     "World",
     "end_process",
+    "first_number",
     "first_to_fail",
     "join_world",
     "leave",
+    "local",
     "parallelize",
     "shard_like",
     "synchronized",
@@ -248,6 +250,19 @@ def local(tensor: Tensor) -> Tensor:
     """`tensor` itself, or of a sharded one the part on this rank, which shares its memory."""
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part
+
+
+def first_number(tensor: Tensor) -> int:
+    """Where in the whole of a tensor that is sharded by rows this rank's part begins, in numbers; else 0."""
+    if not hasattr(tensor, "full_tensor"):
+        return 0
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(tensor, DTensor)
+    mesh = tensor.device_mesh
+    rows_of_a_rank = -(-tensor.shape[0] // mesh.size())  # as torch.chunk has them
+    rows = min(tensor.shape[0], mesh.get_local_rank() * rows_of_a_rank)
+    return rows * (tensor.numel() // max(1, tensor.shape[0]))
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -65,6 +65,12 @@ class AdamW(Optimizer, torch.optim.AdamW):
 
 
 def _build(model: LanguageModel, train: TrainConfig) -> AdamW:
+    # In float64 (as `prove` computes the updates of any recipe) the moments are float64 too.
+    if train.optimizer_dtype == "bfloat16" and train.dtype != "float64":
+        from pertoken.training.optimizers.adamw_bfloat16 import AdamWBfloat16
+
+        groups = decay_groups(model.parameters(), train.weight_decay)
+        return AdamWBfloat16(groups, betas=train.betas, seed=train.seed)
     return build_adamw(model, weight_decay=train.weight_decay, betas=train.betas)
 
 

@@ -47,7 +47,9 @@ class OptimizerKind:
 
     name: str  # as in `train.optimizer`
     build: Callable[[LanguageModel, TrainConfig], Optimizer]
-    state_numbers: int  # that it keeps of each number of a parameter, in the parameter's dtype: at least
+    state_numbers: int  # that it keeps of each number of a parameter: at least
+    item_bytes: float | None = None  # of one of these; None: as in the parameter's dtype, or `train.optimizer_dtype`
+    check_installed: Callable[[], object] = lambda: None  # raises RecipeError where a library is missing
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
