@@ -22,7 +22,7 @@ _MAY_CHANGE = {
     *("out_dir", "data.path", "data.eval_path", "data.tokenizer", "data.store", "data.workers"),
     *("train.epochs", "train.max_steps", "train.max_minutes", "train.eval_interval", "train.early_stopping"),
     *("train.micro_batch_tokens", "train.device", "train.engine", "train.activation_checkpointing", "train.parallel"),
-    *("train.loss_impl", "train.on_spike", "train.spike_factor"),
+    *("train.cuda_graphs", "train.loss_impl", "train.on_spike", "train.spike_factor"),
 }
 _SECTIONS_MAY_CHANGE = ("log.", "checkpoint.")
 
