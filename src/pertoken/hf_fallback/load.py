@@ -9,6 +9,7 @@ import torch
 
 from pertoken.errors import ModelError
 from pertoken.hf_fallback.model import FallbackLM
+from pertoken.hf_fallback.older_transformers import put_rotary_parameters
 from pertoken.hf_fallback.quiet import quiet
 from pertoken.model.aligned import aligned
 from pertoken.text import escaped_logs, listed, reason
@@ -34,6 +35,7 @@ def _load(folder: Path, num_weights: int, dtype: torch.dtype) -> FallbackLM:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        put_rotary_parameters(config)
         _switch_off_dropout(config)
         if getattr(config, "quantization_config", None):
             raise ModelError("quantization_config: pertoken trains floating-point weights; write it out dequantized")

@@ -279,9 +279,10 @@ def _experts(config: Any) -> tuple[int, int]:
 def _longest(config: Any) -> int:
     """Up to how many tokens a sample's hidden states depend on the sample alone."""
     limit = int(getattr(config, "max_position_embeddings", None) or _NO_LIMIT)
-    rope = getattr(config, "rope_parameters", None) or {}
+    # Of version 5 of transformers, and of 4.
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if part.get("rope_type") in _ROPE_BY_LENGTH:
+        if part.get("rope_type", part.get("type")) in _ROPE_BY_LENGTH:
             original = part.get("original_max_position_embeddings")
             limit = min(limit, original or getattr(config, "original_max_position_embeddings", None) or limit)
     return limit

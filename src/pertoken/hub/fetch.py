@@ -19,6 +19,7 @@ from pertoken.errors import DataError, ModelError, PertokenError
 from pertoken.files import free_bytes
 from pertoken.hub.choose import Part, choose, separate_folders
 from pertoken.hub.names import HubName, data_name, model_name
+from pertoken.hub.older_client import counts_bytes, keeps_listings, kept_listing, without_bars
 from pertoken.hub.problems import explained
 from pertoken.text import escaped_logs, names
 
@@ -96,7 +97,7 @@ def _fetch(
     at = f"commit {commit[:12]}"
     if problem is not None:
         on_message(f"{what}: {problem}; the {at}, which is in the cache, is used")
-    sizes = _listing(name, commit)
+    sizes = _listing(name, snapshot, ask=problem is None and not _offline())
     if sizes is None:
         on_message(f"{what}: the hub cannot be asked which files the {at} has; those in the cache are used")
         sizes = {str(f.relative_to(snapshot)): f.stat().st_size for f in snapshot.rglob("*") if f.is_file()}
@@ -154,13 +155,16 @@ def _snapshot(name: HubName, commit: str | None) -> tuple[Path, str | None]:
     return Path(folder), problem
 
 
-def _listing(name: HubName, commit: str) -> dict[str, int] | None:
-    """The size in bytes of each file of a commit, None where no list of them is in the cache."""
+def _listing(name: HubName, snapshot: Path, *, ask: bool) -> dict[str, int] | None:
+    """The size in bytes of each file of a commit, None where no list of them is in the cache. An older client may have
+    to `ask` for it."""
+    if not keeps_listings():
+        return kept_listing(name, snapshot, ask=ask)
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
-        return {f.path: f.size for f in get_cached_repo_tree(name.repo, repo_type=name.kind, revision=commit)}
+        return {f.path: f.size for f in get_cached_repo_tree(name.repo, repo_type=name.kind, revision=snapshot.name)}
     except CachedRepoTreeNotFoundError:
         return None
 
@@ -181,12 +185,15 @@ def _download(name: HubName, commit: str, sizes: dict[str, int], on_progress: On
 
     waiting, problems = sorted(sizes), list[Exception]()
     counted, total = [0], sum(sizes.values())
+    as_they_come = counts_bytes()  # else file by file
+    bar: dict[str, Any] = {"tqdm_class": _counter(counted)} if as_they_come else {}
 
     def work() -> None:
         while waiting and not problems:
             try:
                 file = waiting.pop()
-                hf_hub_download(name.repo, file, repo_type=name.kind, revision=commit, tqdm_class=_counter(counted))
+                hf_hub_download(name.repo, file, repo_type=name.kind, revision=commit, **bar)
+                counted[0] += 0 if as_they_come else sizes[file]
             except IndexError:  # another thread has taken the last one
                 return
             except Exception as error:
@@ -236,7 +243,7 @@ def _quiet() -> Iterator[None]:
     logger = getLogger("huggingface_hub._snapshot_download")
     logger.addFilter(is_news)
     try:
-        with escaped_logs("huggingface_hub"):
+        with escaped_logs("huggingface_hub"), without_bars():
             yield
     finally:
         logger.removeFilter(is_news)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pertoken.data.tokens.gguf import gguf_tokenizer
+from pertoken.data.tokens.older_transformers import add_special_tokens, other_class_expected, read_by_version_4
 from pertoken.data.tokens.trained import CHATML, SPECIAL_TOKENS, TrainedTokenizer
 from pertoken.errors import ModelError, RecipeError
 from pertoken.families import FAMILIES, Family
@@ -54,9 +55,7 @@ def load_tokenizer(
     if "" in add_tokens:
         raise RecipeError("data.add_tokens: an empty token; remove it")
     if add_tokens:
-        tokenizer.add_special_tokens(
-            {"extra_special_tokens": list(dict.fromkeys(add_tokens))}, replace_extra_special_tokens=False
-        )
+        add_special_tokens(tokenizer, list(dict.fromkeys(add_tokens)))
     if chat_template is not None:
         tokenizer.chat_template = _template_text(chat_template)
     if chat_template == "chatml":
@@ -124,9 +123,13 @@ def _load_folder(path: Path) -> PreTrainedTokenizerBase:
         )
     try:
         plain_files(path)
-        with escaped_logs("transformers"):
-            loader = transformers.PreTrainedTokenizerFast if _is_generic(path) else transformers.AutoTokenizer
-            tokenizer = loader.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        with escaped_logs("transformers"), other_class_expected():
+            told = read_by_version_4(path)
+            is_generic = told is not None or _is_generic(path)
+            loader = transformers.PreTrainedTokenizerFast if is_generic else transformers.AutoTokenizer
+            tokenizer = loader.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False, **(told or {})
+            )
         if not tokenizer.is_fast:
             raise ModelError(f"tokenizer {path}: has no tokenizer.json, so tokens cannot be traced back to their text")
         tokenizer.get_vocab()

@@ -77,8 +77,9 @@ _CONFIG = {
     "backend": "tokenizers",
     "clean_up_tokenization_spaces": False,
     "model_max_length": int(1e30),  # transformers' way of saying that there is none
-    "tokenizer_class": "TokenizersBackend",
+    "tokenizer_class": "PreTrainedTokenizerFast",  # the name that transformers 4 knows too
 }
+_WRITTEN_BEFORE = _CONFIG | {"tokenizer_class": "TokenizersBackend"}  # transformers 5's own name of it
 _ABOUT_LOADING = ("is_local", "local_files_only")  # what transformers adds when it saves what it has loaded
 # What else transformers reads from such a folder. It reads nothing more for the families that pertoken saves.
 MORE_FILES = (
@@ -116,7 +117,7 @@ class TrainedTokenizer:
         try:
             plain_files(folder)
             config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-            if {key: value for key, value in config.items() if key not in _ABOUT_LOADING} != _CONFIG:
+            if {k: v for k, v in config.items() if k not in _ABOUT_LOADING} not in (_CONFIG, _WRITTEN_BEFORE):
                 return None
             if any((folder / name).exists() for name in MORE_FILES) or not _is_ours(folder / "config.json"):
                 return None
