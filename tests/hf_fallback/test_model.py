@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hf_versions import rope_keys, with_rope
 from tiny import World, pertoken, rows_of, untimed
 
 from pertoken import load_model, train
@@ -66,7 +67,8 @@ def make_folder(world: World, folder: Path, name: str, keys: dict[str, Any]) -> 
     import transformers
 
     tokenizer = load_tokenizer(world.folder / "tokenizer")
-    config = getattr(transformers, f"{name}Config")(**{**keys, "vocab_size": len(tokenizer), "initializer_range": 0.1})
+    keys = {**with_rope(keys), "vocab_size": len(tokenizer), "initializer_range": 0.1}
+    config = getattr(transformers, f"{name}Config")(**keys)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -453,7 +455,7 @@ def test_a_scaled_qwen2_of_few_layers_loads_with_the_logits_of_transformers(tmp_
     config = Qwen2Config(
         vocab_size=50, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
         intermediate_size=16, bos_token_id=0, eos_token_id=1,
-        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        **rope_keys({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
     )  # fmt: skip
     assert config.max_window_layers > layers
     assert not config.use_sliding_window

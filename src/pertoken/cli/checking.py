@@ -134,7 +134,7 @@ def replay(
     step: Annotated[int, typer.Option(help="A step of metrics.jsonl, or the one after its last")],
     worst: Annotated[int, typer.Option(help="For so many of its samples, show the loss of every token")] = 3,
     json_file: JsonFile = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto: as the run, if it is there")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps; auto: as the run, if it is there")] = "auto",
 ) -> None:
     """Compute a recorded step again, compare it, and show its samples, worst first; exit 1 if it is another."""
     from dataclasses import asdict

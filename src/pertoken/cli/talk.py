@@ -18,7 +18,7 @@ ModelPath = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A run, a checkpoint, a Hugging Face folder or owner/name, a .gguf, a .pth"),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")]
 Sampling = {
     "max_new_tokens": typer.Option(help="At most this many tokens"),
     "temperature": typer.Option(help="0: always the likeliest token"),

@@ -21,7 +21,7 @@ from pertoken.hf_fallback.model import FallbackLM
 from pertoken.model.decoder import CausalLM
 from pertoken.model.protocol import LanguageModel
 
-__all__ = ["load_adapter", "load_folder", "resize_embeddings", "save_folder", "split_as"]
+__all__ = ["load_adapter", "load_folder", "name_in_folder", "resize_embeddings", "save_folder", "split_as"]
 
 
 def load_folder(
@@ -88,6 +88,11 @@ def _transformers_has(model_type: object) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return isinstance(model_type, str) and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def name_in_folder(model: LanguageModel, name: str) -> str:
+    """What a folder that `model` is saved in calls its parameter `name`."""
+    return hf.name_on_disk(name, model.config) if isinstance(model, CausalLM) else name
 
 
 def save_folder(

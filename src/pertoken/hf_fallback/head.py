@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pertoken.errors import ModelError
 from pertoken.objective.logit_map import PLAIN_LOGITS, LogitMap
 
-__all__ = ["check_logits", "linear_head", "logit_map_of", "smallest_vocabulary"]
+__all__ = ["base_model", "check_logits", "linear_head", "logit_map_of", "smallest_vocabulary"]
 
 _MAPPED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 # What families call the operations on their logits; only used to say why a model was refused.
@@ -26,12 +26,21 @@ _KNOWN_CAUSES = (
 )
 
 
+def base_model(model: Any) -> Any:
+    """Token ids to hidden states, of a transformers causal language model; the model itself where it has no such part.
+
+    Gemma 3's text model of version 4 names a part that it does not have.
+    """
+    base = getattr(model, "base_model", model)
+    return getattr(model, "model", model) if base is model else base
+
+
 def linear_head(model: Any) -> tuple[nn.Module, nn.Linear]:
     """The base model (token ids to hidden states) and the head of a transformers causal language model.
 
     Raises ModelError where there is no base model beside a head, or the head is not one matrix.
     """
-    base, head = getattr(model, "base_model", model), model.get_output_embeddings()
+    base, head = base_model(model), model.get_output_embeddings()
     name = type(model).__name__
     if base is model or not isinstance(base, nn.Module):
         raise ModelError(f"{name}: has no base model beside its head; choose a causal language model that has")

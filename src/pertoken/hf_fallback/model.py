@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pertoken.data.batch.pack import MicroBatch
 from pertoken.errors import RecipeError
 from pertoken.hf_fallback.check import check_loss
-from pertoken.hf_fallback.head import linear_head, logit_map_of, smallest_vocabulary
+from pertoken.hf_fallback.head import base_model, linear_head, logit_map_of, smallest_vocabulary
 from pertoken.hf_fallback.quiet import quiet
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.lora import Adapter
@@ -130,7 +130,7 @@ class FallbackLM(nn.Module):
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder's blocks, for what treats them one by one: the longest list of modules there is."""
-        lists = [list(module) for module in self.hf.base_model.modules() if isinstance(module, nn.ModuleList)]
+        lists = [list(module) for module in base_model(self.hf).modules() if isinstance(module, nn.ModuleList)]
         return max(lists, key=len, default=[])
 
     @property
@@ -197,6 +197,9 @@ class FallbackLM(nn.Module):
         padded = micro_batch.input_ids.new_zeros(len(lengths) * longest)
         padded[rows] = micro_batch.input_ids
         hidden: Tensor = self._base_model()(input_ids=padded.view(-1, longest), use_cache=False)[0]
+        if self._balance_loss is not None and self._experts_as is None and torch.is_grad_enabled():
+            # Version 4 of transformers passes over experts that no token chooses.
+            hidden = _Reached.apply(hidden, *self.parameters())  # type: ignore[no-untyped-call]
         return hidden.flatten(0, 1)[rows]
 
     def _base_model(self) -> Any:
@@ -206,7 +209,7 @@ class FallbackLM(nn.Module):
             wanted = "eager" if wide else self._experts_as
             if self.hf.config._experts_implementation != wanted:
                 self.hf.set_experts_implementation(wanted)
-        return self.hf.base_model
+        return base_model(self.hf)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]"""
@@ -259,6 +262,20 @@ class FallbackLM(nn.Module):
         for layer in (self.hf.get_input_embeddings(), self.hf.get_output_embeddings()):
             layer.weight[old:] = layer.weight[:old].mean(0)
         _thaw_padding(self.hf)
+
+
+class _Reached(torch.autograd.Function):
+    """The first tensor, for whose gradient each of the others gets a zero: what wraps a model waits for all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        asked = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        return grads[0], *(p.new_zeros(()).expand_as(p) if needed else None for p, needed in asked)
 
 
 def _thaw_padding(hf: Any) -> None:

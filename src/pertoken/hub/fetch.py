@@ -19,7 +19,7 @@ from pertoken.errors import DataError, ModelError, PertokenError
 from pertoken.files import free_bytes
 from pertoken.hub.choose import Part, choose, separate_folders
 from pertoken.hub.names import HubName, data_name, model_name
-from pertoken.hub.older_client import counts_bytes, keeps_listings, kept_listing, without_bars
+from pertoken.hub.older_client import counts_bytes, keeps_listings, kept_listing, kept_snapshot, without_bars
 from pertoken.hub.problems import explained
 from pertoken.text import escaped_logs, names
 
@@ -136,6 +136,8 @@ def _snapshot(name: HubName, commit: str | None) -> tuple[Path, str | None]:
 
     revision = commit or name.revision or "main"
     problem: str | None = None
+    if _COMMIT.fullmatch(revision) and not keeps_listings() and (kept := kept_snapshot(name, revision)) is not None:
+        return kept, None
     if not _offline() and not _COMMIT.fullmatch(revision):
         try:
             HfApi().repo_info(name.repo, repo_type=name.kind, revision=revision)

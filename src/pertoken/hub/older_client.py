@@ -15,7 +15,7 @@ from typing import Any
 from pertoken.files import write_whole
 from pertoken.hub.names import HubName
 
-__all__ = ["counts_bytes", "keeps_listings", "kept_listing", "without_bars"]
+__all__ = ["counts_bytes", "keeps_listings", "kept_listing", "kept_snapshot", "without_bars"]
 
 _FORMAT = 1
 
@@ -47,6 +47,17 @@ def without_bars() -> Iterator[None]:
         yield
     finally:
         utils.enable_progress_bars()
+
+
+def kept_snapshot(name: HubName, commit: str) -> Path | None:
+    """The folder of a commit in the cache, without asking the hub as the older client does; None where it is not."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        found = snapshot_download(name.repo, repo_type=name.kind, revision=commit, local_files_only=True)
+    except errors.LocalEntryNotFoundError:
+        return None
+    return Path(found)
 
 
 def kept_listing(name: HubName, snapshot: Path, *, ask: bool) -> dict[str, int] | None:

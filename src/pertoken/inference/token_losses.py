@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from pertoken.data.batch.pack import Sample, collate
 from pertoken.model.protocol import LanguageModel
+from pertoken.objective.wide import device_of_sums, in_float64
 
 __all__ = ["TokenLoss", "token_losses"]
 
@@ -37,7 +38,9 @@ def token_losses(model: LanguageModel, sample: Sample, tokenizer: Any) -> list[T
         logits = model.logits(model.hidden_states(micro_batch))
     finally:
         model.train(was_training)
-    nll = F.cross_entropy(logits.double(), micro_batch.labels, reduction="none").tolist()
+    nll = F.cross_entropy(
+        in_float64(logits), micro_batch.labels.to(device_of_sums(logits.device)), reduction="none"
+    ).tolist()
     texts = [tokenizer.decode([int(i)], skip_special_tokens=False) for i in sample.tokens]
     return [
         TokenLoss(t, texts[t], texts[t + 1], int(sample.labels[t]), weight != 0, weight, nll[t])

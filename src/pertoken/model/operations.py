@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pertoken.data.batch.pack import MicroBatch
+from pertoken.objective.wide import in_float64
 from pertoken.recipe.model import ResolvedModelConfig
 
 __all__ = ["attention_operations", "body_parameters", "padding_metric", "padding_of"]
@@ -34,11 +35,11 @@ def attention_operations(config: ResolvedModelConfig, pairs: int) -> float:
 
 
 def padding_metric(*, useful: float, padding: float, head: int, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum, count) of one micro-batch: operations on padding, and all of them. 0-d float64 on `loss_mask`'s device.
+    """(sum, count) of one micro-batch: operations on padding, and all of them. 0-d float64, as `in_float64`.
 
     `useful` and `padding` are those of the blocks, `head` the head's weights, which supervised rows alone meet.
     """
-    supervised = 6.0 * head * torch.count_nonzero(loss_mask).double()
+    supervised = 6.0 * head * in_float64(torch.count_nonzero(loss_mask))
     return torch.full_like(supervised, padding), supervised + (useful + padding)
 
 

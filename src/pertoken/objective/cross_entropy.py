@@ -28,6 +28,7 @@ from pertoken.objective.row_terms import (
     row_values,
 )
 from pertoken.objective.terms import LossOutput, Term
+from pertoken.objective.wide import device_of_sums, in_float64
 
 __all__ = ["LossImpl", "TiedGradient", "cross_entropy", "first_order_only", "linear_cross_entropy"]
 
@@ -152,7 +153,7 @@ def _plain(
 
 
 def _count(loss_mask: Tensor) -> Tensor:
-    return loss_mask.sum(dtype=torch.int64 if loss_mask.dtype == torch.bool else torch.float64)
+    return loss_mask.sum(dtype=torch.int64) if loss_mask.dtype == torch.bool else in_float64(loss_mask).sum()
 
 
 def _output(sums: Sequence[Tensor], num_tokens: Tensor, row_terms: Sequence[RowTerm]) -> LossOutput:
@@ -237,7 +238,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _add(totals: list[Tensor], values: Sequence[Tensor], scale_C: Tensor | None) -> None:
     """The sums of `values` [C] each, times `scale_C` where given, to float64 `totals`."""
     for total, values_C in zip(totals, values, strict=True):
-        total += (values_C if scale_C is None else values_C * scale_C).sum(dtype=torch.float64)
+        scaled_C = values_C if scale_C is None else values_C * scale_C
+        total += scaled_C.to(total.device).sum(dtype=torch.float64)
 
 
 def _forward(
@@ -250,7 +252,8 @@ def _forward(
     d_hidden = torch.empty_like(x_ND, dtype=wide if tamed else dtype) if needs_hidden else None
     d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
     boost = _FP16_BOOST if dtype == torch.float16 else 1.0
-    totals = [torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in range(1 + len(ctx.terms))]
+    sums_on = device_of_sums(hidden.device)
+    totals = [torch.zeros((), dtype=torch.float64, device=sums_on) for _ in range(1 + len(ctx.terms))]
     chunk = max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // (4 * weight.shape[0]))
     for start in range(0, x_ND.shape[0], chunk):
         x_CD, label_C = x_ND[start : start + chunk], labels[start : start + chunk]
@@ -292,15 +295,15 @@ def _forward(
                 d_weight += torch.mm(d_low_CV.t(), x_CD)
     ctx.save_for_backward(d_hidden, d_weight)
     ctx.boost, ctx.hidden_dtype, ctx.weight_dtype = boost, hidden.dtype, weight.dtype
-    return tuple(total.to(wide) for total in totals)
+    return tuple(total.to(wide).to(hidden.device) for total in totals)
 
 
 def _fp16_shrink(x_CD: Tensor, scale_C: Tensor | None) -> Tensor:
     """A power of two, 0-d, for which no sum over the rows of boosted gradients times `x_CD` leaves float16."""
-    largest = len(x_CD) * _FP16_BOOST * x_CD.abs().amax().double()
+    largest = len(x_CD) * _FP16_BOOST * in_float64(x_CD.abs().amax())
     if scale_C is not None:
-        largest = largest * scale_C.abs().amax()
-    return torch.exp2(-(largest / 2**15).log2().ceil().clamp(min=0)).to(x_CD.dtype)
+        largest = largest * in_float64(scale_C.abs().amax())
+    return torch.exp2(-(largest / 2**15).log2().ceil().clamp(min=0)).to(x_CD.dtype).to(x_CD.device)
 
 
 def _chunk_rows(vocab_size: int, hidden_size: int, dtype: torch.dtype) -> int:

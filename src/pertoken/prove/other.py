@@ -17,10 +17,8 @@ from torch import Tensor
 
 from pertoken.data.batch.pack import Sample
 from pertoken.folders.adapters import base_folder
-from pertoken.folders.open import save_folder, split_as
-from pertoken.folders.weights import name_on_disk
+from pertoken.folders.open import name_in_folder, save_folder, split_as
 from pertoken.hf_fallback.quiet import quiet
-from pertoken.model.decoder import CausalLM
 from pertoken.model.protocol import LanguageModel
 from pertoken.prove.case import Case
 from pertoken.prove.reference import reference_gradient
@@ -54,8 +52,8 @@ def transformers_padded(name: str, case: Case) -> Result:
         torch.autograd.backward((loss_sum + case.train.z_loss_coef * squares) / num_tokens)
         loss += float(loss_sum.detach()) / num_tokens
     ours = {_without_peft(plain_name(name)): name for name, _ in case.model.named_parameters()}
-    if isinstance(case.model, CausalLM):  # transformers 4 has a mixture's experts under their names on disk
-        ours = {name_on_disk(name, case.model.config): own for name, own in ours.items()} | ours
+    # transformers 4 has a mixture's experts under their names on disk
+    ours = {name_in_folder(case.model, name): own for name, own in ours.items()} | ours
     theirs = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     theirs = _under_our_names(dict(split_as(case.model, theirs)), kept=ours)
     gradients = {ours.get(_without_peft(name), name): gradient for name, gradient in theirs.items()}

@@ -95,6 +95,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f'train.optimizer="{self.optimizer}": has no float64, and train.dtype="float64"; change one of the two'
             )
+        if self.device.startswith("mps") and self.dtype == "float64":
+            raise ValueError(
+                f'train.dtype="float64": train.device="{self.device}" has no float64; set train.dtype="float32", '
+                'or train.device="cpu"'
+            )
         if self.parallel == "fsdp" and not home.can_shard:
             raise ValueError(
                 f'train.optimizer="{self.optimizer}": its update needs whole parameters, and train.parallel="fsdp" '
@@ -120,6 +125,6 @@ class TrainConfig(Section):
     @classmethod
     def _known_device(cls, value: str) -> str:
         kind, _, index = value.partition(":")
-        if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
-            raise ValueError('must be "auto", "cpu", "cuda" or "cuda:N"')
+        if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdigit()):
+            raise ValueError('must be "auto", "cpu", "cuda", "cuda:N" or "mps"')
         return value

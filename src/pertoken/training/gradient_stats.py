@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pertoken.model.protocol import TorchModule
+from pertoken.objective.wide import in_float64
 from pertoken.training.norms import sum_of_squares
 from pertoken.training.parallel import whole
 
@@ -30,7 +31,7 @@ def gradient_stats(model: TorchModule) -> list[GradStats]:
         if parameter.grad is None:
             stats.append(GradStats(name, None, None, None))
         else:
-            grad = whole(parameter.grad).double()
+            grad = in_float64(whole(parameter.grad))
             stats.append(
                 GradStats(name, float(grad.mean()), float(grad.std(correction=0)), float(sum_of_squares(grad).sqrt()))
             )

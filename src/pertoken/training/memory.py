@@ -35,8 +35,12 @@ __all__ = [
 _MOST_MODULES = 50_000  # layers, times experts where there are any; the largest models known have half of that
 _HEAD_ROWS = 512  # of logits at a time, at least (objective/cross_entropy.py)
 _ITEM_BYTES = {"float64": 8}  # of weights and moments; with any other dtype they are float32
-# What plain errors say of memory that was not given: torch's allocator on a CPU, C++ below it, CUDA's libraries.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+# What plain errors say of memory that was not given: torch's allocator on a CPU, C++ below it, CUDA's libraries, and
+# torch's allocator of Apple's mps.
+_OUT_OF_MEMORY = (
+    *("DefaultCPUAllocator", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+    "MPS backend out of memory",
+)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pertoken.kernels.ops import Kernels
+from pertoken.objective.wide import device_of_sums
 from pertoken.training.parallel import World, local
 
 __all__ = ["clip", "matrix_norms", "sum_of_squares", "total_norm"]
@@ -22,12 +23,15 @@ _BLOCK = 2**18  # numbers converted at a time: 2 MB of float64, which stays in a
 
 
 def sum_of_squares(x: Tensor, kernels: Kernels | None = None) -> Tensor:
-    """The sum of the squares of `x`'s elements, 0-d float64 on its device. NaN and infinity come through.
+    """The sum of the squares of `x`'s elements, 0-d float64 on its device, or on the host if it has no float64.
+
+    NaN and infinity come through.
 
     Through `kernels`, where given and `x` is float32 on the CPU, as fast as memory is read; else in blocks that PyTorch
     converts. Both within 1e-12 of the exact sum at 10^8 elements. Of a sharded tensor the part on this rank.
     """
     x = local(x.detach())
+    x = x.to(device_of_sums(x.device))
     if x.device.type != "cpu":
         norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
         return norm.square()
@@ -76,5 +80,6 @@ def clip(gradients: Iterable[Tensor], max_norm: float, norm: float) -> None:
 
 
 def matrix_norms(x: Tensor) -> Tensor:
-    """The Frobenius norms [K, 1, 1] of the matrices of `x` [K, A, B], in float64."""
-    return torch.stack([sum_of_squares(matrix) for matrix in x]).sqrt()[:, None, None]
+    """The Frobenius norms [K, 1, 1] of the matrices of `x` [K, A, B], in float64; in float32 where it has none."""
+    norms = torch.stack([sum_of_squares(matrix) for matrix in x]).sqrt()[:, None, None]
+    return norms if norms.device == x.device else norms.float().to(x.device)

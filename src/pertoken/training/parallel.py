@@ -8,6 +8,7 @@ Gradients and weights travel over NCCL on CUDA and gloo on CPUs; the few numbers
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -197,9 +198,11 @@ def parallelize(
         return model
     if how == "ddp":
         ids = [device] if device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, process_group=world.group, forward_sync_buffers=False, gradient_as_bucket_view=True
-        )
+        ddp = nn.parallel.DistributedDataParallel
+        # What older versions of PyTorch call `broadcast_buffers`, and newer ones warn of under that name.
+        known = inspect.signature(ddp.__init__).parameters
+        buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        return ddp(model, device_ids=ids, process_group=world.group, gradient_as_bucket_view=True, **buffers)
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

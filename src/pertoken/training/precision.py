@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from pertoken.errors import RecipeError
+from pertoken.objective.wide import device_of_sums
 
 __all__ = ["Precision", "resolve_device"]
 
@@ -21,6 +22,11 @@ class Precision:
 
     dtype: str  # float64 | float32 | bfloat16 | float16
     device: torch.device
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError for float64 on a device that has none."""
+        if self.dtype == "float64" and device_of_sums(self.device) != self.device:
+            raise RecipeError(f'dtype="float64": {self.device.type} has none; use "float32", or device="cpu"')
 
     @property
     def parameter_dtype(self) -> torch.dtype:
@@ -57,9 +63,10 @@ def _best_of_five(work: Callable[[], object]) -> float:
 
 
 def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
-    """`auto` is CUDA where there is one. Raises RecipeError for CUDA that is not there.
+    """`auto` is CUDA where there is one, else the CPU. Raises RecipeError for a device that is not there.
 
-    Of several processes on a machine, each gives its `local_rank` and gets the CUDA device of that number.
+    Of several processes on a machine, each gives its `local_rank` and gets the CUDA device of that number. `mps` is
+    one device for one process.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,4 +75,8 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RecipeError(f'train.device="{name}": this machine has no such CUDA device; use "auto" or "cpu"')
+    if device.type == "mps" and not (torch.backends.mps.is_available() and (device.index or 0) == 0):
+        raise RecipeError(f'train.device="{name}": PyTorch has no such device here; use "auto" or "cpu"')
+    if device.type == "mps" and local_rank is not None:
+        raise RecipeError(f'train.device="{name}": is for one process; start one, or use "cpu"')
     return device

@@ -23,6 +23,7 @@ from pertoken.kernels.ops import Kernels
 from pertoken.model.execution import PLAIN, Execution
 from pertoken.model.protocol import TorchModule
 from pertoken.objective.terms import CROSS_ENTROPY, Objective
+from pertoken.objective.wide import in_float64
 from pertoken.training.faults import nearest_bad_gradient
 from pertoken.training.norms import clip, total_norm
 from pertoken.training.parallel import World, synchronized
@@ -171,7 +172,7 @@ class _Totals:
         self.sums: dict[str, tuple[np.ndarray, float]] = {}  # once added up
         self._metrics, self._names = metrics, sorted(metrics[0])
         rows = torch.stack(
-            [torch.cat([x.detach().reshape(-1).double() for n in self._names for x in m[n]]) for m in metrics]
+            [torch.cat([in_float64(x.detach().reshape(-1)) for n in self._names for x in m[n]]) for m in metrics]
         )
         self._counted = sorted(counts[0])
         self._counts = torch.tensor([[row[name] for name in self._counted] for row in counts], dtype=torch.float64)
