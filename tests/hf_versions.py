@@ -19,6 +19,8 @@ def rope_keys(rope: dict[str, Any]) -> dict[str, Any]:
     rope = rope.get("full_attention", rope)
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type")}
     keys: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    if rope["rope_type"] == "longrope":
+        keys["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
     if rope["rope_type"] != "default":
         keys["rope_scaling"] = {"rope_type": rope["rope_type"], **scaling}
     return keys if local is None else keys | {"rope_local_base_freq": local["rope_theta"]}

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from hub_server import Files, Hub
 from huggingface_hub import constants, file_download
@@ -18,6 +19,7 @@ from tiny import World
 
 from pertoken import Recipe, load_model, train
 from pertoken.errors import DataError, ModelError, PertokenError, RecipeError
+from pertoken.hub import fetch as fetch_module
 from pertoken.hub.choose import choose, separate_folders
 from pertoken.hub.fetch import fetch, name_of
 from pertoken.hub.names import check_hub_name, data_name, model_name
@@ -240,6 +242,26 @@ def test_a_model_is_downloaded_once_and_said_once(hub: Hub, model_files: Files) 
     assert again.messages == []
     assert again.progress == []
     assert hub.downloads() == wanted
+
+
+def test_an_older_client_keeps_the_list_of_files_where_newer_ones_look_for_it(
+    hub: Hub, model_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("keeps_listings", "counts_bytes"):
+        monkeypatch.setattr(fetch_module, name, lambda: False)
+    commit = hub.repo(MODEL).commit(model_files)
+    told = Told()
+    folder = get("owner/tiny", "tokenizer", told)
+    sizes = [len(model_files[name]) for name in files_of(folder)]
+    assert told.progress[-1] == (sum(sizes), sum(sizes))
+    asked = len(hub.requests)
+    assert get("owner/tiny", "tokenizer", told, commit=commit) == folder
+    assert len(hub.requests) == asked, "a commit needs no hub"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "not in the cache, of its commit" in refused("owner/tiny"), "it is known which files there are"
+    if hasattr(huggingface_hub, "get_cached_repo_tree"):
+        kept = huggingface_hub.get_cached_repo_tree("owner/tiny", revision=commit)
+        assert {file.path: file.size for file in kept} == {name: len(text) for name, text in model_files.items()}
 
 
 def test_neither_code_nor_pickles_are_ever_asked_for(hub: Hub, model_files: Files, data_files: Files) -> None:

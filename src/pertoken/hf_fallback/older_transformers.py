@@ -33,5 +33,7 @@ def put_rotary_parameters(config: Any) -> None:
         for key in ("rope_theta", "partial_rotary_factor"):
             if key in rope:
                 setattr(part, key, rope[key])
+        if rope.get("rope_type") == "longrope" and "original_max_position_embeddings" in rope:
+            part.original_max_position_embeddings = rope["original_max_position_embeddings"]
         if rope.get("rope_type", "default") != "default":
             part.rope_scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
