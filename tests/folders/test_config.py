@@ -121,9 +121,9 @@ def test_linear_and_yarn_scaling_survive_the_way_there_and_back_in_every_family(
     assert as_read_by_4["rope_scaling"] == scaling
     assert config_from_hf(as_read_by_4) == config
     theirs, of_4 = (FAMILIES[family](**deepcopy(form)) for form in (values, as_read_by_4))
-    full = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
+    full = rope_of(theirs)
     assert {key: full[key] for key in scaling} == scaling
-    assert of_4.rope_parameters == theirs.rope_parameters
+    assert rope_of(of_4) == full
     assert config_from_hf(theirs.to_dict()) == config
 
 
@@ -143,7 +143,7 @@ def test_a_published_phi4_mini_without_its_scaling_turns_three_quarters_of_each_
     assert (config.rotary_dim, config.layer_kinds[0].window) == (6, 262144)
     theirs = Phi3Config(**deepcopy(values))
     assert config_from_hf(theirs.to_dict()) == config_from_hf(config_to_hf(config)) == config
-    assert Phi3Config(**config_to_hf(config)).rope_parameters == theirs.rope_parameters
+    assert rope_of(Phi3Config(**config_to_hf(config))) == rope_of(theirs)
 
 
 @only_5

@@ -37,16 +37,16 @@ def counts_bytes() -> bool:
 @contextmanager
 def without_bars() -> Iterator[None]:
     """No bars of the client's own, which it shows where it takes none of ours."""
-    from huggingface_hub import utils
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if counts_bytes() or utils.are_progress_bars_disabled():
+    if counts_bytes() or are_progress_bars_disabled():
         yield
         return
-    utils.disable_progress_bars()
+    disable_progress_bars()
     try:
         yield
     finally:
-        utils.enable_progress_bars()
+        enable_progress_bars()
 
 
 def kept_snapshot(name: HubName, commit: str) -> Path | None:
@@ -82,15 +82,14 @@ def kept_listing(name: HubName, snapshot: Path, *, ask: bool) -> dict[str, int] 
 def _ask(name: HubName, commit: str) -> dict[str, dict[str, Any]] | None:
     """By path, an entry as newer clients write it."""
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
     try:
         listed = list(HfApi().list_repo_tree(name.repo, repo_type=name.kind, revision=commit, recursive=True))
     except Exception:  # the caller says so
         return None
     found: dict[str, dict[str, Any]] = {}
-    for entry in sorted(listed, key=lambda entry: entry.path):
-        if not hasattr(entry, "size"):  # a folder
-            continue
+    for entry in sorted((e for e in listed if isinstance(e, RepoFile)), key=lambda entry: entry.path):
         found[entry.path] = {"size": entry.size, "blob_id": entry.blob_id}
         if entry.lfs is not None:
             found[entry.path] |= {"lfs_sha256": entry.lfs.sha256, "lfs_size": entry.lfs.size}

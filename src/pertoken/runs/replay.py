@@ -241,8 +241,8 @@ def _recipe(run_dir: Path, checkpoint: Checkpoint | None, device: str) -> Recipe
         )
     if device == "auto":
         device = recipe.train.device
-        here = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-        if not here.get(device.partition(":")[0], lambda: True)():
+        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if not here.get(device.partition(":")[0], True):
             device = "cpu"
     train = recipe.train.model_copy(update={"device": device})
     return recipe.model_copy(update={"out_dir": str(run_dir), "train": train, "log": LogConfig()})

@@ -201,7 +201,9 @@ def parallelize(
         ddp = nn.parallel.DistributedDataParallel
         # What older versions of PyTorch call `broadcast_buffers`, and newer ones warn of under that name.
         known = inspect.signature(ddp.__init__).parameters
-        buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        buffers: dict[str, Any] = {
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+        }
         return ddp(model, device_ids=ids, process_group=world.group, gradient_as_bucket_view=True, **buffers)
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
