@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from pertoken.data.chat.template import end_of_turn_id, render
 from pertoken.data.store.build import build_store
 from pertoken.data.tokens.encode import Encoder
-from pertoken.data.tokens.tokenizer import load_tokenizer, open_tokenizer
+from pertoken.data.tokens.tokenizer import load_tokenizer, open_tokenizer, special_ids
 from pertoken.data.tokens.train import train_tokenizer
 from pertoken.data.tokens.trained import CHATML, SPECIAL_TOKENS
 from pertoken.errors import DataError, ModelError, RecipeError
@@ -126,6 +128,19 @@ def test_a_folder_that_is_none_or_holds_no_tokenizer_is_refused(tmp_path: Path) 
     with pytest.raises(ModelError, match=r"has no tokenizer\.json, so tokens .*; save it with") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_transformers_5_opens_in_either_version_without_a_word(
+    bpe_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(bpe_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<|extra|>"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode([len(tokenizer) - 1]) == "<|extra|>"
+    assert len(tokenizer) - 1 in special_ids(tokenizer)
+    assert caplog.records == []
 
 
 def test_added_tokens_are_special_and_single(bpe_folder: Path) -> None:
