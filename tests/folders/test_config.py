@@ -2,7 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from hf_versions import only_5, rope_of
+from hf_versions import VERSION_5, only_5, rope_of
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -117,6 +117,8 @@ def test_linear_and_yarn_scaling_survive_the_way_there_and_back_in_every_family(
     config = ModelConfig.model_validate(keys).resolve(97)
     values = config_to_hf(config, eos_token_id=2)
     assert config_from_hf(values) == config
+    if family == "olmo2" and not VERSION_5:
+        pytest.skip("transformers 4 has no such scaling for OLMo 2: its configuration takes fields of version 3 alone")
     as_read_by_4 = {key: value for key, value in values.items() if key != "rope_parameters"}
     assert as_read_by_4["rope_scaling"] == scaling
     assert config_from_hf(as_read_by_4) == config
@@ -257,6 +259,8 @@ def test_absent_keys_mean_what_they_mean_to_transformers():
         values = {key: SHARED[key] for key in (*keys, "num_key_value_heads")}
         if family == "gemma3":  # or some layers would have a window
             values["layer_types"] = GEMMA3["layer_types"]
+        if family == "olmo3" and not VERSION_5:
+            continue  # its class has another rotary base there than in version 5, whose pertoken takes
         ours = config_from_hf({**values, "model_type": config_class.model_type})
         assert ours == config_from_hf(config_class(**values).to_dict())
     for config_class in MIXTURES.values():

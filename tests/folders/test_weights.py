@@ -214,7 +214,10 @@ def random_hf_model(family, **keys):
         shared["layer_types"] = [FULL] * SHARED["num_hidden_layers"]
     if family in ("gemma3", "olmo3"):
         keys = {key: by_layer_type(family, value) if key == "rope_parameters" else value for key, value in keys.items()}
-    model = model_class(config_class(**shared | with_rope(keys))).eval()
+    keys = with_rope(keys)
+    if family == "olmo3" and not VERSION_5:
+        keys = {**keys, "rope_theta": 5e5}  # files of version 4 with any other base mean something else to version 5
+    model = model_class(config_class(**shared | keys)).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
