@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_versions import rope_keys
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -51,7 +52,7 @@ def theirs(config: ResolvedModelConfig) -> LlamaRotaryEmbedding:
     )
     rope["rope_theta"] = config.rope_theta
     return LlamaRotaryEmbedding(
-        LlamaConfig(head_dim=config.head_dim, max_position_embeddings=131072, rope_parameters=rope)
+        LlamaConfig(head_dim=config.head_dim, max_position_embeddings=131072, **rope_keys(rope))
     )
 
 

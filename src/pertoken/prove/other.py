@@ -68,12 +68,15 @@ def _opened(model: LanguageModel, folder: Path) -> Any:
     """What transformers, and for an adapter peft, make of the folder."""
     from transformers import AutoModelForCausalLM
 
+    # A soft cap of attention, which version 4 of transformers leaves out where it computes by anything else.
+    settings: dict[str, Any] = {"attn_implementation": "eager"} if model.setting("attn_logit_softcapping") else {}
+    settings |= {"dtype": torch.float32}
     with quiet():
         if model.adapter is None:
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+            return AutoModelForCausalLM.from_pretrained(folder, **settings).train()
         import peft
 
-        base = AutoModelForCausalLM.from_pretrained(base_folder(folder, model.adapter.base), dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(base_folder(folder, model.adapter.base), **settings)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
             return peft.PeftModel.from_pretrained(base, folder, is_trainable=True).eval()  # nothing drops out
