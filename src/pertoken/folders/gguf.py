@@ -84,7 +84,7 @@ def count_gguf(path: str | Path) -> int:
 
 def _config(file: GgufFile) -> ResolvedModelConfig:
     if file.get("split.count", int, 1) > 1:
-        raise ModelError(f"{file.path}: one of several files; join them (llama-gguf-split --merge)")
+        raise ModelError(f"{file.path}: one of several files; join them with llama-gguf-split")
     family, arch = _family(file), file.architecture
     values = _values(file, family)
     scaled = _ROPE_FACTORS in file.tensors
