@@ -180,7 +180,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"tensors": lambda found: found | {"rope_freqs.weight": torch.arange(1.0, 9)}},
         "rope_freqs.weight: not the scaling of Llama 3.1 to 3.3",
     ),
-    "a part": ({"more": {"split.count": 2}}, r"one of several files; join them \(llama-gguf-split --merge\)"),
+    "a part": ({"more": {"split.count": 2}}, r"one of several files; join them with llama-gguf-split"),
 }
 
 
