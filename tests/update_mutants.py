@@ -248,7 +248,7 @@ def muon_without_its_shape_factor(patch: Patch) -> None:
 def rows_reversed_when_read_back(patch: Patch) -> None:
     """The optimizer's, of a sharded run."""
     old, new = 'for file in entry["rows"]]', 'for file in reversed(list(entry["rows"]))]'
-    _rewrite(patch, pertoken.checkpoints.read, "_whole_optimizer_tensors", old, new)
+    _rewrite(patch, pertoken.checkpoints.read, "whole_optimizer_tensors", old, new)
 
 
 def rows_reversed_when_sharded(patch: Patch) -> None:
