@@ -18,6 +18,7 @@ LIGHT = [
     "bench",
     "families",
     "finetune",
+    "gpu",
     "head",
     "lora",
     "memory",
