@@ -23,6 +23,8 @@ CONFIG = ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
 
 
 def made(name: str) -> tuple[CausalLM, Optimizer]:
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     model = CausalLM(CONFIG, seed=1, dtype=torch.float32)
     return model, build_optimizer(model, TrainConfig(optimizer=name, learning_rate=1e-2, dtype="float32"))
 
