@@ -131,7 +131,7 @@ class Graphs:
             return {name: (total.clone(), count.clone()) for name, (total, count) in recorded.metrics.items()}
         there, numbers = on_host.to(self._device), self._pinned(numbers).to(self._device, non_blocking=True)
         compute = partial(self._compute, there, numbers, tuple(denominators))
-        if shape not in self._recorded or len(self._recorded) > _MOST_GRAPHS:
+        if shape not in self._recorded or sum(r is not None for r in self._recorded.values()) >= _MOST_GRAPHS:
             self._recorded.setdefault(shape, None)
             return compute()
         replay, metrics = self._record(compute)

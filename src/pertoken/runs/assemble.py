@@ -154,7 +154,7 @@ def summary_of(computation: Computation, data: RunData, *, engine_note: str, sta
         data.tokenizer,
         computation.model,
         state,
-        engine_note=engine_note,
+        engine_note=engine_note if state.graphs is None else f"{engine_note}; passes recorded as CUDA graphs",
         token_budget=computation.token_budget,
         start_step=start_step,
         total_steps=computation.total_steps,

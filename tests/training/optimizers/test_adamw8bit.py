@@ -61,7 +61,7 @@ def test_its_updates_are_bitsandbytes_own_and_near_to_adamws():
         if a.numel() >= 4096:
             assert torch.equal(a, b), shapes[i]
         else:
-            assert torch.equal(a, c) or (a - c).abs().max() < 1e-6
+            assert (a - c).abs().max() < 1e-6
         assert (a - c).norm() < 0.05 * (c - start[i]).norm(), shapes[i]
 
 
